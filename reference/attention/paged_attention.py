@@ -1,0 +1,42 @@
+"""Attention over a paged KV cache: any mix of prefill chunks and decodes in one packed batch; split-KV decoding."""
+
+import numpy as np
+from jaxtyping import Float, Int32
+from numpy import ndarray as Array
+
+
+def paged_attention(
+    q: Float[Array, "num_tokens num_heads head_dim"],
+    k_cache: Float[Array, "num_blocks block_size num_kv_heads head_dim"],
+    v_cache: Float[Array, "num_blocks block_size num_kv_heads head_dim"],
+    block_table: Int32[Array, "num_seqs max_blocks_per_seq"],
+    seq_lens: Int32[Array, " num_seqs"],
+    cu_seqlens_q: Int32[Array, " num_seqs_plus_1"],
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Float[Array, " num_heads"] | None = None,
+    logit_cap: float | None = None,
+    out: Float[Array, "num_tokens num_heads head_dim"] | None = None,
+) -> Float[Array, "num_tokens num_heads head_dim"]:
+    raise NotImplementedError
+
+
+def split_paged_attention(
+    q: Float[Array, "num_tokens num_heads head_dim"],
+    k_cache: Float[Array, "num_blocks block_size num_kv_heads head_dim"],
+    v_cache: Float[Array, "num_blocks block_size num_kv_heads head_dim"],
+    block_table: Int32[Array, "num_seqs max_blocks_per_seq"],
+    seq_lens: Int32[Array, " num_seqs"],
+    cu_seqlens_q: Int32[Array, " num_seqs_plus_1"],
+    *,
+    split_size: int,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    logit_cap: float | None = None,
+) -> tuple[
+    Float[Array, "num_parts num_tokens num_heads head_dim"], Float[Array, "num_parts num_tokens num_heads"]
+]:
+    """Partial states over keys [p * split_size, (p + 1) * split_size) for ``merge_states``;
+    num_parts = ceil(max_blocks_per_seq * block_size / split_size), from shapes alone. A sink merges as one more part."""
+    raise NotImplementedError
