@@ -4,6 +4,9 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray as Array
 
+from reference._checks import compute_dtype, deliver, require_shape
+from reference.linear.linear import linear
+
 
 def linear_add(
     x: Float[Array, "num_tokens in_features"],
@@ -13,5 +16,35 @@ def linear_add(
     *,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    """``out`` may be ``residual``."""
-    raise NotImplementedError
+    r"""A linear layer whose result is added to the residual stream.
+
+    .. math::
+        out = residual + x \, weight^T + bias
+
+    Args:
+        x: What goes into the layer.
+        weight: Its matrix, one row for each feature that comes out.
+        residual: What is added.
+        bias: Of the layer, or None.
+        out: Where to write the sum; may be ``residual``, which then grows in place.
+
+    Returns:
+        The sum, in the dtype of ``x``. The layer's result is rounded to that dtype before it is added, so that this is
+        ``linear`` and an addition, bit for bit. (A fused kernel adds in its accumulator.)
+
+    Raises:
+        ValueError: If shapes disagree.
+
+    Source:
+        Composed from its parts.
+
+    Example:
+        >>> linear_add(np.array([[1.0, 2.0]]), np.array([[10.0, 1.0]]), np.array([[0.5]]))
+        array([[12.5]])
+    """
+    projected = linear(x, weight, bias)
+    require_shape("linear_add", "residual", residual, projected.shape)
+    compute = compute_dtype(x.dtype)
+    if x.dtype == residual.dtype == compute:
+        return np.add(projected, residual, out=projected if out is None else out)
+    return deliver(residual.astype(compute) + projected.astype(compute), x.dtype, out)

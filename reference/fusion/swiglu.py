@@ -1,8 +1,15 @@
-"""SwiGLU, alone and into the linear layer (and residual) that follow."""
+"""SwiGLU, alone and into the linear layer (and residual) that follow.
+
+The feed-forward of a Llama layer has two inner projections, a gate and a value. They come out of one matmul side by
+side; SwiGLU folds the two halves into one, and the result goes straight into the projection back.
+"""
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray as Array
+
+from reference._checks import compute_dtype, deliver, require
+from reference.fusion.linear_add import linear_add
 
 
 def swiglu(
@@ -10,8 +17,42 @@ def swiglu(
     *,
     out: Float[Array, "num_tokens intermediate_size"] | None = None,
 ) -> Float[Array, "num_tokens intermediate_size"]:
-    """silu(gate) * up, the gate being the first half of each row."""
-    raise NotImplementedError
+    r"""Gate the second half of each row by the SiLU of the first.
+
+    .. math::
+        out = \mathrm{silu}(gate) \cdot up \qquad \mathrm{silu}(z) = \frac{z}{1 + e^{-z}}
+
+    Args:
+        gate_up: Rows of gate, then up, of equal length.
+        out: Where to write the result; may not overlap ``gate_up``.
+
+    Returns:
+        The gated rows, in the dtype of ``gate_up``.
+
+    Raises:
+        ValueError: If rows are of odd length or ``out`` has the wrong shape.
+
+    Source:
+        Shazeer, *GLU Variants Improve Transformer*, 2020, equation 6, without bias: xW is gate, xV is up.
+
+    Example:
+        >>> swiglu(np.array([[0.0, 2.0, 5.0, 5.0]])).round(3)      # gates 0 and 2; ups 5 and 5
+        array([[0.   , 8.808]])
+    """
+    require(gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0, "swiglu", "gate_up", "rows of even length", gate_up.shape)
+    half = gate_up.shape[1] // 2
+    shape = (len(gate_up), half)
+    require(out is None or out.shape == shape, "swiglu", "out", f"shape {shape}", getattr(out, "shape", None))
+    compute = compute_dtype(gate_up.dtype)
+
+    gate, up = gate_up[:, :half].astype(compute, copy=False), gate_up[:, half:].astype(compute, copy=False)
+    gated = np.negative(gate, out=out if gate_up.dtype == compute else None)
+    with np.errstate(over="ignore"):  # e^-z is infinite only where silu(z) = z / inf is 0 in truth as well
+        np.exp(gated, out=gated)
+    gated += 1.0
+    np.divide(gate, gated, out=gated)
+    gated *= up
+    return gated if gated is out else deliver(gated, gate_up.dtype, out)
 
 
 def swiglu_linear_add(
@@ -22,5 +63,29 @@ def swiglu_linear_add(
     *,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    """``out`` may be ``residual``."""
-    raise NotImplementedError
+    r"""SwiGLU, the projection back, and the residual: the second half of a feed-forward layer.
+
+    .. math::
+        out = residual + \mathrm{swiglu}(gate\_up) \, weight^T + bias
+
+    Args:
+        gate_up: Rows of gate, then up, of equal length.
+        weight: Of the projection back to the residual stream.
+        residual: The stream before the layer.
+        bias: Of the projection, or None.
+        out: Where to write the sum; may be ``residual``.
+
+    Returns:
+        What ``linear_add(swiglu(gate_up))`` returns, bit for bit, in the dtype of ``gate_up``.
+
+    Raises:
+        ValueError: If shapes disagree.
+
+    Source:
+        Composed from its parts.
+
+    Example:
+        >>> swiglu_linear_add(np.array([[2.0, 5.0]]), np.array([[1.0]]), np.array([[1.0]])).round(3)
+        array([[9.808]])
+    """
+    return linear_add(swiglu(gate_up), weight, residual, bias, out=out)
