@@ -2,7 +2,12 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+
+_ML_FLOATS = {
+    np.dtype(t) for t in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3)
+}
 
 
 def require(condition: Any, op: str, argument: str, expected: str, got: Any) -> None:
@@ -13,8 +18,22 @@ def require(condition: Any, op: str, argument: str, expected: str, got: Any) -> 
 
 def require_shape(op: str, argument: str, array: np.ndarray, shape: tuple[int | None, ...]) -> None:
     """``array`` must have ``shape``; None allows any length on that axis."""
-    fits = array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape))
-    require(fits, op, argument, f"shape {tuple('*' if n is None else n for n in shape)}", array.shape)
+    if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape)):
+        wanted = ", ".join("*" if n is None else str(n) for n in shape)
+        require(False, op, argument, f"shape [{wanted}]", list(array.shape))
+
+
+def require_float(op: str, argument: str, array: np.ndarray) -> None:
+    """``array`` must hold floating point numbers, NumPy's or ml_dtypes'."""
+    is_float = array.dtype.kind == "f" or array.dtype in _ML_FLOATS
+    require(is_float, op, argument, "a floating dtype", array.dtype)
+
+
+def require_out(op: str, out: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """``out``, if given, must be able to take the result as it is."""
+    if out is not None:
+        require_shape(op, "out", out, shape)
+        require(out.dtype == dtype, op, "out", f"dtype {dtype}", out.dtype)
 
 
 def compute_dtype(dtype: np.dtype) -> np.dtype:
