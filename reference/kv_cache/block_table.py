@@ -106,10 +106,10 @@ class BlockTable:
 
     def slots(self, start: int, stop: int) -> Int64[Array, " num_slots"]:
         """The slots of positions ``start`` to ``stop``. Positions of a released block get meaningless ones, below 0."""
+        blocks, offsets = np.divmod(np.arange(start, stop), self.block_size)
         first = start // self.block_size
-        blocks = np.array(self.block_ids[first : -(-stop // self.block_size)], np.int64)
-        slots = blocks[:, None] * self.block_size + np.arange(self.block_size)
-        return slots.ravel()[start - first * self.block_size :][: stop - start]
+        block_ids = np.array(self.block_ids[first : -(-stop // self.block_size)], np.int64)
+        return block_ids[blocks - first] * self.block_size + offsets
 
     def fork(self) -> "BlockTable":
         """A second sequence with the same past. Nothing is copied until one of the two writes into the last block."""
