@@ -1,0 +1,87 @@
+"""Small random models of every family: a config and its tensors, made without torch."""
+
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from reference.model.config import FAMILIES, ModelConfig
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN_SCALING = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "eos_token_ids": (2,),
+}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "llama": {"rope_scaling": LLAMA3_SCALING},
+    "mistral": {"sliding_window": 11},
+    "qwen2": {"attention_bias": True, "sliding_window": 9, "sliding_layers": (False, True)},
+    "qwen3": {"qk_norm": True, "head_dim": 12, "tie_word_embeddings": True},
+}
+
+
+def random_model(family: str = "llama", seed: int = 0, **overrides: Any) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """A small model of ``family`` as (config, host float32 tensors by Hugging Face's names).
+
+    What sets the family apart is on: llama has Llama 3's rotary scaling, mistral a window of 11, qwen2 biases and one
+    sliding layer of two, qwen3 q/k norms, heads wider than hidden_size / num_heads, and tied embeddings. Norms and
+    biases are random too, so that leaving one out shows. ``overrides`` are fields of `ModelConfig`.
+
+    Args:
+        family: One of ``FAMILIES``.
+        seed: Of the weights. The same arguments give the same model, bit for bit.
+
+    Example:
+        >>> config, tensors = random_model("qwen3", seed=1, num_layers=1)
+        >>> tensors["model.layers.0.self_attn.q_norm.weight"].shape == (config.head_dim,)
+        True
+    """
+    fields = SMALL | SPECIAL[family] | overrides
+    layers = fields.get("sliding_layers")
+    if layers is not None and len(layers) != fields["num_layers"]:  # as many as there are layers, alternating
+        fields["sliding_layers"] = tuple(bool(i % 2) for i in range(fields["num_layers"]))
+    config = ModelConfig(family=family, **fields)
+    rng = np.random.default_rng([seed, FAMILIES.index(family)])
+    return config, {name: _random_tensor(rng, name, shape) for name, shape in config.expected_tensors().items()}
+
+
+def _random_tensor(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Of a size that keeps activations near 1 through the layers, and tokens far enough apart to be told apart."""
+    if "norm" in name:
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    if name.endswith("bias"):
+        return rng.normal(scale=0.3, size=shape).astype(np.float32)
+    if name.startswith(("model.embed", "lm_head")):
+        return rng.normal(scale=0.5, size=shape).astype(np.float32)
+    return (rng.standard_normal(shape, np.float32) * np.float32(1.5 / np.sqrt(shape[1]))).astype(np.float32)
+
+
+@st.composite
+def models(draw: st.DrawFn, **overrides: Any) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+    """A small model of a drawn family, head ratio and rotary scaling."""
+    family = draw(st.sampled_from(FAMILIES), label="family")
+    num_kv_heads = draw(st.sampled_from([1, 2, 4]), label="num_kv_heads")
+    drawn: dict[str, Any] = {
+        "num_kv_heads": num_kv_heads,
+        "num_heads": num_kv_heads * draw(st.sampled_from([1, 2, 3]), label="query heads per KV head"),
+        "head_dim": draw(st.sampled_from([2, 6, 8]), label="head_dim"),
+        "num_layers": draw(st.integers(1, 2), label="num_layers"),
+        "rope_interleaved": draw(st.booleans(), label="rope_interleaved"),
+        "tie_word_embeddings": draw(st.booleans(), label="tied"),
+        "rope_scaling": draw(st.sampled_from([None, LLAMA3_SCALING, YARN_SCALING]), label="rope_scaling"),
+    }
+    return random_model(family, draw(st.integers(0, 2**16), label="seed"), **drawn | overrides)
