@@ -225,7 +225,7 @@ def _family(config: Mapping[str, Any]) -> str:
     model_type, architectures = config.get("model_type"), config.get("architectures") or []
     require(isinstance(architectures, list), "ModelConfig", "architectures", "a list", repr(architectures))
     families = [ARCHITECTURES.get(str(name)) for name in architectures]
-    family = model_type or next(filter(None, families), None)
+    family = str(model_type or next(filter(None, families), None))
     if family not in FAMILIES or (families and family not in families):
         named = ", ".join(map(str, filter(None, [model_type, *architectures]))) or "none named"
         known = ", ".join(f"{family} ({name})" for name, family in ARCHITECTURES.items())
