@@ -1,0 +1,60 @@
+"""What every attention op asks of its arguments."""
+
+import math
+
+import numpy as np
+
+from reference._checks import require, require_float, require_out, require_shape
+
+
+def require_attention(
+    op: str,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    sinks: np.ndarray | None = None,
+    logit_cap: float | None = None,
+    out: np.ndarray | None = None,
+    names: tuple[str, str] = ("k", "v"),
+) -> float:
+    """Queries, keys and values that fit each other, and options in range; returns the scale of the softmax.
+
+    Keys and values may be packed or paged: their last two axes are KV heads and numbers.
+    """
+    require_float(op, "q", q)
+    require_float(op, names[0], k)
+    require_float(op, names[1], v)
+    num_kv_heads, head_dim = k.shape[-2:]
+    require_shape(op, "q", q, (None, None, head_dim))
+    require_shape(op, names[1], v, k.shape)
+    num_heads = q.shape[1]
+    divides = head_dim > 0 and num_kv_heads > 0 and num_heads > 0 and num_heads % num_kv_heads == 0
+    require(divides, op, "q", f"at least one number a head, and a multiple of {num_kv_heads} heads", list(q.shape))
+
+    require_out(op, out, q.shape, q.dtype)
+    if sinks is not None:
+        require_float(op, "sinks", sinks)
+        require_shape(op, "sinks", sinks, (num_heads,))
+    require(scale is None or math.isfinite(scale), op, "scale", "None or a finite number", scale)
+    require(sliding_window is None or sliding_window >= 1, op, "sliding_window", "None or at least 1", sliding_window)
+    require(logit_cap is None or 0 < logit_cap < math.inf, op, "logit_cap", "None or a positive number", logit_cap)
+    return head_dim**-0.5 if scale is None else scale
+
+
+def require_integers(op: str, argument: str, array: np.ndarray, shape: tuple[int | None, ...]) -> None:
+    """``array`` must hold integers and have ``shape``."""
+    require(array.dtype.kind in "iu", op, argument, "integers", array.dtype)
+    require_shape(op, argument, array, shape)
+
+
+def require_cu_seqlens(op: str, argument: str, cu_seqlens: np.ndarray, num_tokens: int) -> list[int]:
+    """Offsets of packed sequences, from 0 to ``num_tokens`` and never falling; returned as a list."""
+    require_integers(op, argument, cu_seqlens, (None,))
+    offsets = cu_seqlens.tolist()
+    rises = all(a <= b for a, b in zip(offsets, offsets[1:]))
+    whole = bool(offsets) and offsets[0] == 0 and offsets[-1] == num_tokens
+    require(rises and whole, op, argument, f"offsets that rise from 0 to {num_tokens}", offsets)
+    return offsets
