@@ -1,8 +1,20 @@
-"""A KV cache in int8, one scale per token and head."""
+"""A KV cache in int8, one scale per token and head.
+
+A decode step reads the whole cache and computes little with it, so half the bytes are half the time; and twice the
+tokens fit into the pool. The scale is per token *and* head, because it must be known when the token is written: a
+scale for a channel or a block would have to change when a larger value comes (`kivi_cache` waits for a whole group).
+"""
 
 import numpy as np
 from jaxtyping import Float, Float32, Int8, Int32, Int64
 from numpy import ndarray as Array
+
+from reference._checks import compute_dtype
+from reference.attention.paged_attention import Span, gather_tokens
+from reference.kv_cache._codes import check_symmetric_caches, symmetric_ratios, symmetric_values
+from reference.kv_cache._paging import attend_dequantized, check_tokens, locate
+
+LARGEST_CODE = 127  # not -128: codes are symmetric, so that -x is coded as minus the code of x
 
 
 def write_kv_int8(
@@ -14,7 +26,47 @@ def write_kv_int8(
     v_scale: Float32[Array, "num_blocks block_size num_kv_heads"],
     slot_mapping: Int64[Array, " num_tokens"],
 ) -> None:
-    raise NotImplementedError
+    r"""Quantize the keys and values of new tokens and put codes and scales into their slots.
+
+    .. math::
+        k\_scale = \max_d |k_d| / 127 \qquad code_d = \mathrm{round}(k_d / k\_scale) \qquad
+        |k_d - k\_scale \cdot code_d| \le k\_scale / 2
+
+    Args:
+        k: Keys of the new tokens, already rotated. Finite where the token has a slot.
+        v: Their values, likewise.
+        k_cache: Written: codes of the keys, -127 .. 127. Only the named slots change, here and below.
+        v_cache: Written: codes of the values.
+        k_scale: Written: what a code of the same token and head is multiplied by. A row of zeros, or one so small that
+            its scale would not be a normal float32, has scale 0 and codes 0.
+        v_scale: Written, likewise.
+        slot_mapping: ``block * block_size + offset`` of each token, no slot twice; -1 skips the token.
+
+    Numerics: float32 (float64 for float64 ``k``), ties to even, against the scale as stored.
+
+    Raises:
+        ValueError: If shapes or dtypes disagree, a slot is out of range or named twice, or a value is not finite.
+
+    Source:
+        LLM.int8() (Dettmers et al., 2022), section 2.1, *absmax* quantization, with one row for each token and head;
+        its :math:`s_{xf16}` is 1 / ``k_scale``.
+
+    Example:
+        >>> caches = [np.zeros((1, 2, 1, 3), np.int8) for _ in "kv"]
+        >>> scales = [np.zeros((1, 2, 1), np.float32) for _ in "kv"]
+        >>> k = np.array([[[12.7, -6.4, 0.06]]], np.float32)
+        >>> write_kv_int8(k, 10 * k, *caches, *scales, np.array([1]))
+        >>> caches[0][0, 1, 0].tolist(), round(float(scales[0][0, 1, 0]), 3)
+        ([127, -64, 1], 0.1)
+    """
+    op = "write_kv_int8"
+    check_tokens(op, k, v, slot_mapping)
+    check_symmetric_caches(op, k_cache, v_cache, k_scale, v_scale, codes=np.int8, heads=k.shape[1:])
+    rows, slots = locate(op, "slot_mapping", slot_mapping, k_cache.shape)
+    k_ratios, k_steps = symmetric_ratios(op, "k", k[rows], LARGEST_CODE)
+    v_ratios, v_steps = symmetric_ratios(op, "v", v[rows], LARGEST_CODE)
+    k_cache[slots], k_scale[slots] = np.rint(k_ratios), k_steps
+    v_cache[slots], v_scale[slots] = np.rint(v_ratios), v_steps
 
 
 def paged_attention_int8(
@@ -33,4 +85,44 @@ def paged_attention_int8(
     logit_cap: float | None = None,
     out: Float[Array, "num_tokens num_heads head_dim"] | None = None,
 ) -> Float[Array, "num_tokens num_heads head_dim"]:
-    raise NotImplementedError
+    r"""``paged_attention`` over an int8 cache.
+
+    .. math::
+        out = \mathrm{paged\_attention}(q,\ k\_scale \cdot k\_cache,\ v\_scale \cdot v\_cache)
+
+    Args:
+        q: Queries of the new tokens, packed; their own keys and values are already in the cache.
+        k_cache: Codes, as ``write_kv_int8`` wrote them. A slot that no sequence owns may hold anything.
+        v_cache: Codes of the values.
+        k_scale: The scale of each token and head; NaN where nobody owns the slot is fine.
+        v_scale: Likewise.
+        block_table: The blocks of each sequence in order; -1 pads.
+        seq_lens: Tokens of each sequence in the cache, the new ones included.
+        cu_seqlens_q: Offsets of each sequence's queries in ``q``.
+        scale, sliding_window, sinks, logit_cap, out: As in ``paged_attention``.
+
+    Numerics: dequantized in float32 (float64 for float64 ``q``), then as ``paged_attention``. A kernel need not
+    dequantize: a key's scale can multiply its score and a value's scale its probability.
+
+    Raises:
+        ValueError: If shapes or dtypes disagree, or an id is out of range.
+
+    Example:
+        >>> codes, scales = np.full((1, 2, 1, 1), 100, np.int8), np.array([[[0.5], [np.nan]]], np.float32)
+        >>> one, offsets = np.array([1], np.int32), np.array([0, 1], np.int32)
+        >>> q = np.ones((1, 1, 1), np.float32)               # one token is owned: attention returns its value
+        >>> paged_attention_int8(q, codes, codes, scales, scales, np.array([[0]], np.int32), one, offsets).item()
+        50.0
+    """
+    op = "paged_attention_int8"
+    check_symmetric_caches(op, k_cache, v_cache, k_scale, v_scale, codes=np.int8)
+    dtype = compute_dtype(q.dtype)
+
+    def read_kv(span: Span) -> tuple[np.ndarray, np.ndarray]:
+        return (
+            symmetric_values(gather_tokens(k_cache, span), gather_tokens(k_scale, span), dtype),
+            symmetric_values(gather_tokens(v_cache, span), gather_tokens(v_scale, span), dtype),
+        )
+
+    options = {"scale": scale, "sliding_window": sliding_window, "sinks": sinks, "logit_cap": logit_cap, "out": out}
+    return attend_dequantized(op, q, k_cache.shape, read_kv, block_table, seq_lens, cu_seqlens_q, **options)
