@@ -1,8 +1,20 @@
-"""The dense linear layer."""
+"""The dense linear layer: nearly all the weights of a model, and nearly all its time.
+
+With one token it is bound by memory: every weight is read once, for one multiplication. With a few tokens it still is,
+and the tokens after the first ride along; with hundreds it is bound by arithmetic. BLAS has a routine for each end of
+that range, and `matmul_transposed` picks.
+"""
+
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray as Array
+
+from reference._checks import compute_dtype, deliver, require, require_float, require_out, require_shape
+
+FEW_TOKENS = 64  # up to here the result is smaller than what BLAS would copy of the weight
+TILE_WEIGHTS = 1 << 17  # of a narrow weight widened at a time: 512 KiB of float32, which stay in a core's cache
 
 
 def linear(
@@ -12,4 +24,90 @@ def linear(
     *,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    raise NotImplementedError
+    r"""Multiply every token by the weight, and add the bias.
+
+    .. math::
+        out = x \, weight^T + bias
+
+    Args:
+        x: The tokens' activations.
+        weight: One row for each output feature, as checkpoints store it; may be narrower than ``x``.
+        bias: One number for each output feature, or None.
+        out: Where to write the result; may not overlap ``x`` or ``weight``.
+
+    Returns:
+        The result, in the dtype of ``x``. Products and sums are float32, or float64 for float64 ``x``; a 16-bit weight
+        is widened a few rows at a time, so that a whole copy of it never exists.
+
+    Raises:
+        ValueError: If shapes disagree, or an argument is not floating.
+
+    Source:
+        ``torch.nn.functional.linear``: same layout, same name.
+
+    Example:
+        >>> linear(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), np.array([0.0, 0.0, 10.0]))
+        array([[ 1.,  2., 13.]])
+    """
+    check_linear("linear", x, weight.shape, bias, out)
+    require_float("linear", "weight", weight)
+    compute = compute_dtype(x.dtype)
+    if weight.dtype == compute:
+        result = matmul_transposed(x.astype(compute, copy=False), weight, out if x.dtype == compute else None)
+    else:
+        result = matmul_by_tiles(x.astype(compute), len(weight), lambda rows: weight[rows].astype(compute))
+    return add_bias(result, bias, x.dtype, out)
+
+
+def matmul_transposed(x: Array, weight: Array, out: Array | None = None) -> Array:
+    """``x @ weight.T``, by the BLAS call that is fastest for so many tokens.
+
+    One token: a matrix-vector product, which streams the weight. Many: a matrix product, in which BLAS first copies
+    its second operand into panels; copying all of the weight for a few tokens would cost more than the product, so
+    the few tokens are made the second operand: ``(weight @ x.T).T``. (OpenBLAS, two cores, 8 tokens, 576 to 3072
+    features: 0.95 ms instead of 1.4 ms; 49152: 16 ms instead of 26 ms. From 512 tokens on there is no difference.)
+    """
+    if not 1 < len(x) <= FEW_TOKENS:
+        return np.matmul(x, weight.T, out=out)
+    out = np.empty((len(x), len(weight)), x.dtype) if out is None else out
+    out[...] = (weight @ x.T).T
+    return out
+
+
+def matmul_by_tiles(x: Array, out_features: int, tile: Callable[[slice], Array]) -> Array:
+    """``x @ weight.T`` for a weight that is made a few rows at a time: ``tile(rows)`` gives them as floats."""
+    result = np.empty((len(x), out_features), x.dtype)
+    for rows in row_tiles(out_features, x.shape[1]):
+        result[:, rows] = matmul_transposed(x, tile(rows))
+    return result
+
+
+def row_tiles(out_features: int, in_features: int) -> Iterator[slice]:
+    """Slices of output rows, each of about ``TILE_WEIGHTS`` weights and at least one row.
+
+    Example:
+        >>> [rows.stop for rows in row_tiles(500, 2**10)]
+        [128, 256, 384, 500]
+    """
+    step = max(1, TILE_WEIGHTS // max(1, in_features))
+    for start in range(0, out_features, step):
+        yield slice(start, min(start + step, out_features))
+
+
+def check_linear(op: str, x: Array, weight_shape: tuple[int, ...], bias: Array | None, out: Array | None) -> None:
+    """The door of every linear layer: ``weight_shape`` is [out_features, in_features] whatever is stored."""
+    require_shape(op, "x", x, (None, None))
+    require_float(op, "x", x)
+    fits = len(weight_shape) == 2 and weight_shape[1] == x.shape[1]
+    require(fits, op, "weight", f"shape [*, {x.shape[1]}]", list(weight_shape))
+    if bias is not None:
+        require_shape(op, "bias", bias, (weight_shape[0],))
+        require_float(op, "bias", bias)
+    require_out(op, out, (len(x), weight_shape[0]), x.dtype)
+
+
+def add_bias(result: Array, bias: Array | None, dtype: np.dtype, out: Array | None) -> Array:
+    """``result + bias`` in ``dtype``; ``result`` is the op's own and may be written (it may be ``out`` already)."""
+    if bias is not None:
+        result += bias.astype(result.dtype, copy=False)
+    return result if result is out else deliver(result, dtype, out)
