@@ -1,6 +1,7 @@
 """What every attention op asks of its arguments."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def require_cu_seqlens(op: str, argument: str, cu_seqlens: np.ndarray, num_token
     """Offsets of packed sequences, from 0 to ``num_tokens`` and never falling; returned as a list."""
     require_integers(op, argument, cu_seqlens, (None,))
     offsets = cu_seqlens.tolist()
-    rises = all(a <= b for a, b in zip(offsets, offsets[1:]))
+    rises = all(a <= b for a, b in pairwise(offsets))
     whole = bool(offsets) and offsets[0] == 0 and offsets[-1] == num_tokens
     require(rises and whole, op, argument, f"offsets that rise from 0 to {num_tokens}", offsets)
     return offsets
