@@ -1,4 +1,4 @@
-"""The fusion ops in plain torch: composed in float32 and rounded once; rotary is multiplication in the complex plane."""
+"""The fusion ops in plain torch: composed in float32, rounded once; rotary is multiplication in the complex plane."""
 
 import torch
 import torch.nn.functional as F

@@ -1,0 +1,117 @@
+"""The decoder is the model that `transformers` makes of the same checkpoint, however its tokens are cut into steps."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+import reference
+from reference.model.config import ModelConfig
+from reference.model.decoder import Decoder
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import model as properties
+
+BACKENDS = {"reference": reference, "plain_torch": plain_torch}
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+CHECKPOINTS = {
+    "llama 2": (transformers.LlamaConfig, {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+    "llama 3": (transformers.LlamaConfig, {"rope_parameters": LLAMA3}),
+    "llama, biases, linear scaling": (
+        transformers.LlamaConfig,
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.5},
+        },
+    ),
+    "smollm2": (
+        transformers.LlamaConfig,
+        {
+            "hidden_size": 72,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        },
+    ),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 7}),
+    "mistral, no window, yarn, wide heads": (
+        transformers.MistralConfig,
+        {"sliding_window": None, "head_dim": 24, "rope_parameters": YARN},
+    ),
+    "qwen2": (transformers.Qwen2Config, {"num_key_value_heads": 1}),
+    "qwen2, one layer sliding": (
+        transformers.Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "tie_word_embeddings": True},
+    ),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 24}),
+    "qwen3, biases, the first layer sliding": (
+        transformers.Qwen3Config,
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+}
+SEQUENCES = [list(range(3, 40)), [7], [90, 5, 5, 61, 33, 8, 8, 100, 0, 41, 17, 64]]
+PLANS = {
+    "prefill": properties.whole(SEQUENCES),
+    "chunks": [[11, 0, 4], [1, 0, 5], [16, 1, 2], [9, 0, 1]],
+    "decode": [[30, 1, 6], *[[1, 0, 1]] * 6, [1, 0, 0]],
+}
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def checkpoint(request, tmp_path_factory):
+    """A small random checkpoint of one family, saved by transformers, and the logits that it gives itself."""
+    make_config, special = CHECKPOINTS[request.param]
+    torch.manual_seed(len(request.param))
+    model = transformers.AutoModelForCausalLM.from_config(make_config(**SIZES | special)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # as initialised, norms are 1, biases 0 and logits flat
+            spread = 0.5 if name.endswith("bias") else 0.2
+            parameter.copy_(parameter + spread * torch.randn_like(parameter) * (parameter.ndim == 1 or "embed" in name))
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+        expected = [model(torch.tensor([tokens])).logits[0].numpy() for tokens in SEQUENCES]
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors"), expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_are_those_of_transformers(checkpoint, backend):
+    """Prefill, chunks and decode give transformers' logits, on any backend."""
+    config, tensors, expected = checkpoint
+    decoder = Decoder(ModelConfig.from_hf(config), tensors, backend=BACKENDS[backend])
+    for name, steps in PLANS.items():
+        got = properties.paged_logits(decoder, SEQUENCES, steps, block_size=3, seed=1)
+        properties.assert_same_logits(got, expected, name)
+
+
+def test_a_checkpoint_has_the_tensors_that_its_config_says(checkpoint):
+    """Names and shapes are those in the file, no more and no fewer."""
+    config, tensors, _ = checkpoint
+    expected = ModelConfig.from_hf(config).expected_tensors()
+    assert {name: array.shape for name, array in tensors.items()} == expected
