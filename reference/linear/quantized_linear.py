@@ -157,7 +157,8 @@ def linear_int8_int8(
         i, the input feature. That is why activations get a scale per token and weights one per output feature.
 
     Example:
-        >>> linear_int8_int8(np.array([[0.5, -1.27]]), np.array([[2, 3]], np.int8), np.array([1.0], np.float32)).round(4)
+        >>> x, codes = np.array([[0.5, -1.27]]), np.array([[2, 3]], np.int8)
+        >>> linear_int8_int8(x, codes, np.array([1.0], np.float32)).round(4)
         array([[-2.81]])
     """
     check_linear("linear_int8_int8", x, weight.shape, bias, out)

@@ -3,7 +3,8 @@
 A weight is kept as a small integer (or an 8-bit float), its *code*, and a scale shared with its neighbours, so that
 ``scale * code`` is near it. With 8 bits one scale serves a whole output row. With 4 bits there are only 16 values to
 choose from, one large weight would leave none for the rest, and so the neighbours are few: a *group* of 32 to 128
-input features. A group whose values do not straddle zero spends its codes better with a minimum: ``scale * code + min``.
+input features. A group that does not lie evenly about zero spends its codes better with a minimum:
+``scale * code + min``.
 
 Everything here is host NumPy and runs once, when a model is loaded. It treats each weight alone: `gptq.py` lets the
 weights of a row make up for each other's errors, `smoothquant.py` moves the outliers of the activations into the
@@ -74,8 +75,9 @@ def round_fp8(
         Micikevicius et al., *FP8 Formats for Deep Learning*, 2022.
 
     Example:
-        >>> round_fp8(np.array([[448.0, -0.1]]))
-        (array([[448, -0.101562]], dtype=float8_e4m3fn), array([1.], dtype=float32))
+        >>> codes, scale = round_fp8(np.array([[448.0, -0.1]]))
+        >>> codes.tolist(), scale.item()
+        ([[448.0, -0.1015625]], 1.0)
     """
     weight = _matrix("round_fp8", weight)
     scale = np.abs(weight).max(axis=1, initial=0) / np.float32(FP8_MAX)
@@ -180,8 +182,8 @@ def unpack_int4(
 
 
 def dequantize_8bit(
-    codes: Shaped[Array, "out_features in_features"],
-    scale: Float[Array, "out_features *num_groups"],
+    weight: Shaped[Array, "out_features in_features"],
+    weight_scale: Float[Array, "out_features *num_groups"],
     *,
     group_size: int | None = None,
 ) -> Float32[Array, "out_features in_features"]:
@@ -191,14 +193,14 @@ def dequantize_8bit(
         >>> dequantize_8bit(np.array([[50, -127]], np.int8), np.array([0.5], np.float32))
         array([[ 25. , -63.5]], dtype=float32)
     """
-    step = scale[:, None] if group_size is None else _spread(scale, codes.shape[1], group_size)
-    return codes.astype(np.float32) * step.astype(np.float32)
+    step = weight_scale[:, None] if group_size is None else _spread(weight_scale, weight.shape[1], group_size)
+    return weight.astype(np.float32) * step.astype(np.float32)
 
 
 def dequantize_int4(
-    packed: UInt8[Array, "out_features packed_features"],
-    scale: Float[Array, "out_features num_groups"],
-    minimum: Float[Array, "out_features num_groups"] | None = None,
+    weight: UInt8[Array, "out_features packed_features"],
+    weight_scale: Float[Array, "out_features num_groups"],
+    weight_min: Float[Array, "out_features num_groups"] | None = None,
     *,
     group_size: int,
 ) -> Float32[Array, "out_features in_features"]:
@@ -208,9 +210,9 @@ def dequantize_int4(
         >>> dequantize_int4(np.array([[0x31]], np.uint8), np.array([[0.5]]), np.array([[10.0]]), group_size=2)
         array([[10.5, 11.5]], dtype=float32)
     """
-    codes = unpack_int4(packed, group_size=group_size).astype(np.float32)
-    step = _spread(scale, codes.shape[1], group_size)
-    return (codes - 8) * step if minimum is None else codes * step + _spread(minimum, codes.shape[1], group_size)
+    codes = unpack_int4(weight, group_size=group_size).astype(np.float32)
+    step = _spread(weight_scale, codes.shape[1], group_size)
+    return (codes - 8) * step if weight_min is None else codes * step + _spread(weight_min, codes.shape[1], group_size)
 
 
 def _matrix(op: str, weight: Array) -> Array:

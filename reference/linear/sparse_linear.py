@@ -5,7 +5,6 @@ four neighbours the position of what is left fits in a nibble, half the weights 
 two activations it needs and multiplies at twice the rate. Which two to keep: `pruning.py`.
 """
 
-import numpy as np
 from jaxtyping import Float, UInt8
 from numpy import ndarray as Array
 
@@ -46,6 +45,7 @@ def sparse_linear(
         Mishra et al., *Accelerating Sparse Deep Neural Networks*, 2021, section 3 and figure 3.
 
     Example:
+        >>> import numpy as np
         >>> x, values = np.array([[1.0, 10.0, 100.0, 1000.0]]), np.array([[2.0, 3.0]])
         >>> sparse_linear(x, values, np.array([[0b1101]], np.uint8))   # places 1 and 3: weights 0, 2, 0, 3
         array([[3020.]])
