@@ -2,51 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from reference.batching.config import EngineConfig
 from reference.batching.request import FinishReason, Request, RequestOutput, SequenceOutput, StepOutput
 from reference.batching.runner import Runner
 
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """What an engine may use, and how it goes about it.
-
-    Attributes:
-        num_blocks: Of the KV cache's pool; every sequence together.
-        max_model_len: Longest sequence, prompt and output.
-        block_size: Tokens in a KV block.
-        num_window_blocks: Of the second pool, for a KV format that has one (KIVI).
-        max_num_seqs: Most sequences running at a time.
-        max_num_batched_tokens: Most tokens of a step. A longer prompt is computed in chunks.
-        preemption: What happens to the newest request's blocks when the pool runs out: computed again later, or
-            swapped to the host and back.
-        enable_prefix_caching: Find computed prompt blocks again.
-        lookahead: Steps scheduled before the tokens of the last one are read: 0 or 1.
-        watermark: Share of the pool that admission of a new request leaves free, so that it is not preempted at once.
-        kv_cache_dtype: The KV format's name; part of a prefix block's key.
-        kv_window: Tokens that the KV format keeps in full precision (KIVI's window); 0: no second pool.
-        sliding_window: Keys that a query sees, if *every* layer slides: blocks past it are released.
-        eos_token_ids: Tokens with which the model ends a text.
-        model_fingerprint: Says which weights; part of a prefix block's key.
-    """
-
-    num_blocks: int
-    max_model_len: int
-    block_size: int = 16
-    num_window_blocks: int = 0
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    preemption: Literal["recompute", "swap"] = "recompute"
-    enable_prefix_caching: bool = True
-    lookahead: int = 0
-    watermark: float = 0.01
-    kv_cache_dtype: str = "auto"
-    kv_window: int = 0
-    sliding_window: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    model_fingerprint: str = ""
+__all__ = ["Engine", "EngineConfig", "StepOutput"]
 
 
 class Engine:

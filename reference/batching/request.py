@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Any
 
 from reference.batching.metrics import RequestMetrics
 from reference.kv_cache.block_table import BlockTable
@@ -119,11 +120,21 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"  # RequestOutput.error says what
 
 
+class Status(enum.Enum):
+    """Where a request stands."""
+
+    NEW = enum.auto()
+    WAITING = enum.auto()  # it has no memory: not yet, or no longer
+    SWAPPED = enum.auto()  # it waits, and its blocks are on the host
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
 @dataclass(eq=False)
 class Request:
     """What a user asks of the engine, and the group of sequences that grow from it.
 
-    Attributes:
+    Args:
         request_id: A name of the caller's choosing; unique among the unfinished.
         prompt_token_ids: At least one token.
         adapter: Name of a LoRA adapter that the engine knows, or None.
@@ -131,10 +142,18 @@ class Request:
         num_beams: Of a beam search; 0: sample as ``params`` say. A beam search draws nothing: of ``params`` it heeds
             the lengths, the stop tokens, the penalties and the bias.
         length_penalty: Of a beam search: a finished beam's score is its log-probability over length ** this.
-        arrival_time: Of the engine's clock; who came first is served first.
-        seed: The seed of its draws: that of ``params``, or one drawn here.
-        sequences: Those that are unfinished or finished; one before the fork. The engine's.
-        error: What went wrong, when it finished with ERROR. The engine's.
+        arrival_time: Of the engine's clock.
+
+    Attributes:
+        seed: Of its draws: that of ``params``, or one drawn here.
+        live: Its unfinished sequences: one until the fork, which is where the prompt ends.
+        completed: What the finished ones gave.
+        forked: Do its sequences have tables of their own? False until the prompt is computed, and again when it has
+            to be computed once more after a preemption.
+        limit: Tokens at which a sequence is full, prompt included.
+        order: Who came first is served first.
+        search: The state of a beam search, or None.
+        error: What went wrong, if it finished with ERROR.
     """
 
     request_id: str
@@ -145,23 +164,39 @@ class Request:
     num_beams: int = 0
     length_penalty: float = 1.0
     arrival_time: float = field(default_factory=time.monotonic)
+
     seed: int = field(init=False)
-    sequences: "list[Sequence]" = field(init=False, repr=False, default_factory=list)
     metrics: RequestMetrics = field(init=False, repr=False)
+    status: Status = field(init=False, default=Status.NEW)
     error: str | None = field(init=False, default=None)
+    # the scheduler's
+    live: "list[Sequence]" = field(init=False, repr=False, default_factory=list)
+    completed: "list[CompletionOutput]" = field(init=False, repr=False, default_factory=list)
+    forked: bool = field(init=False, default=False)
+    search: Any = field(init=False, repr=False, default=None)
+    order: int = field(init=False, repr=False, default=-1)
+    limit: int = field(init=False, repr=False, default=0)
+    stop_ids: frozenset[int] = field(init=False, repr=False, default=frozenset())
+    adapter_id: int = field(init=False, repr=False, default=-1)
+    prefix_root: bytes = field(init=False, repr=False, default=b"")
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
-            raise ValueError(f"Request {self.request_id}: prompt_token_ids: expected at least one token, got none")
+            raise ValueError(f"request {self.request_id}: expected a prompt of at least one token, got none")
         if self.num_beams < 0 or (self.num_beams and self.params.n > 1):
-            raise ValueError(f"Request {self.request_id}: num_beams: expected at least 1, and n of 1 beside it")
+            raise ValueError(f"request {self.request_id}: expected num_beams of at least 1, and n of 1 beside it")
         self.seed = secrets.randbits(32) if self.params.seed is None else self.params.seed
         self.metrics = RequestMetrics(arrival_time=self.arrival_time)
 
     @property
     def num_sequences(self) -> int:
-        """How many sequences it will have after the fork."""
+        """How many sequences it has after the fork."""
         return self.num_beams or self.params.n
+
+    @property
+    def num_rows(self) -> int:
+        """How many it may still have at once: those that are left, or all before the fork."""
+        return len(self.live) if self.forked and not self.num_beams else self.num_sequences - len(self.completed)
 
 
 @dataclass(eq=False, slots=True)
@@ -171,12 +206,17 @@ class Sequence:
     Attributes:
         seq_id: Unique in an engine.
         sample_index: Which of a request's parallel samples; goes into the counter of its draws.
-        token_ids: Prompt and output, as far as read back from the runner.
-        num_computed: Tokens whose keys and values are in the cache, or will be after the launched steps.
-        num_pending: Tokens that launched steps will give and nobody has read yet.
+        token_ids: Prompt and output, as far as they were read back from the runner.
+        num_computed: Tokens whose keys and values are in the cache, or will be after the launched steps. While it is
+            swapped out: on the host.
+        num_pending: Tokens that launched steps will give and nobody has read yet (at least; speculation gives more).
+        source: The row that draws the pending token, in the last step.
         tables: Its block tables, one a pool; empty while it waits.
+        host_rows: While it is swapped out: its blocks' places on the host, a list a pool.
         row: Its row in `RunningRows`; -1 while it waits.
         last_step: The last step that names its blocks.
+        drafts: Tokens proposed to follow ``token_ids``, and their distributions (None: certain).
+        keys: Keys of its full blocks, as far as they were wanted; the first ``num_published`` are in the prefix cache.
     """
 
     seq_id: int
@@ -185,10 +225,27 @@ class Sequence:
     token_ids: list[int]
     num_computed: int = 0
     tables: tuple[BlockTable, ...] = ()
-    finish_reason: FinishReason | None = None
     num_pending: int = 0
+    source: int = -1
     row: int = -1
     last_step: int = -1
+    finish_reason: FinishReason | None = None
+    host_rows: list[list[int]] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+    draft_probs: Any = None
+    keys: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    logprobs: "list[TokenLogprobs]" = field(default_factory=list)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens whose keys and values are still to be computed: 1 when decoding."""
+        return len(self.token_ids) + self.num_pending - self.num_computed
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """What was generated so far."""
+        return self.token_ids[len(self.request.prompt_token_ids) :]
 
 
 @dataclass(frozen=True, slots=True)
