@@ -88,7 +88,7 @@ def weight_format(name: str | WeightFormat) -> WeightFormat:
     return WEIGHT_FORMATS[base].in_groups_of(int(group_size)) if group_size else WEIGHT_FORMATS[base]
 
 
-@dataclass
+@dataclass(eq=False)
 class Weight:
     """A matrix [out_features, in_features] in some format, and a bias.
 
@@ -115,6 +115,7 @@ class Weight:
     bias: Any = None
     backend: ModuleType | Any = field(default=None, repr=False)
     device: str | None = None
+    _identity: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # by dtype: see `rows`
 
     @classmethod
     def from_float(
@@ -212,8 +213,9 @@ class Weight:
         arrays = {name: self.backend.take_rows(array, rows) for name, array in arrays.items() if array is not None}
         if self._layout:
             arrays["weight"] = self.backend.pack_weight(arrays["weight"], format=self._layout)
-        identity = self.backend.from_host(np.eye(self.in_features), dtype=dtype, device=self.device)
-        columns = self._apply(self.format.row_op, arrays, identity, None, None)
+        if dtype not in self._identity:
+            self._identity[dtype] = self.backend.from_host(np.eye(self.in_features), dtype=dtype, device=self.device)
+        columns = self._apply(self.format.row_op, arrays, self._identity[dtype], None, None)
         in_order = self.backend.from_host(np.arange(len(rows)), device=self.device)
         return self.backend.take_rows(columns.T, in_order)  # a transposed view, laid out row after row
 
@@ -253,7 +255,7 @@ class Weight:
 
 
 def _round(weight: np.ndarray, format: WeightFormat) -> dict[str, np.ndarray]:
-    """The arrays of ``format``, each weight rounded to nearest; a tile of rows at a time, so that little is in flight."""
+    """The arrays of ``format``, rounded to nearest; a tile of rows at a time, so that little is in flight."""
     if format.is_float:
         return {"weight": _as_float(weight, format.name)}
     tiles = [_round_rows(weight[rows].astype(np.float32), format) for rows in row_tiles(*weight.shape)]
@@ -278,7 +280,7 @@ def _round_rows(weight: np.ndarray, format: WeightFormat) -> dict[str, np.ndarra
 
 
 def _as_float(weight: np.ndarray, name: str) -> np.ndarray:
-    """In the dtype called ``name``: as `numerics.cast`, by the dtype's own conversion, which is faster on a checkpoint."""
+    """What `numerics.cast` gives, by the dtype's own conversion: a checkpoint is large, and that is faster."""
     if name == "float16":
         weight = np.clip(weight, -65504, 65504)  # saturate, as `cast` does
     return weight.astype(dtype_named(name), copy=False)
