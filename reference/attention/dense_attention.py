@@ -115,8 +115,7 @@ def attend(
     """
     compute = compute_dtype(q.dtype)
     k, v = k.astype(compute, copy=False), v.astype(compute, copy=False)
-    num_queries, num_heads, _ = q.shape
-    num_kv_heads = k.shape[1]
+    num_queries, num_heads, num_kv_heads = *q.shape[:2], k.shape[1]
 
     rows = group_heads(q.astype(compute, copy=False) * compute.type(scale), num_kv_heads)
     scores = attention_scores(rows, k, logit_cap)
@@ -127,7 +126,7 @@ def attend(
     # the lowest finite number instead of -inf, for -inf - -inf would be NaN: its weights and their total are 0.
     top = scores.max(axis=-1, keepdims=True, initial=np.finfo(compute).min)
     if sinks is not None:
-        sink = group_heads(np.broadcast_to(sinks[:, None], (num_queries, num_heads, 1)), num_kv_heads).astype(compute)
+        sink = sink_rows(sinks.astype(compute), num_queries, num_kv_heads)
         top = np.maximum(top, sink)
     scores -= top
     weights = np.exp(scores, out=scores)
@@ -167,3 +166,10 @@ def ungroup_heads(
     """The inverse of ``group_heads``."""
     num_kv_heads, _, size = rows.shape
     return rows.reshape(num_kv_heads, -1, num_heads // num_kv_heads, size).swapaxes(0, 1).reshape(-1, num_heads, size)
+
+
+def sink_rows(
+    sinks: Float[Array, " num_heads"], num_queries: int, num_kv_heads: int
+) -> Float[Array, "num_kv_heads num_rows 1"]:
+    """The sink of each row of ``group_heads``."""
+    return group_heads(np.broadcast_to(sinks[:, None], (num_queries, len(sinks), 1)), num_kv_heads)
