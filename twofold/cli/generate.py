@@ -1,0 +1,129 @@
+"""`twofold generate`: answers to one or many prompts."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twofold.cli import options
+from twofold.errors import TwofoldError
+
+Prompts = Annotated[
+    list[str] | None, typer.Argument(help="One or many; - reads one from stdin.", metavar="[PROMPT]...")
+]
+
+
+def generate(
+    prompts: Prompts = None,
+    model: options.Model = None,
+    backend: options.Backend = "reference",
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    deterministic: Annotated[bool, typer.Option(help="The backend's batch-invariant ops.")] = False,
+    file: Annotated[Path | None, typer.Option("--file", help="Prompts, one a line.", metavar="FILE")] = None,
+    chat: Annotated[bool | None, typer.Option("--chat/--raw", help="Use the chat template (if there is one).")] = None,
+    system: options.System = None,
+    max_tokens: options.MaxTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    seed: options.Seed = None,
+    n: Annotated[int, typer.Option("--n", help="Samples for each prompt.", metavar="N")] = 1,
+    beam: Annotated[int, typer.Option(help="Beam search with this many beams.", metavar="N")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text.", metavar="TEXT")] = None,
+    logprobs: Annotated[int | None, typer.Option(help="Show this many best tokens at each place.", metavar="N")] = None,
+    kv_cache_dtype: options.KVCacheDtype = "auto",
+    weights: options.Weights = "auto",
+    lora_modules: options.LoraModules = None,
+    speculate: options.Speculate = None,
+    block_size: options.BlockSize = 16,
+    num_blocks: options.NumBlocks = None,
+    max_num_seqs: options.MaxNumSeqs = 64,
+    max_model_len: options.MaxModelLen = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    preemption: options.Preemption = "recompute",
+    prefix_cache: Annotated[bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Share prefixes.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, on stdout.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Write every step as JSON.", metavar="FILE")] = None,
+) -> int:
+    """Answer prompts with a model, and say what it took."""
+    from twofold.cli.show import Answers, progress, summary
+    from twofold.llm import LLM, SamplingParams
+
+    texts = list(read_prompts(prompts, file))
+    adapters = options.adapters(lora_modules)
+    params = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        n=n,
+        max_tokens=max_tokens,
+        stop=stop,
+        seed=seed,
+        logprobs=logprobs,
+    )
+    with progress() as on_progress:
+        llm = LLM(
+            model,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            deterministic=deterministic,
+            kv_cache_dtype=kv_cache_dtype,
+            weights=weights,
+            lora_modules=adapters,
+            speculate=speculate,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            preemption=preemption,
+            enable_prefix_caching=prefix_cache,
+            trace=trace is not None,
+            on_progress=on_progress,
+        )
+    wanted = [llm.render(text, chat=chat, system=system) for text in texts]
+    lora = list(adapters)[-1] if adapters else None
+    answers = Answers(texts, num_outputs=beam or n, as_json=as_json)
+    interrupted = False
+    try:
+        with answers:
+            for chunk in llm.stream(wanted, params, lora=lora, num_beams=beam):
+                answers.show(chunk)
+    except KeyboardInterrupt:  # what came so far is kept; a second Ctrl-C while closing down is not heard
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        interrupted = True
+    outputs = llm.outputs
+    answers.finish(outputs)
+    if trace is not None:
+        trace.write_text(json.dumps(llm.trace()))
+    print(summary(llm.metrics()), file=sys.stderr)
+    for output in outputs:
+        if output.error:
+            print(f"twofold: {output.request_id}: {output.error}", file=sys.stderr)
+    if interrupted:
+        return 130
+    return 2 if any(output.error for output in outputs) else 0
+
+
+def read_prompts(prompts: list[str] | None, file: Path | None) -> Iterator[str]:
+    """The prompts of the command line, of stdin where one is "-", and of ``file``."""
+    if not prompts and file is None:
+        raise TwofoldError("no prompt: give one or many, - to read one from stdin, or --file with one a line")
+    for prompt in prompts or []:
+        yield sys.stdin.read() if prompt == "-" else prompt
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise TwofoldError(f"--file {file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+        if not any(line.strip() for line in lines):
+            raise TwofoldError(f"--file {file}: no prompt in it")
+        yield from (line for line in lines if line.strip())

@@ -1,0 +1,313 @@
+"""`LLM`: a model, an engine, and text in and out.
+
+from twofold import LLM, SamplingParams
+llm = LLM()
+print(llm.generate("Why is the sky blue?", SamplingParams(temperature=0, max_tokens=64))[0].outputs[0].text)
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from reference.batching.engine import Engine, EngineConfig
+from reference.batching.request import SamplingParams
+from reference.batching.runner import ModelRunner
+from reference.batching.trace import TraceWriter
+from reference.kv_cache.cache import KVCache
+from reference.model.decoder import AdapterBank, Decoder
+from twofold.backends import resolve_backend
+from twofold.checkpoints import Checkpoint, load_checkpoint
+from twofold.errors import TwofoldError
+from twofold.generation import Generation, Prompt
+from twofold.lora import read_adapter
+from twofold.outputs import Chunk, RequestOutput, RunMetrics
+from twofold.sizing import pool_sizes
+
+__all__ = ["LLM", "SamplingParams"]
+
+PromptLike = str | Mapping[str, Any]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: "SmolLM2-135M-Instruct" (the default, fetched once), a Hugging Face folder, a .gguf file, a hub name, or
+            a `Checkpoint`.
+        backend: Who computes: "reference", "fast", "plain_torch", the name of an importable module with some of the
+            interface's ops, or a module or object.
+        device: Where the arrays live, as the backend names it.
+        dtype: Of activations: "float32", "bfloat16", "float16"; "auto": float32.
+        weights: Format of the linear layers' weights: "auto" (as ``dtype``), "as-is" (a GGUF's own blocks), or a name
+            of the weight formats' table. `twofold models` prints both tables.
+        kv_cache_dtype: Format of the KV cache, by name.
+        block_size: Tokens in a KV block.
+        num_blocks: In the pool. By default as many as fit in 256 MiB, and enough for one sequence of full length where
+            that takes no more than 1 GiB.
+        max_num_seqs: Sequences that run at once.
+        max_num_batched_tokens: Token budget of a step; longer prompts are computed in chunks.
+        max_model_len: Longest prompt plus answer; by default the model's context, or what the pool holds if less.
+        preemption: "recompute" or "swap".
+        enable_prefix_caching: Share the blocks of equal prompt beginnings.
+        lookahead: Steps scheduled ahead of the tokens read: 0 or 1.
+        deterministic: Use the backend's batch-invariant ops.
+        lora_modules: Adapters by name: folders as `peft` saves them.
+        speculate: "ngram:K": draft K tokens by look-up in the text so far; or a model's name or path, with ":K" or not.
+        trace: Keep a record of every step: see `trace`.
+        on_progress: Called with (what, bytes done, bytes in all or None) while fetching and loading.
+
+    Raises:
+        TwofoldError: For anything wrong with the model or the settings: one sentence.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Checkpoint | None = None,
+        *,
+        backend: str | ModuleType | Any = "reference",
+        device: str | None = None,
+        dtype: str = "auto",
+        weights: str = "auto",
+        kv_cache_dtype: str = "auto",
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        max_model_len: int | None = None,
+        preemption: str = "recompute",
+        enable_prefix_caching: bool = True,
+        lookahead: int = 0,
+        deterministic: bool = False,
+        lora_modules: Mapping[str, str | Path] | None = None,
+        speculate: str | None = None,
+        trace: bool = False,
+        on_progress: Callable[[str, int, int | None], None] | None = None,
+    ):
+        self.checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model, on_progress=on_progress)
+        self.tokenizer = self.checkpoint.tokenizer
+        self.backend = resolve_backend(backend, deterministic=deterministic)
+        config = self.checkpoint.config
+        dtype = "float32" if dtype == "auto" else dtype
+        sizes = pool_sizes(
+            config,
+            kv_cache_dtype,
+            dtype,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            lookahead=lookahead,
+        )
+        try:
+            self.adapters = AdapterBank(config, backend=self.backend, dtype=dtype, device=device)
+            for name, path in (lora_modules or {}).items():
+                self.adapters.add(name, *read_adapter(path))
+            self.decoder = Decoder(
+                config,
+                self.checkpoint.tensors(as_is=weights == "as-is"),
+                backend=self.backend,
+                dtype=dtype,
+                weight_format=weights,
+                device=device,
+                max_positions=sizes.max_model_len,
+            )
+            self.cache = KVCache(
+                sizes.format,
+                num_layers=config.num_layers,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                block_size=block_size,
+                num_blocks=sizes.num_blocks,
+                num_window_blocks=sizes.num_window_blocks,
+                dtype=dtype,
+                backend=self.backend,
+                device=device,
+            )
+            slides = all(config.layer_window(i) is not None for i in range(config.num_layers))
+            engine_config = EngineConfig(
+                num_blocks=sizes.num_blocks,
+                num_window_blocks=sizes.num_window_blocks,
+                max_model_len=sizes.max_model_len,
+                block_size=block_size,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                preemption=preemption,  # type: ignore[arg-type]  # the engine checks it
+                enable_prefix_caching=enable_prefix_caching,
+                lookahead=lookahead,
+                kv_cache_dtype=sizes.format.name,
+                kv_window=sizes.format.window,
+                sliding_window=config.sliding_window if slides else None,
+                eos_token_ids=self.checkpoint.eos_token_ids,
+                model_fingerprint=self.decoder.fingerprint,
+            )
+            self.tracer = TraceWriter() if trace else None
+            self.engine = Engine(
+                engine_config,
+                ModelRunner(self.decoder, self.cache, adapters=self.adapters),
+                drafter=make_drafter(speculate, self),
+                adapters={name: (i, self.adapters.digests[name]) for i, name in enumerate(self.adapters.names)},
+                trace=self.tracer,
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise TwofoldError(str(error)) from None
+        self._runs = itertools.count()
+        self._run: Generation | None = None
+
+    # --- text in -------------------------------------------------------------------------------------------------
+
+    def render(self, prompt: str | Messages, *, chat: bool | None = None, system: str | None = None) -> dict[str, Any]:
+        """A prompt as tokens: through the chat template where there is one, or as the text stands.
+
+        Args:
+            prompt: Text (one user message), or messages with "role" and "content".
+            chat: True asks for the template, False for the text as it stands; None: the template if there is one.
+            system: A system message to begin with.
+        """
+        tokenizer = self.checkpoint.require_tokenizer()
+        template = self.checkpoint.chat_template
+        if not prompt:
+            return {"prompt": "", "prompt_token_ids": []}
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if chat is None:
+            chat = template is not None
+        if chat and template is None:
+            raise TwofoldError(
+                f"{self.checkpoint.name} has no chat template; use --raw to give it the text as it stands"
+            )
+        if not chat:
+            if system is not None or not isinstance(prompt, str):
+                raise TwofoldError("a system message and a conversation need the chat template")
+            return {"prompt": prompt, "prompt_token_ids": tokenizer.encode(prompt)}
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        text = tokenizer.apply_chat_template(messages)
+        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+    def _prompt(self, prompt: PromptLike, params: SamplingParams, lora: str | None, **more: Any) -> Prompt:
+        text, ids, salt = (prompt, None, "") if isinstance(prompt, str) else (
+            prompt.get("prompt"), prompt.get("prompt_token_ids"), prompt.get("cache_salt", "")
+        )  # fmt: skip
+        if ids is None and text is None:
+            raise TwofoldError('a prompt is a string, {"prompt": "..."} or {"prompt_token_ids": [...]}')
+        if ids is None:
+            ids = self.checkpoint.require_tokenizer().encode(text) if text else []
+        if lora is not None and lora not in self.adapters.digests:
+            raise TwofoldError(
+                f"no LoRA adapter is called {lora!r}; there is {', '.join(self.adapters.names) or 'none'}"
+            )
+        if params.stop and self.tokenizer is None:
+            raise TwofoldError(f"stop strings need text: {self.checkpoint.no_tokenizer}; use stop_token_ids")
+        return Prompt([int(id) for id in ids], params, text, lora, cache_salt=salt, **more)
+
+    # --- text out ------------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora: str | Sequence[str | None] | None = None,
+        num_beams: int = 0,
+        length_penalty: float = 1.0,
+    ) -> Iterator[Chunk]:
+        """What each answer gains, as it gains it; afterwards ``outputs`` has the whole of each.
+
+        Closing the iterator early ends what is unfinished. One run at a time.
+
+        Args:
+            prompts: One or many: strings, ``{"prompt": ...}`` or ``{"prompt_token_ids": [...]}``.
+            params: For all of them, or one each.
+            lora: The adapter, by its name in ``lora_modules``: for all of them, or one each.
+            num_beams: Beam search with so many beams, instead of sampling; its answers come when they are whole.
+            length_penalty: Of the beam search.
+        """
+        several = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        wanted = [
+            self._prompt(prompt, p, name, num_beams=num_beams, length_penalty=length_penalty)
+            for prompt, p, name in zip(
+                several, _one_each(params or SamplingParams(), several, "params"), _one_each(lora, several, "lora")
+            )
+        ]
+        if self._run is not None:
+            self._run.close()
+        self._run = Generation(self.engine, wanted, tokenizer=self.tokenizer, prefix=f"{next(self._runs)}-")
+        return iter(self._run)
+
+    def stop(self) -> None:
+        """End the run at its next step, keeping what it has. Safe to call from a signal handler."""
+        if self._run is not None:
+            self._run.stopped = True
+
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        """The outputs of the last run, in the order of its prompts."""
+        return self._run.outputs if self._run is not None else []
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora: str | Sequence[str | None] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers to all prompts, in their order. One that cannot run has an ``error``; the others are answered."""
+        for _ in self.stream(prompts, params, lora=lora):
+            pass
+        return self.outputs
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora: str | Sequence[str | None] | None = None,
+    ) -> list[RequestOutput]:
+        """The next message of one conversation, or of each of many."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return self.generate(
+            [self.render(conversation, chat=True) for conversation in conversations], params, lora=lora
+        )  # type: ignore[arg-type]
+
+    def beam_search(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        *,
+        beam_width: int = 4,
+        max_tokens: int = 16,
+        length_penalty: float = 1.0,
+        ignore_eos: bool = False,
+        lora: str | None = None,
+    ) -> list[RequestOutput]:
+        """The best continuations that beam search finds, best first, with their ``cumulative_logprob``."""
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=ignore_eos)
+        stream = self.stream(prompts, params, lora=lora, num_beams=beam_width, length_penalty=length_penalty)
+        for _ in stream:
+            pass
+        return self.outputs
+
+    # --- what it took --------------------------------------------------------------------------------------------
+
+    def metrics(self) -> RunMetrics:
+        """The last run in figures."""
+        if self._run is None:
+            raise TwofoldError("nothing has been run yet")
+        return self._run.metrics()
+
+    def trace(self) -> dict[str, Any]:
+        """Every step since the start, in the schema of `reference.batching.trace`."""
+        if self.tracer is None:
+            raise TwofoldError("no trace was kept: make the LLM with trace=True")
+        return self.tracer.document()
+
+
+def _one_each(value: Any, prompts: Sequence[Any], name: str) -> list[Any]:
+    """``value`` for every prompt, or, if it is a sequence, one for each."""
+    if value is None or isinstance(value, str | SamplingParams):
+        return [value] * len(prompts)
+    if len(value) != len(prompts):
+        raise TwofoldError(f"{len(value)} {name} for {len(prompts)} prompts: give one, or one each")
+    return list(value)
