@@ -7,7 +7,7 @@ import numpy as np
 from reference.kv_cache.cache import CacheView, KVCache
 from reference.model.decoder import AdapterBank, Decoder
 
-# Of a row's largest logit, in float32. Two layers of small matrices lose 5e-7; whatever is left out shows at 1e-3 and up.
+# Of a row's largest logit, float32. Two layers of small matrices lose 5e-7; whatever is left out shows at 1e-3 and up.
 LOGIT_TOLERANCE = 1e-5
 
 Steps = Sequence[Sequence[int]]  # for each step, how many tokens of each sequence it computes
