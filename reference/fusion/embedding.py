@@ -3,7 +3,7 @@
 from jaxtyping import Float, Int
 from numpy import ndarray as Array
 
-from reference._checks import require, require_shape
+from reference._checks import deliver, require, require_out, require_shape
 
 
 def embedding(
@@ -39,11 +39,9 @@ def embedding(
     """
     require_shape("embedding", "weight", weight, (None, None))
     require_shape("embedding", "token_ids", token_ids, (None,))
-    vocab_size = len(weight)
+    require(token_ids.dtype.kind in "iu", "embedding", "token_ids", "an integer dtype", token_ids.dtype)
+    vocab_size, hidden_size = weight.shape
     in_range = not token_ids.size or (token_ids.min() >= 0 and token_ids.max() < vocab_size)
     require(in_range, "embedding", "token_ids", f"ids from 0 to {vocab_size - 1}", token_ids)
-    if out is None:
-        return weight[token_ids]
-    require_shape("embedding", "out", out, (len(token_ids), weight.shape[1]))
-    out[...] = weight[token_ids]
-    return out
+    require_out("embedding", out, (len(token_ids), hidden_size), weight.dtype)
+    return deliver(weight[token_ids], weight.dtype, out)

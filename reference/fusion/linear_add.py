@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray as Array
 
-from reference._checks import compute_dtype, deliver, require_shape
+from reference._checks import compute_dtype, deliver, require_out, require_shape
 from reference.linear.linear import linear
 
 
@@ -44,6 +44,7 @@ def linear_add(
     """
     projected = linear(x, weight, bias)
     require_shape("linear_add", "residual", residual, projected.shape)
+    require_out("linear_add", out, projected.shape, x.dtype)
     compute = compute_dtype(x.dtype)
     if x.dtype == residual.dtype == compute:
         return np.add(projected, residual, out=projected if out is None else out)

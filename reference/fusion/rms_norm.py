@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray as Array
 
-from reference._checks import compute_dtype, deliver, require, require_shape
+from reference._checks import compute_dtype, deliver, require, require_float, require_out, require_shape
 from reference.linear.linear import linear
 
 
@@ -43,18 +43,17 @@ def rms_norm(
         >>> rms_norm(np.array([[3.0, 4.0]]), np.array([1.0, 10.0]), eps=1e-9).round(3)   # the rms is sqrt(12.5)
         array([[ 0.849, 11.314]])
     """
-    require(
-        weight.ndim == 1 and x.ndim and x.shape[-1] == len(weight), "rms_norm", "x", f"rows of {weight.shape}", x.shape
-    )
+    require_shape("rms_norm", "weight", weight, (None,))
+    if x.shape[-1:] != weight.shape:
+        require(False, "rms_norm", "x", f"rows of {len(weight)}", f"shape {list(x.shape)}")
+    require_float("rms_norm", "x", x)
     require(eps > 0, "rms_norm", "eps", "a number above 0", eps)
-    require(out is None or out.shape == x.shape, "rms_norm", "out", f"shape {x.shape}", getattr(out, "shape", None))
+    require_out("rms_norm", out, x.shape, x.dtype)
     compute = compute_dtype(x.dtype)
 
     values = x.astype(compute, copy=False)
-    mean_square = np.vecdot(values, values) / len(weight)
-    inverse = 1.0 / np.sqrt(mean_square + float(eps))
-
-    normed = np.multiply(values, inverse[..., None], out=out if x.dtype == compute else None)
+    rms = np.sqrt(np.vecdot(values, values) / len(weight) + float(eps))
+    normed = np.divide(values, rms[..., None], out=out if x.dtype == compute else None)
     normed *= weight.astype(compute, copy=False)
     return normed if normed is out else deliver(normed, x.dtype, out)
 
@@ -98,6 +97,8 @@ def add_rms_norm(
     """
     require_shape("add_rms_norm", "residual", residual, x.shape)
     require_shape("add_rms_norm", "x", x, (None, None))
+    require_float("add_rms_norm", "x", x)
+    require_out("add_rms_norm", residual_out, x.shape, x.dtype)
     compute = compute_dtype(x.dtype)
     total = x.astype(compute, copy=False) + residual.astype(compute, copy=False)
     total = deliver(total, x.dtype, residual_out)

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Int, Int64
 from numpy import ndarray as Array
 
-from reference._checks import compute_dtype, deliver, require, require_shape
+from reference._checks import compute_dtype, deliver, require, require_float, require_out, require_shape
 from reference.fusion.rms_norm import rms_norm
 from reference.kv_cache.slots import write_kv
 
@@ -175,32 +175,43 @@ def rotary(
 
 def _rotary(
     op: str, q: Array, k: Array, cos: Array, sin: Array, positions: Array, interleaved: bool, out: Array | None
-):
-    require_shape(op, "q", q, (len(positions), None, None))
-    require_shape(op, "k", k, (len(positions), None, q.shape[2]))
-    require_shape(op, "sin", sin, cos.shape)
+) -> tuple[Array, Array]:
+    num_tokens, head_dim = len(positions), q.shape[-1]
+    require_shape(op, "q", q, (num_tokens, None, head_dim))
+    require_shape(op, "k", k, (num_tokens, None, head_dim))
     require_shape(op, "cos", cos, (None, None))
+    require_shape(op, "sin", sin, cos.shape)
+    require_float(op, "q", q)
+    require_float(op, "k", k)
+    require_out(op, out, q.shape, q.dtype)
     max_positions, half_dim = cos.shape
-    require(2 * half_dim <= q.shape[2], op, "cos", f"at most {q.shape[2] // 2} columns", half_dim)
-    in_range = not positions.size or (positions.min() >= 0 and positions.max() < max_positions)
-    require(in_range, op, "positions", f"from 0 to {max_positions - 1}", positions)
+    if 2 * half_dim > head_dim:
+        require(False, op, "cos", f"at most {head_dim // 2} columns", half_dim)
+    if num_tokens and (positions.min() < 0 or positions.max() >= max_positions):
+        require(False, op, "positions", f"from 0 to {max_positions - 1}", positions)
     cos, sin = cos[positions][:, None, :], sin[positions][:, None, :]  # the same for every head
+    cos, sin = _by_pairs(cos, cos, interleaved), _by_pairs(-sin, sin, interleaved)
     return _turn(q, cos, sin, interleaved, out), _turn(k, cos, sin, interleaved, None)
 
 
 def _turn(x: Array, cos: Array, sin: Array, interleaved: bool, out: Array | None) -> Array:
-    half_dim = cos.shape[-1]
-    first, second = slice(0, half_dim), slice(half_dim, 2 * half_dim)
-    if interleaved:
-        first, second = slice(0, 2 * half_dim, 2), slice(1, 2 * half_dim, 2)
+    """(a, b) * (cos, cos) + (b, a) * (-sin, sin): each number and its partner, all pairs at once."""
     values = x.astype(compute_dtype(x.dtype), copy=False)
-    a, b = values[..., first], values[..., second]
+    width = cos.shape[-1]
+    pairs, rest = values[..., :width], values[..., width:]
+    first = slice(0, None, 2) if interleaved else slice(0, width // 2)
+    second = slice(1, None, 2) if interleaved else slice(width // 2, None)
+    turned = _by_pairs(pairs[..., second], pairs[..., first], interleaved)
+    turned *= sin
+    turned += pairs * cos
+    return deliver(np.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned, x.dtype, out)
 
-    turned = np.empty(x.shape, values.dtype)
-    np.subtract(a * cos, b * sin, out=turned[..., first])
-    np.add(a * sin, b * cos, out=turned[..., second])
-    turned[..., 2 * half_dim :] = values[..., 2 * half_dim :]
-    return deliver(turned, x.dtype, out)
+
+def _by_pairs(first: Array, second: Array, interleaved: bool) -> Array:
+    """A new array with these numbers in the places of the first and the second of each pair."""
+    if interleaved:
+        return np.stack([first, second], axis=-1).reshape(*first.shape[:-1], 2 * first.shape[-1])
+    return np.concatenate([first, second], axis=-1)
 
 
 def rotary_write_kv(

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray as Array
 
-from reference._checks import compute_dtype, deliver, require
+from reference._checks import compute_dtype, deliver, require, require_float, require_out, require_shape
 from reference.fusion.linear_add import linear_add
 
 
@@ -39,10 +39,12 @@ def swiglu(
         >>> swiglu(np.array([[0.0, 2.0, 5.0, 5.0]])).round(3)      # gates 0 and 2; ups 5 and 5
         array([[0.   , 8.808]])
     """
-    require(gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0, "swiglu", "gate_up", "rows of even length", gate_up.shape)
-    half = gate_up.shape[1] // 2
-    shape = (len(gate_up), half)
-    require(out is None or out.shape == shape, "swiglu", "out", f"shape {shape}", getattr(out, "shape", None))
+    require_shape("swiglu", "gate_up", gate_up, (None, None))
+    require_float("swiglu", "gate_up", gate_up)
+    num_tokens, width = gate_up.shape
+    require(width % 2 == 0, "swiglu", "gate_up", "rows of even length", width)
+    half = width // 2
+    require_out("swiglu", out, (num_tokens, half), gate_up.dtype)
     compute = compute_dtype(gate_up.dtype)
 
     gate, up = gate_up[:, :half].astype(compute, copy=False), gate_up[:, half:].astype(compute, copy=False)
