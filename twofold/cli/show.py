@@ -98,7 +98,7 @@ def summary(metrics: "RunMetrics") -> str:
         f"{metrics.num_prompt_tokens} prompt + {metrics.num_generated_tokens} generated tokens",
         f"first token {first}",
         f"{metrics.tokens_per_second:.1f} tokens/s",
-        f"KV blocks {metrics.peak_blocks} of {metrics.num_blocks} at the peak, {metrics.empty_slots:.1%} of slots empty",
+        f"{metrics.peak_blocks} of {metrics.num_blocks} KV blocks at the peak, {metrics.empty_slots:.1%} of slots empty",
     ]
     if metrics.seed is not None:
         parts.append(f"seed {metrics.seed}")
