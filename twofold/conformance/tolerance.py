@@ -20,8 +20,13 @@ float64, so for them :math:`u_{64}` takes the place of :math:`u_{32}`. Results b
 flushed to zero; that is the one absolute term, and it is tiny.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
 import ml_dtypes
 import numpy as np
+
+from reference.attention.dense_attention import attend, attention_scores, group_heads, ungroup_heads, visible_keys
 
 Real = np.ndarray | float
 
@@ -177,6 +182,52 @@ def attention_baseline_bound(
     head_dim = ref64.shape[-1]
     steps = 2 * num_keys + 16 + 2 * (head_dim + 4) * np.asarray(score_magnitude)[..., None]
     return rounding_unit(out_dtype) * np.abs(ref64) + steps * compute_unit(out_dtype) * magnitude + underflow(out_dtype)
+
+
+# ---- the oracle, with its magnitudes ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionOracle:
+    """One sequence's attention in float64, and the magnitudes that the rule asks for."""
+
+    out: np.ndarray  # [num_queries, num_heads, head_dim]
+    lse: np.ndarray  # [num_queries, num_heads]
+    magnitude: np.ndarray  # sum p|v|, like out
+    score_magnitude: np.ndarray  # max sum |q||k| * scale over the keys seen (and |sink|), like lse
+
+
+def attention_oracle(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    sinks: np.ndarray | None = None,
+    logit_cap: float | None = None,
+) -> AttentionOracle:
+    """``dense_attention`` of one sequence in float64, with its ``lse`` and magnitudes."""
+    q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    sinks = None if sinks is None else np.asarray(sinks).astype(np.float64)
+    positions = np.arange(len(k) - len(q), len(k))
+    seen = visible_keys(positions, np.arange(len(k)), causal=causal, sliding_window=sliding_window)
+    out, lse = attend(q, k, v, seen=seen, scale=factor, sinks=sinks, logit_cap=logit_cap)
+    magnitude, _ = attend(q, k, np.abs(v), seen=seen, scale=factor, sinks=sinks, logit_cap=logit_cap)
+
+    scores = attention_scores(group_heads(np.abs(q) * abs(factor), k.shape[1]), np.abs(k))
+    scores = np.where(np.repeat(seen, q.shape[1] // k.shape[1], axis=0), scores, 0.0)
+    score_magnitude = ungroup_heads(scores.max(axis=-1, keepdims=True, initial=0.0), q.shape[1])[..., 0]
+    if sinks is not None:
+        score_magnitude = np.maximum(score_magnitude, np.abs(sinks))
+    return AttentionOracle(out, lse, magnitude, score_magnitude)
+
+
+def concatenate_oracles(oracles: Sequence[AttentionOracle]) -> AttentionOracle:
+    """The oracles of several sequences as that of their packed batch; at least one."""
+    return AttentionOracle(*(np.concatenate([getattr(o, f.name) for o in oracles]) for f in fields(AttentionOracle)))
 
 
 # ---- the verdict ------------------------------------------------------------------------------------------------
