@@ -5,6 +5,7 @@ and the tokens after the first ride along; with hundreds it is bound by arithmet
 that range, and `matmul_transposed` picks.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -55,7 +56,9 @@ def linear(
     if weight.dtype == compute:
         result = matmul_transposed(x.astype(compute, copy=False), weight, out if x.dtype == compute else None)
     else:
-        result = matmul_by_tiles(x.astype(compute), len(weight), lambda rows: weight[rows].astype(compute))
+        result = matmul_by_tiles(
+            x.astype(compute, copy=False), len(weight), lambda tile, rows: np.copyto(tile, weight[rows])
+        )
     return add_bias(result, bias, x.dtype, out)
 
 
@@ -74,24 +77,32 @@ def matmul_transposed(x: Array, weight: Array, out: Array | None = None) -> Arra
     return out
 
 
-def matmul_by_tiles(x: Array, out_features: int, tile: Callable[[slice], Array]) -> Array:
-    """``x @ weight.T`` for a weight that is made a few rows at a time: ``tile(rows)`` gives them as floats."""
+def matmul_by_tiles(x: Array, out_features: int, fill: Callable[[Array, slice], None]) -> Array:
+    """``x @ weight.T`` for a weight that becomes floats a few rows at a time: ``fill(tile, rows)`` writes them."""
     result = np.empty((len(x), out_features), x.dtype)
-    for rows in row_tiles(out_features, x.shape[1]):
-        result[:, rows] = matmul_transposed(x, tile(rows))
+    for tile, rows in tiles(np.empty, out_features, x.shape[1:], x.dtype):
+        fill(tile, rows)
+        result[:, rows] = matmul_transposed(x, tile)
     return result
 
 
-def row_tiles(out_features: int, in_features: int) -> Iterator[slice]:
-    """Slices of output rows, each of about ``TILE_WEIGHTS`` weights and at least one row.
+def tiles(
+    make: Callable[..., Array], out_features: int, row_shape: tuple[int, ...], dtype: np.dtype
+) -> Iterator[tuple[Array, slice]]:
+    """A tile to write to, and the output rows that it stands for, until all rows had their turn.
+
+    It is the same memory every time, made by ``make`` (`np.empty`, `np.zeros`): fresh memory would cost more than what
+    is done with it, as the operating system hands it out page by page.
 
     Example:
-        >>> [rows.stop for rows in row_tiles(500, 2**10)]
-        [128, 256, 384, 500]
+        >>> [(tile.shape, rows.stop) for tile, rows in tiles(np.empty, 300, (2**10,), np.dtype(np.float32))]
+        [((128, 1024), 128), ((128, 1024), 256), ((44, 1024), 300)]
     """
-    step = max(1, TILE_WEIGHTS // max(1, in_features))
+    step = max(1, TILE_WEIGHTS // max(1, math.prod(row_shape)))
+    memory = make((min(step, out_features), *row_shape), dtype)
     for start in range(0, out_features, step):
-        yield slice(start, min(start + step, out_features))
+        stop = min(start + step, out_features)
+        yield memory[: stop - start], slice(start, stop)
 
 
 def check_linear(op: str, x: Array, weight_shape: tuple[int, ...], bias: Array | None, out: Array | None) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Int8, Int32, Shaped, UInt8
 from numpy import ndarray as Array
 
 from reference._checks import compute_dtype, require, require_float, require_shape
-from reference.linear.linear import add_bias, check_linear, matmul_by_tiles, matmul_transposed, row_tiles
+from reference.linear.linear import add_bias, check_linear, matmul_by_tiles, matmul_transposed, tiles
 from reference.linear.rounding import FP8_MAX, INT8_MAX, nibble_features
 from reference.numerics.arrays import dtype_named
 from reference.numerics.low_precision import cast
@@ -116,11 +116,9 @@ def linear_int8(
     require(group_size > 0, "linear_int8", "group_size", "a positive number, or None", group_size)
     _check_scales("linear_int8", "weight_scale", weight_scale, weight.shape, group_size)
 
-    num_groups = weight_scale.shape[1]
+    fill = lambda tile, rows: np.copyto(tile, weight[rows, None])  # noqa: E731
     result = _linear_in_groups(
-        _in_groups(x.astype(compute, copy=False)[:, None], num_groups, group_size),
-        lambda rows: _in_groups(weight[rows, None].astype(compute), num_groups, group_size),
-        weight_scale.astype(compute),
+        x.astype(compute, copy=False)[:, None], fill, weight_scale.astype(compute), width=group_size
     )
     return add_bias(result, bias, x.dtype, out)
 
@@ -183,7 +181,7 @@ def matmul_int8(
         part = slice(start, start + EXACT_TERMS)
         codes = weight[:, part]
         result += matmul_by_tiles(
-            x[:, part].astype(np.float32), len(weight), lambda rows, codes=codes: codes[rows].astype(np.float32)
+            x[:, part].astype(np.float32), len(weight), lambda tile, rows, codes=codes: np.copyto(tile, codes[rows])
         ).astype(np.int32)
     return result
 
@@ -266,7 +264,7 @@ def linear_fp8_fp8(
     _require_dtype("linear_fp8_fp8", weight, FP8)
     codes, scale = quantize_rows(x, format="float8_e4m3fn")
     compute = compute_dtype(x.dtype)
-    result = _linear_by_row("linear_fp8_fp8", widen(codes, compute), weight, weight_scale, None, None)
+    result = _linear_by_row("linear_fp8_fp8", codes.astype(compute), weight, weight_scale, None, None)
     result *= scale[:, None].astype(compute)
     return add_bias(result, bias, x.dtype, out)
 
@@ -324,19 +322,17 @@ def linear_int4(
     if weight_min is not None:
         require_shape("linear_int4", "weight_min", weight_min, weight_scale.shape)
     compute = compute_dtype(x.dtype)
-    num_groups, half = weight_scale.shape[1], group_size // 2
+    zero = np.int8(8 if weight_min is None else 0)  # subtracted as integers, or a 0 would be a difference of two sums
 
-    def codes(rows: slice) -> Array:
-        nibbles = np.stack([weight[rows] & 15, weight[rows] >> 4], axis=1)
-        if weight_min is None:
-            nibbles = nibbles.view(np.int8) - np.int8(8)  # now, or a zero would be a difference of two large sums
-        return _in_groups(nibbles.astype(compute), num_groups, half)
+    def fill(tile: Array, rows: slice) -> None:
+        tile[:, 0] = (weight[rows] & 15).view(np.int8) - zero
+        tile[:, 1] = (weight[rows] >> 4).view(np.int8) - zero
 
-    halves = x.astype(compute, copy=False)[:, nibble_features(x.shape[1], group_size)]  # in the order of the nibbles
-    halves = _in_groups(halves, num_groups, half)
-    result = _linear_in_groups(halves, codes, weight_scale.astype(compute))
+    halves = x.astype(compute, copy=False).take(nibble_features(x.shape[1], group_size), axis=1)  # in nibble order
+    result = _linear_in_groups(halves, fill, weight_scale.astype(compute), width=group_size // 2)
     if weight_min is not None:
-        result += matmul_transposed(halves.sum(axis=(1, 3)), weight_min.astype(compute))
+        sums = np.add.reduceat(x, np.arange(0, x.shape[1], group_size), axis=1, dtype=compute)
+        result += matmul_transposed(sums, weight_min.astype(compute))
     return add_bias(result, bias, x.dtype, out)
 
 
@@ -380,12 +376,13 @@ def unpack_weight(
     return packed
 
 
-def widen(codes: Array, dtype: np.dtype) -> Array:
-    """Codes as floats. An 8-bit float has 256 values: looking them up is faster than ml_dtypes' conversion."""
-    if codes.dtype != FP8:
-        return codes.astype(dtype)
-    every_value = np.arange(256, dtype=np.uint8).view(FP8).astype(dtype)
-    return every_value.take(codes.view(np.uint8))
+def widen(codes: Array, out: Array) -> None:
+    """Write codes as floats. An 8-bit float has 256 values: to look them up is faster than to convert."""
+    if codes.dtype == FP8:
+        every_value = np.arange(256, dtype=np.uint8).view(FP8).astype(out.dtype)
+        every_value.take(codes.view(np.uint8), out=out, mode="clip")
+    else:
+        np.copyto(out, codes)
 
 
 def _linear_by_row(
@@ -394,35 +391,41 @@ def _linear_by_row(
     """A scale for each output row, applied to the sums."""
     require_shape(op, "weight_scale", weight_scale, (len(weight),))
     compute = compute_dtype(x.dtype)
-    result = matmul_by_tiles(x.astype(compute, copy=False), len(weight), lambda rows: widen(weight[rows], compute))
+    widen_rows = lambda tile, rows: widen(weight[rows], tile)  # noqa: E731
+    result = matmul_by_tiles(x.astype(compute, copy=False), len(weight), widen_rows)
     result *= weight_scale.astype(compute, copy=False)
     return add_bias(result, bias, x.dtype, out)
 
 
-def _linear_in_groups(x: Array, codes: Callable[[slice], Array], scale: Array) -> Array:
-    """A scale for each group: ``x`` and ``codes(rows)`` are [tokens or rows, halves, groups, features of half a group].
+def _linear_in_groups(x: Array, fill: Callable[[Array, slice], None], scale: Array, width: int) -> Array:
+    """A scale for each group of ``width`` features: ``x`` and the tiles to fill are [tokens or rows, parts, features].
 
     With few tokens the *sums* of each group are scaled, there being fewer of them than weights. With many tokens the
     weights are scaled, once for all tokens, and what is left is one plain matrix product.
     """
-    num_tokens, in_features = len(x), x[0].size if len(x) else 0
-    if num_tokens > FEW_TOKENS_IN_GROUPS:
-        scaled = lambda rows: (codes(rows) * scale[rows, None, :, None]).reshape(-1, in_features)  # noqa: E731
-        return matmul_by_tiles(x.reshape(num_tokens, -1), len(scale), scaled)
-    result = np.empty((num_tokens, len(scale)), x.dtype)
-    columns = np.ascontiguousarray(x.transpose(1, 2, 3, 0))
-    for rows in row_tiles(len(scale), in_features):
-        sums = codes(rows).transpose(1, 2, 0, 3) @ columns  # [halves, groups, rows, tokens]
-        result[:, rows] = np.einsum("hgrt,rg->tr", sums, scale[rows])
+    num_tokens, num_parts, num_features = x.shape
+    out_features, num_groups = scale.shape
+    few = num_tokens <= FEW_TOKENS_IN_GROUPS
+    x = _in_groups(x, num_groups, width)
+    columns = np.ascontiguousarray(x.transpose(1, 2, 3, 0))  # [parts, groups, width, tokens]
+    result = np.empty((num_tokens, out_features), x.dtype)
+    for tile, rows in tiles(np.zeros, out_features, (num_parts, num_groups * width), x.dtype):
+        fill(tile[..., :num_features], rows)
+        codes = tile.reshape(len(tile), num_parts, num_groups, width)
+        if few:
+            sums = (codes.transpose(1, 2, 0, 3) @ columns).sum(axis=0)  # [groups, rows, tokens]
+            result[:, rows] = np.einsum("grt,rg->tr", sums, scale[rows])
+        else:
+            codes *= scale[rows, None, :, None]
+            result[:, rows] = matmul_transposed(x.reshape(num_tokens, -1), tile.reshape(len(tile), -1))
     return result
 
 
 def _in_groups(parts: Array, num_groups: int, width: int) -> Array:
     """Cut the last axis into groups; a short last group is filled up with zeros, which add nothing."""
-    missing = num_groups * width - parts.shape[-1]
-    if missing:
-        parts = np.pad(parts, [(0, 0), (0, 0), (0, missing)])
-    return parts.reshape(*parts.shape[:-1], num_groups, width)
+    filled = np.zeros((*parts.shape[:-1], num_groups * width), parts.dtype)
+    filled[..., : parts.shape[-1]] = parts
+    return filled.reshape(*parts.shape[:-1], num_groups, width)
 
 
 def _check_scales(op: str, name: str, scale: Array, weight_shape: tuple[int, ...], group_size: int) -> None:

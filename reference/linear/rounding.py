@@ -168,7 +168,7 @@ def pack_int4(
         even and group_size % 2 == 0, "pack_int4", "codes", "an even number of features and group_size", codes.shape
     )
     low, high = nibble_features(codes.shape[1], group_size)
-    return codes[:, low] | codes[:, high] << 4
+    return codes.take(low, axis=1) | codes.take(high, axis=1) << 4  # take: codes[:, low] would lie column by column
 
 
 def unpack_int4(

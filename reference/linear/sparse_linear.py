@@ -5,6 +5,7 @@ four neighbours the position of what is left fits in a nibble, half the weights 
 two activations it needs and multiplies at twice the rate. Which two to keep: `pruning.py`.
 """
 
+import numpy as np
 from jaxtyping import Float, UInt8
 from numpy import ndarray as Array
 
@@ -45,7 +46,6 @@ def sparse_linear(
         Mishra et al., *Accelerating Sparse Deep Neural Networks*, 2021, section 3 and figure 3.
 
     Example:
-        >>> import numpy as np
         >>> x, values = np.array([[1.0, 10.0, 100.0, 1000.0]]), np.array([[2.0, 3.0]])
         >>> sparse_linear(x, values, np.array([[0b1101]], np.uint8))   # places 1 and 3: weights 0, 2, 0, 3
         array([[3020.]])
@@ -59,6 +59,6 @@ def sparse_linear(
     result = matmul_by_tiles(
         x.astype(compute, copy=False),
         len(values),
-        lambda rows: decompress_24(values[rows].astype(compute, copy=False), indices[rows]),
+        lambda tile, rows: np.copyto(tile, decompress_24(values[rows], indices[rows])),
     )
     return add_bias(result, bias, x.dtype, out)

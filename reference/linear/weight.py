@@ -14,7 +14,7 @@ import numpy as np
 
 from reference._checks import require, require_shape
 from reference.linear import pruning, rounding
-from reference.linear.linear import row_tiles
+from reference.linear.linear import TILE_WEIGHTS
 from reference.numerics.arrays import dtype_named
 
 
@@ -148,6 +148,7 @@ class Weight:
         """The same weight on ``backend`` (None: on the host), in the layout that its kernels like."""
         arrays, bias = self.host_arrays(), self._host(self.bias)
         if backend is not None:
+            arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # kernels read along rows
             arrays = {name: backend.from_host(array, device=device) for name, array in arrays.items()}
             if self._layout:
                 arrays["weight"] = backend.pack_weight(arrays["weight"], format=self._layout)
@@ -258,14 +259,16 @@ def _round(weight: np.ndarray, format: WeightFormat) -> dict[str, np.ndarray]:
     """The arrays of ``format``, rounded to nearest; a tile of rows at a time, so that little is in flight."""
     if format.is_float:
         return {"weight": _as_float(weight, format.name)}
-    tiles = [_round_rows(weight[rows].astype(np.float32), format) for rows in row_tiles(*weight.shape)]
-    tiles = tiles or [_round_rows(weight.astype(np.float32), format)]
+    step = max(1, TILE_WEIGHTS // max(1, weight.shape[1]))
+    starts = range(0, max(1, len(weight)), step)
+    tiles = [_round_rows(weight[start : start + step].astype(np.float32), format) for start in starts]
     return {name: np.concatenate([tile[name] for tile in tiles]) for name in tiles[0]}
 
 
 def _round_rows(weight: np.ndarray, format: WeightFormat) -> dict[str, np.ndarray]:
     if format.op == "sparse_linear":
-        values, indices = pruning.compress_24(np.where(pruning.mask_24(np.abs(weight)), weight, np.float32(0)))
+        mask = pruning.mask_24(pruning.magnitude_score(weight))
+        values, indices = pruning.compress_24(np.where(mask, weight, np.float32(0)))
         return {"values": values, "indices": indices}
     if format.op == "linear_int4":
         group_size = format.group_size or weight.shape[1]
