@@ -82,7 +82,7 @@ def round_to(
     require_float("round_to", "x", x)
     require_out("round_to", out, x.shape, x.dtype)
     rounded = _round(x, _format_named("round_to", format), saturate)
-    with np.errstate(over="ignore"):  # a narrow dtype of x may not hold what a wide format does
+    with np.errstate(over="ignore", invalid="ignore"):  # a narrow dtype of x may not hold what a wide format does
         return deliver(rounded, x.dtype, out)
 
 
@@ -99,14 +99,14 @@ def cast(x: Float[Array, "*shape"], format: str, *, saturate: bool = True) -> Sh
     return _round(x, _format_named("cast", format), saturate).astype(dtype_named(format))  # exact by now
 
 
+@np.errstate(over="ignore", invalid="ignore")  # 256 ulps of 2**120: the infinity is meant; and NaNs that signal
 def _round(x: Array, format: FloatFormat, saturate: bool) -> Array:
     x = x.astype(compute_dtype(x.dtype), copy=False)
     if saturate:
         x = np.clip(x, -format.largest, format.largest)  # NaN passes
     exponent = np.frexp(x)[1] - 1  # floor(log2 |x|): frexp's fraction lies in [0.5, 1)
     ulp = np.ldexp(x.dtype.type(1), np.maximum(exponent, format.min_exponent) - format.fraction_bits)
-    with np.errstate(over="ignore"):  # 256 ulps of 2**120: the infinity is meant
-        rounded = np.rint(x / ulp) * ulp  # rint: ties to even
+    rounded = np.rint(x / ulp) * ulp  # rint: ties to even
     if saturate:
         return rounded
     return np.where(np.abs(rounded) > format.largest, np.copysign(x.dtype.type(format.overflow), x), rounded)

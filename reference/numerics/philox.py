@@ -97,7 +97,7 @@ def random_uniform(
     _check_draws("random_uniform", seeds, positions, sample_indices, purpose, num_draws)
     blocks = np.arange(-(-num_draws // 4), dtype=np.uint64)
     words = _words(seeds[:, None], positions[:, None], sample_indices[:, None], purpose, blocks)
-    return _to_uniform(words.reshape(len(seeds), -1)[:, :num_draws])
+    return _to_uniform(words.reshape(len(seeds), 4 * len(blocks))[:, :num_draws])
 
 
 def random_gumbel(
@@ -161,6 +161,7 @@ def random_normal(
         >>> bool(abs(z.mean()) < 0.03), bool(abs(z.std() - 1) < 0.03)
         (True, True)
     """
+    require(num_draws >= 0, "random_normal", "num_draws", "at least 0", num_draws)
     num_uniform = num_draws + num_draws % 2
     u = random_uniform(seeds, positions, sample_indices, purpose=purpose, num_draws=num_uniform)
     radius = np.sqrt(-2 * np.log(u[:, 0::2]))

@@ -102,7 +102,8 @@ def random_normal(
     purpose: int,
     num_draws: int,
 ) -> Float32[Array, "num_rows num_draws"]:
-    num_uniform = num_draws + num_draws % 2 if num_draws > 0 else num_draws
+    require(num_draws >= 0, "random_normal", "num_draws", "at least 0", num_draws)
+    num_uniform = num_draws + num_draws % 2
     u = random_uniform(seeds, positions, sample_indices, purpose=purpose, num_draws=num_uniform)
     z = torch.polar((-2 * u[:, 0::2].log()).sqrt(), 2 * torch.pi * u[:, 1::2])  # one complex number, two normal ones
     return torch.view_as_real(z).flatten(1)[:, :num_draws]
@@ -140,7 +141,7 @@ def from_host(array: np.ndarray, *, dtype: str | None = None, device: str | None
         array = array.astype(dtype_named(dtype, "from_host"), copy=False)
     if not array.flags.writeable or any(stride < 0 for stride in array.strides):
         array = array.copy()  # torch has neither
-    if array.dtype.kind == "V":  # ml_dtypes': the same bits under a name torch knows
+    if array.dtype.isbuiltin == 2:  # registered with NumPy by ml_dtypes: the same bits under a name torch knows
         bits = torch.from_numpy(array.view(np.dtype(f"i{array.dtype.itemsize}")))
         tensor = bits.view(getattr(torch, array.dtype.name))
     else:
@@ -151,7 +152,7 @@ def from_host(array: np.ndarray, *, dtype: str | None = None, device: str | None
 def to_host(x: Shaped[Array, "*shape"]) -> np.ndarray:
     x = x.detach().cpu()
     target = dtype_named(str(x.dtype).removeprefix("torch."), "to_host")
-    if target.kind == "V":
+    if target.isbuiltin == 2:
         return x.view(getattr(torch, f"int{8 * target.itemsize}")).numpy().view(target)
     return x.numpy()
 
@@ -170,7 +171,8 @@ def take_rows(
     integers = rows.ndim == 1 and not rows.is_floating_point()
     require(integers, "take_rows", "rows", "integers [num_taken]", f"{rows.dtype} {tuple(rows.shape)}")
     require(((rows >= 0) & (rows < len(x))).all(), "take_rows", "rows", f"0 <= row < {len(x)}", rows)
-    taken = x.index_select(0, rows.long())
+    bits = x.view(getattr(torch, f"int{8 * x.itemsize}"))  # torch takes rows of every size, but not of every dtype
+    taken = bits.index_select(0, rows.long()).view(x.dtype)
     if out is None:
         return taken
     fits = out.shape == taken.shape and out.dtype == x.dtype

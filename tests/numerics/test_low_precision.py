@@ -1,0 +1,68 @@
+"""Rounding: every 16-bit pattern, everything around them, and whatever Hypothesis finds."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import numerics as properties
+from twofold.conformance.strategies import numerics as inputs
+
+both_backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
+narrow_formats = pytest.mark.parametrize("format", inputs.NARROW_FORMATS)
+
+
+@both_backends
+@narrow_formats
+def test_every_16_bit_value_rounds_as_in_ml_dtypes(backend, format):
+    properties.rounds_like_ml_dtypes(backend, inputs.every_16_bit_value(), format)
+
+
+@both_backends
+@narrow_formats
+def test_everything_around_every_value_rounds_as_in_ml_dtypes(backend, format):
+    properties.rounds_like_ml_dtypes(backend, inputs.around_every_value(format, "float32"), format)
+
+
+@both_backends
+@narrow_formats
+@pytest.mark.parametrize("saturate", [False, True])
+def test_float64_is_rounded_once(backend, format, saturate):
+    """Next to a midpoint by less than float32 can tell, the side still decides."""
+    properties.rounds_to_nearest_even(backend, inputs.around_every_value(format, "float64"), format, saturate)
+
+
+@both_backends
+@given(case=inputs.rounding_inputs(), saturate=st.booleans())
+def test_rounds_to_nearest_even(backend, case, saturate):
+    x, format = case
+    properties.rounds_to_nearest_even(backend, x, format, saturate)
+
+
+@both_backends
+def test_float64_to_float32_is_the_hardware_s(backend):
+    x = inputs.around_every_value("bfloat16", "float64") * (1 + 2.0**-24)
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float32)
+    got = properties.call(backend, "cast", x, "float32", saturate=False)
+    assert properties.same_bits(got, expected), "cast to float32 differs from the hardware's rounding"
+
+
+@both_backends
+def test_out_may_be_x(backend):
+    x = backend.from_host(np.array([1.0625, 500.0], np.float32))
+    rounded = backend.round_to(x, "float8_e4m3fn", out=x)
+    assert backend.to_host(rounded).tolist() == [1.0, 448.0], "round_to in place"
+
+
+@both_backends
+@pytest.mark.parametrize("op", ["round_to", "cast"])
+def test_refuses_what_is_not_a_float_or_a_format(backend, op):
+    x = np.ones(3, np.float32)
+    properties.refuses(backend, op, "x", np.ones(3, np.int32), "float16")
+    properties.refuses(backend, op, "format", x, "float8_e8m0fnu")
+    if op == "round_to":
+        properties.refuses(backend, op, "out", x, "float16", out=np.ones(4, np.float32))
+        properties.refuses(backend, op, "out", x, "float16", out=np.ones(3, np.float64))
