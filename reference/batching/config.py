@@ -66,4 +66,6 @@ class EngineConfig:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Of each pool: how far back a block can still be read, in tokens; None: all the way."""
-        return (self.sliding_window, self.kv_window) if self.kv_window else (self.sliding_window,)
+        if not self.kv_window:
+            return (self.sliding_window,)
+        return (self.sliding_window, min(self.kv_window, self.sliding_window or self.kv_window))

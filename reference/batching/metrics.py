@@ -1,6 +1,10 @@
-"""What a request waited for, and what a step cost."""
+"""What a request waited for, what a step cost, and how the memory was used."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from reference.kv_cache.block_pool import RELEASED, BlockPool
+from reference.kv_cache.block_table import BlockTable
 
 
 @dataclass(slots=True)
@@ -8,6 +12,7 @@ class RequestMetrics:
     """When things happened to a request, in seconds of the engine's clock; None: not yet.
 
     Attributes:
+        num_output_tokens: Of all its sequences together.
         num_cached_tokens: Prompt tokens found in the prefix cache when it was first admitted.
         num_preemptions: How often its memory was taken away.
     """
@@ -21,6 +26,13 @@ class RequestMetrics:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
 
+    def gained(self, num_tokens: int, now: float) -> None:
+        """Tokens were read."""
+        if self.first_token_time is None:
+            self.first_token_time = now
+        self.last_token_time = now
+        self.num_output_tokens += num_tokens
+
     @property
     def queue_time(self) -> float | None:
         """From arrival to the first step it was part of."""
@@ -33,7 +45,7 @@ class RequestMetrics:
 
     @property
     def time_between_tokens(self) -> float | None:
-        """The mean over the tokens after the first of its sequences (those of parallel samples come side by side)."""
+        """The mean over the tokens after the first. Those of parallel samples count together: it is the request's."""
         span = _between(self.first_token_time, self.last_token_time)
         return span / (self.num_output_tokens - 1) if span is not None and self.num_output_tokens > 1 else None
 
@@ -45,3 +57,96 @@ class RequestMetrics:
 
 def _between(start: float | None, end: float | None) -> float | None:
     return None if start is None or end is None else end - start
+
+
+@dataclass(frozen=True, slots=True)
+class PoolUsage:
+    """One pool at one moment.
+
+    Attributes:
+        used: Blocks that are not free: those that sequences own, and those held for steps in flight.
+        shared: Of these, blocks with more than one owner.
+        slots: Token slots of the blocks that running sequences own; a shared block counts once.
+        empty_slots: Of these, the ones that hold no token: the waste of paging, at the end of last blocks.
+    """
+
+    used: int
+    shared: int
+    slots: int
+    empty_slots: int
+
+
+def pool_usage(pool: BlockPool, tables: Iterable[BlockTable]) -> PoolUsage:
+    """How the tables of the running sequences use their pool."""
+    owned: set[int] = set()
+    tails: dict[int, int] = {}  # last block: its empty slots
+    block_size = 1
+    for table in tables:
+        block_size = table.block_size
+        owned.update(table.block_ids)
+        if table.block_ids:
+            empty = len(table.block_ids) * block_size - table.num_tokens
+            tails[table.block_ids[-1]] = min(empty, tails.get(table.block_ids[-1], block_size))
+    owned.discard(RELEASED)
+    return PoolUsage(pool.num_used, pool.num_shared, len(owned) * block_size, sum(tails.values()))
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What one step did, and how long the host took for it, in seconds.
+
+    Attributes:
+        num_tokens: That the model computed.
+        schedule_time: Choosing and packing.
+        launch_time: In ``launch``: on a synchronous runner, all of the model's time.
+        wait_time: In ``result``.
+        update_time: Reading the result.
+    """
+
+    step: int
+    start_time: float
+    num_seqs: int
+    num_tokens: int
+    num_preempted: int
+    schedule_time: float
+    launch_time: float = 0.0
+    wait_time: float = 0.0
+    update_time: float = 0.0
+
+
+@dataclass(slots=True)
+class EngineMetrics:
+    """Sums over the steps of an engine; the usage of each pool when the first had the most blocks in use."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+    schedule_time: float = 0.0
+    launch_time: float = 0.0
+    wait_time: float = 0.0
+    update_time: float = 0.0
+    peak: list[PoolUsage] = field(default_factory=list)
+
+    def add(self, record: StepRecord) -> None:
+        """A step was read."""
+        self.num_steps += 1
+        self.num_tokens += record.num_tokens
+        self.num_preemptions += record.num_preempted
+        for name in ("schedule_time", "launch_time", "wait_time", "update_time"):
+            setattr(self, name, getattr(self, name) + getattr(record, name))
+
+    @property
+    def host_time_per_step(self) -> float:
+        """The engine's own work: everything but the runner's."""
+        return (self.schedule_time + self.update_time) / max(1, self.num_steps)
+
+    @property
+    def peak_blocks(self) -> int:
+        """The most blocks of the first pool that were in use at once."""
+        return self.peak[0].used if self.peak else 0
+
+    @property
+    def empty_share(self) -> float:
+        """The share of token slots that were empty then."""
+        return self.peak[0].empty_slots / self.peak[0].slots if self.peak and self.peak[0].slots else 0.0

@@ -11,7 +11,6 @@ rebuilt, and no loop runs over tokens.
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
@@ -138,25 +137,51 @@ class StepPlan:
 
     Attributes:
         num_new: Tokens of each sequence.
-        drawn: For each drawn row the sequence's place in ``seqs``, and the sample index.
+        promised: Tokens of the budget that are kept for decoding sequences yet to be scheduled.
+        drawn, samples: Of each drawn row the sequence's place in ``seqs``, and the sample index.
         verified: Places of the sequences whose drafts are verified.
+        drafts: Their drafts, by place.
         beams: Beam searches, each with the places of its beams.
+        admitted, preempted: Ids of the requests.
+        seq_lens, logit_owner: Tokens of each sequence after the step; of each logit row the place. Filled by `pack`.
     """
 
     step: int
     seqs: list[Sequence] = field(default_factory=list)
     num_new: list[int] = field(default_factory=list)
-    drawn: list[int] = field(default_factory=list)
-    drawn_samples: list[int] = field(default_factory=list)
-    verified: list[int] = field(default_factory=list)
-    beams: list[tuple[Request, list[int]]] = field(default_factory=list)
     num_tokens: int = 0
+    promised: int = 0
+    drawn: list[int] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    verified: list[int] = field(default_factory=list)
+    drafts: dict[int, list[int]] = field(default_factory=dict)
+    beams: list[tuple[Request, list[int]]] = field(default_factory=list)
     swaps_out: list[Swap] = field(default_factory=list)
     swaps_in: list[Swap] = field(default_factory=list)
     drops: list[int] = field(default_factory=list)
     copies: tuple[list[tuple[int, int]], ...] = ()
     admitted: list[str] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
+    seq_lens: Int32[Array, " num_seqs"] = field(default_factory=lambda: np.zeros(0, np.int32))
+    logit_owner: Int64[Array, " num_rows"] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def add(self, seq: Sequence, num_new: int) -> int:
+        """Put a sequence into the step; its place."""
+        self.seqs.append(seq)
+        self.num_new.append(num_new)
+        self.num_tokens += num_new
+        return len(self.seqs) - 1
+
+    def add_beam(self, request: Request, place: int) -> None:
+        """One more beam of the search that is being scheduled."""
+        if not self.beams or self.beams[-1][0] is not request:
+            self.beams.append((request, []))
+        self.beams[-1][1].append(place)
+
+    def filled_a_block(self, block_size: int) -> list[int]:
+        """Places of the sequences that completed a block in this step."""
+        before = self.seq_lens - np.array(self.num_new, np.int32)
+        return np.flatnonzero(self.seq_lens // block_size > before // block_size).tolist()
 
 
 class RunningRows:
@@ -188,7 +213,7 @@ class RunningRows:
         self.num_top = np.full(max_rows, -1, np.int32)
         self._free = list(range(max_rows - 1, -1, -1))
 
-    def claim(self, seq: Sequence, adapter_id: int) -> None:
+    def claim(self, seq: Sequence) -> None:
         """Give a sequence a row, with its tokens and parameters; its block tables are empty."""
         row = seq.row = self._free.pop()
         params = seq.request.params
@@ -199,7 +224,7 @@ class RunningRows:
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
         self.seeds[row] = seq.request.seed
-        self.adapter_ids[row] = adapter_id
+        self.adapter_ids[row] = seq.request.adapter_id
         self.penalized[row] = params.has_penalties
         self.repetition_penalty[row] = params.repetition_penalty
         self.presence_penalty[row] = params.presence_penalty
@@ -221,6 +246,17 @@ class RunningRows:
         row[first : len(block_ids)] = block_ids[first:]
         row[len(block_ids) :] = -1
 
+    def write_tokens(self, seq: Sequence, count: int) -> None:
+        """The sequence's last ``count`` tokens are new; nothing to do if it does not run."""
+        if seq.row >= 0:
+            end = len(seq.token_ids)
+            self.token_ids[seq.row, end - count : end] = seq.token_ids[end - count :]
+
+    def write_drafts(self, seq: Sequence) -> None:
+        """The sequence's drafts, behind its tokens."""
+        end = len(seq.token_ids)
+        self.token_ids[seq.row, end : end + len(seq.drafts)] = seq.drafts
+
 
 def pack(plan: StepPlan, rows: RunningRows) -> Batch:
     """The arrays of the step. Its sequences' ``num_computed`` counts the step's tokens already."""
@@ -241,6 +277,7 @@ def pack(plan: StepPlan, rows: RunningRows) -> Batch:
     blocks, offsets = np.divmod(positions, rows.block_size)
 
     logit_owner, logit_rows = _logit_rows(plan, cu_seqlens_q)
+    plan.seq_lens, plan.logit_owner = seq_lens, logit_owner
     return Batch(
         step=plan.step,
         seq_ids=[seq.seq_id for seq in seqs],
@@ -289,7 +326,7 @@ def _sampling(plan: StepPlan, rows: RunningRows, row: Array, last_positions: Arr
     """Sampling parameters of each logit row. ``row``: of `RunningRows`; ``last_positions``: of the token it reads."""
     num_drawn = len(plan.drawn)
     verified = [plan.seqs[place] for place in plan.verified]
-    samples = plan.drawn_samples + [seq.sample_index for seq in verified for _ in range(len(seq.drafts) + 1)]
+    samples = plan.samples + [seq.sample_index for seq in verified for _ in range(len(seq.drafts) + 1)]
     sampling = SamplingBatch(
         num_drawn=num_drawn,
         temperature=rows.temperature[row],

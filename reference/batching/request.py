@@ -151,7 +151,6 @@ class Request:
         forked: Do its sequences have tables of their own? False until the prompt is computed, and again when it has
             to be computed once more after a preemption.
         limit: Tokens at which a sequence is full, prompt included.
-        order: Who came first is served first.
         search: The state of a beam search, or None.
         error: What went wrong, if it finished with ERROR.
     """
@@ -174,7 +173,6 @@ class Request:
     completed: "list[CompletionOutput]" = field(init=False, repr=False, default_factory=list)
     forked: bool = field(init=False, default=False)
     search: Any = field(init=False, repr=False, default=None)
-    order: int = field(init=False, repr=False, default=-1)
     limit: int = field(init=False, repr=False, default=0)
     stop_ids: frozenset[int] = field(init=False, repr=False, default=frozenset())
     adapter_id: int = field(init=False, repr=False, default=-1)
@@ -195,8 +193,8 @@ class Request:
 
     @property
     def num_rows(self) -> int:
-        """How many it may still have at once: those that are left, or all before the fork."""
-        return len(self.live) if self.forked and not self.num_beams else self.num_sequences - len(self.completed)
+        """How many it may still have at once: those that are left, counting the ones that are yet to fork off."""
+        return self.num_sequences - len(self.completed)
 
 
 @dataclass(eq=False, slots=True)

@@ -1,1 +1,313 @@
-"""The scheduler: continuous batching, chunked prefill, a token budget, first come first served, preemption."""
+"""The scheduler: which sequences compute how many tokens in the next step, and who gets the memory.
+
+Continuous batching: requests join and leave at any step. The policy, all of it:
+
+1. Who came first is served first; ``running`` and then ``waiting`` are in that order.
+2. Every sequence that is decoding is promised a token of the step's budget. What the budget has left goes to prompts,
+   oldest first: a long one is computed in chunks, and no decoding sequence waits for it.
+3. Memory is taken a block at a time, when a token needs it. A chunk shrinks to the room there is. When there is none
+   for a single token, the newest request is preempted, whole: it goes back to the head of the queue, and is computed
+   again later, or swapped to the host and back. Its tokens are the same as if nothing had happened.
+4. A waiting request is admitted when all that is known of it fits.
+
+**Steps in flight.** With a lookahead of 1 a step is scheduled before the tokens of the last one are read. Most
+sequences do not mind: their next token is named by where it will be found. At worst one has ended with the token that
+nobody has read, and a token is discarded. A sequence whose next step *depends* on the values waits for them: beams,
+drafts that must be verified first, parallel samples that are about to fork.
+"""
+
+from collections import deque
+
+from reference.batching.cache_space import Work
+from reference.batching.config import EngineConfig
+from reference.batching.lifecycle import Lifecycle
+from reference.batching.metrics import PoolUsage, pool_usage
+from reference.batching.packing import Batch, StepPlan, pack
+from reference.batching.request import Request, RequestOutput, Sequence, Status, StepOutput, TokenLogprobs
+from reference.batching.runner import StepResult
+
+
+class Scheduler(Lifecycle):
+    """Chooses steps and reads their results. Knows no model, no arrays but its own, and no clock.
+
+    Args:
+        speculative: Drafts are proposed between the steps (`drafting`): sequences wait for their results.
+
+    Attributes:
+        in_flight: Launched steps whose results have not been read, oldest first.
+    """
+
+    may_idle = False
+    """May it have nothing to do although requests wait?"""
+
+    def __init__(self, config: EngineConfig, *, speculative: bool = False):
+        super().__init__(config)
+        self.speculative = speculative
+        self.in_flight: deque[StepPlan] = deque()
+        self._num_steps = 0
+
+    # Scheduling.
+
+    def schedule(self) -> Batch | None:
+        """The next step; None if there is nothing to do before a result is read."""
+        plan = StepPlan(self._num_steps)
+        self.space.begin_step(plan.step)
+        ready = [(request, seqs) for request in self.running if (seqs := self._ready(request))]
+        num_decoding = sum(seq.num_uncomputed == 1 for _, seqs in ready for seq in seqs)
+        plan.promised = min(num_decoding, self.config.max_num_batched_tokens)
+        for request, seqs in ready:
+            if request.status is Status.RUNNING:  # not preempted just now, for an older one
+                self._schedule(plan, request, seqs)
+        self._admit(plan)
+        if not (plan.seqs or plan.swaps_out or plan.swaps_in):
+            return None
+        plan.copies = self.space.copies
+        plan.drops, self.drops = self.drops, []
+        self._num_steps += 1
+        self.in_flight.append(plan)
+        return pack(plan, self.rows)
+
+    def _ready(self, request: Request) -> list[Sequence]:
+        """The sequences of a running request that the next step may compute."""
+        if not request.forked:
+            return self._ready_to_fork(request)
+        if (request.search or self.speculative) and any(seq.num_pending for seq in request.live):
+            return []
+        return [seq for seq in request.live if len(seq.token_ids) + seq.num_pending < request.limit]
+
+    def _ready_to_fork(self, request: Request) -> list[Sequence]:
+        """Before the fork: the first sequence, which computes the prompt for all."""
+        leader = request.live[0]
+        if leader.num_pending:
+            return []  # it forks when the first tokens are read
+        if len(request.live) == 1 or leader.num_computed < len(request.prompt_token_ids):
+            return [leader]
+        for seq in request.live[1:]:  # their tokens are known, from before a preemption
+            self.space.fork(leader, seq)
+        request.forked = True
+        return self._ready(request)
+
+    def _schedule(self, plan: StepPlan, request: Request, seqs: list[Sequence]) -> None:
+        """Give a running request what the budget and the memory allow."""
+        if self.space.has_windows:
+            for seq in seqs:
+                self.space.release_past_window(seq)
+        work = self._wanted(plan, request, seqs)
+        if len(work) == 1 and work[0][1] == 1 and self.space.append_in_place(work[0][0]):
+            self._take(plan, *work[0])
+            return
+        if request.search and len(work) < len(seqs):
+            return  # beams are compared with each other: all in one step, or none
+        for seq, num_new in self._fit(plan, request, work):
+            self.space.append(seq, num_new)
+            self._take(plan, seq, num_new)
+
+    def _wanted(self, plan: StepPlan, request: Request, seqs: list[Sequence]) -> Work:
+        """How many tokens of each sequence the budget allows: all that is uncomputed, and the drafts after it."""
+        work = []
+        for seq in seqs:
+            wanted = seq.num_uncomputed
+            if wanted == 1:
+                plan.promised = max(0, plan.promised - 1)  # its own
+            if not request.forked:
+                wanted = len(request.prompt_token_ids) - seq.num_computed  # only what all of them share
+            left = self.config.max_num_batched_tokens - plan.num_tokens - plan.promised - sum(n for _, n in work)
+            num_new = min(wanted + len(seq.drafts), left)
+            if num_new > 0:
+                work.append((seq, num_new))
+        return work
+
+    def _fit(self, plan: StepPlan, request: Request, work: Work) -> Work:
+        """The same work if there is memory for it, or a smaller chunk, or a token of each, preempting for it."""
+        if not work or self.space.has_room(work):
+            return work
+        if len(work) == 1 and (num_new := self.space.room(*work[0])):
+            return [(work[0][0], num_new)]
+        work = [(seq, 1) for seq, _ in work]
+        while not self.space.has_room(work):
+            if self.space.will_have_room(work):
+                return []  # it waits for blocks that a step in flight still names
+            newest = self.running[-1]
+            self._preempt(plan, newest)
+            if newest is request:
+                return []
+        return work
+
+    def _take(self, plan: StepPlan, seq: Sequence, num_new: int) -> None:
+        """The sequence is in the step, and its blocks are there: what are its logits for?"""
+        place, request = plan.add(seq, num_new), seq.request
+        num_drafts = seq.num_computed - len(seq.token_ids) - seq.num_pending
+        if num_drafts < 0:
+            return  # a chunk, with more to come
+        seq.source = len(plan.drawn)
+        seq.num_pending += 1
+        if seq.drafts:
+            seq.drafts = seq.drafts[:num_drafts]
+        if request.search:
+            plan.add_beam(request, place)
+        elif num_drafts:
+            plan.verified.append(place)
+            plan.drafts[place] = seq.drafts
+            self.rows.write_drafts(seq)
+        elif request.forked:
+            plan.drawn.append(place)
+            plan.samples.append(seq.sample_index)
+        else:
+            plan.drawn += [place] * request.num_sequences
+            plan.samples += range(request.num_sequences)
+
+    def _admit(self, plan: StepPlan) -> None:
+        """Let waiting requests in, oldest first, until one does not fit."""
+        budget = self.config.max_num_batched_tokens
+        free_rows = self.config.max_num_seqs - sum(request.num_rows for request in self.running)
+        while self.waiting and not plan.preempted and plan.num_tokens + plan.promised < budget:
+            request = self.waiting[0]
+            free_rows -= request.num_rows
+            if free_rows < 0 or any(seq.num_pending for seq in request.live) or not self._resume(plan, request):
+                return
+            self.running.append(self.waiting.popleft())
+            request.status = Status.RUNNING
+            plan.admitted.append(request.request_id)
+            if request.metrics.first_scheduled_time is None:
+                request.metrics.first_scheduled_time = self.now
+                request.metrics.num_cached_tokens = request.live[0].num_computed
+            self._schedule(plan, request, self._ready(request))
+
+    def _resume(self, plan: StepPlan, request: Request) -> bool:
+        """Give a waiting request its tables, if there is room for it."""
+        alone, leader = not self.running, request.live[0]
+        if request.status is Status.SWAPPED:
+            if not self.space.admits(request, alone=alone):
+                return False
+            plan.swaps_in += self.space.swap_in(request)
+            return True
+        self.space.open(leader, len(leader.token_ids if request.forked else request.prompt_token_ids))
+        if not self.space.admits(request, alone=alone):
+            self.space.close(leader)
+            return False
+        self.space.take_row(leader)
+        return True
+
+    def _preempt(self, plan: StepPlan, request: Request) -> None:
+        """Take the memory of a running request; it waits, before all who came later."""
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+        plan.preempted.append(request.request_id)
+        request.metrics.num_preemptions += 1
+        for seq in request.live:
+            seq.drafts = []
+        if self.config.preemption == "swap":
+            plan.swaps_out += self.space.swap_out(request)
+            request.status = Status.SWAPPED
+        else:
+            self.forget(request)
+
+    def draftable(self) -> list[Sequence]:
+        """The sequences that would verify drafts in the next step: those that are decoding, all their tokens known."""
+        return [
+            seq
+            for request in self.running
+            if request.forked and not request.search
+            for seq in request.live
+            if seq.num_pending == 0 and seq.num_uncomputed == 1
+        ]
+
+    def usage(self) -> list[PoolUsage]:
+        """How the running sequences use each pool."""
+        tables = [seq.tables for request in self.running for seq in request.live if seq.tables]
+        return [pool_usage(pool, [of_seq[index] for of_seq in tables]) for index, pool in enumerate(self.space.pools)]
+
+    # Reading results.
+
+    def update(self, result: StepResult) -> StepOutput:
+        """Read the oldest step in flight: blocks are returned and published, sequences gain tokens, some end."""
+        plan = self.in_flight.popleft()
+        output = StepOutput(plan.step)
+        self.space.step_resulted(plan.step)
+        for row, error in result.errors.items():
+            self.fail(plan.seqs[plan.logit_owner[row]].request, error, output)
+        for place in plan.filled_a_block(self.config.block_size):
+            seq = plan.seqs[place]
+            if seq.tables:
+                self.space.publish(seq, min(int(plan.seq_lens[place]), len(seq.token_ids)))
+        logprobs = _by_row(plan, result)
+        self._read_drawn(plan, result, logprobs, output)
+        if plan.verified:
+            self._read_verified(plan, result, logprobs, output)
+        if plan.beams:
+            self._read_beams(plan, result, output)
+        return output
+
+    def _read_drawn(
+        self, plan: StepPlan, result: StepResult, logprobs: dict[int, TokenLogprobs], output: StepOutput
+    ) -> None:
+        seqs = [plan.seqs[place] for place in plan.drawn]
+        for row, sample_index in enumerate(plan.samples):
+            if sample_index != seqs[row].sample_index and seqs[row].finish_reason is None:
+                seqs[row] = self.fork(seqs[row], sample_index)  # a prompt's first tokens: one for each sample
+        for row, (seq, token) in enumerate(zip(seqs, result.token_ids.tolist())):
+            if seq.finish_reason is None:  # it may have ended while the step was in flight
+                seq.num_pending -= 1
+                self.gain(seq, [token], output, [logprobs[row]] if row in logprobs else None)
+
+    def _read_verified(
+        self, plan: StepPlan, result: StepResult, logprobs: dict[int, TokenLogprobs], output: StepOutput
+    ) -> None:
+        assert result.num_accepted is not None
+        assert result.next_token_ids is not None
+        row = len(plan.drawn)
+        for place, accepted, token in zip(plan.verified, result.num_accepted.tolist(), result.next_token_ids.tolist()):
+            seq, drafts = plan.seqs[place], plan.drafts[place]
+            if seq.finish_reason is None:
+                seq.num_pending -= 1
+                seq.drafts, seq.draft_probs = [], None
+                if seq.num_computed:  # it was not preempted since
+                    self.space.truncate(seq, len(seq.token_ids) + accepted)
+                reported = [logprobs[r] for r in range(row, row + accepted + 1) if r in logprobs]
+                self.gain(seq, [*drafts[:accepted], token], output, reported or None)
+            row += len(drafts) + 1
+
+    def _read_beams(self, plan: StepPlan, result: StepResult, output: StepOutput) -> None:
+        candidates = zip(result.beam_scores, result.beam_rows, result.beam_tokens)  # type: ignore[arg-type]
+        for (request, places), best in zip(plan.beams, candidates):
+            if request.status is Status.FINISHED:
+                continue
+            beams = [plan.seqs[place] for place in places]
+            for seq in beams:
+                seq.num_pending -= 1
+            scores, rows, tokens = (array[: request.search.num_candidates] for array in best)
+            self.replace_beams(request, request.search.advance(beams, scores, rows, tokens), output)
+
+    def fail_in_flight(self, error: str) -> list[RequestOutput]:
+        """A step failed, and with it whatever is in the cache: running requests end, those that wait begin anew."""
+        self.in_flight.clear()
+        self.space.step_resulted(self._num_steps - 1)
+        self.space.forget_prefixes()
+        output = StepOutput()
+        for request in [*self.running]:
+            self.fail(request, error, output)
+        for request in self.waiting:
+            for seq in request.live:
+                seq.num_pending = 0
+            if request.status is Status.SWAPPED:
+                self.drops.append(self.space.drop(request))
+            self.forget(request)
+        return output.finished
+
+
+def _by_row(plan: StepPlan, result: StepResult) -> dict[int, TokenLogprobs]:
+    """The log-probabilities that were asked for, by logit row."""
+    if result.logprobs is None:
+        return {}
+    reported = {}
+    columns = zip(
+        result.logprobs.rows.tolist(),
+        result.logprobs.logprobs.tolist(),
+        result.logprobs.ranks.tolist(),
+        result.logprobs.top_ids.tolist(),
+        result.logprobs.top_logprobs.tolist(),
+    )
+    for row, logprob, rank, top_ids, top_logprobs in columns:
+        num_top = plan.seqs[plan.logit_owner[row]].request.params.logprobs
+        reported[row] = TokenLogprobs(logprob, rank, dict(zip(top_ids[:num_top], top_logprobs)))
+    return reported
