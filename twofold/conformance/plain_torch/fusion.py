@@ -170,9 +170,10 @@ def _turn(op: str, x: Array, cos: Array, sin: Array, positions: Array, interleav
     _require(2 * half_dim <= x.shape[2], op, f"tables for at most {x.shape[2]} features")
     rotation = torch.complex(cos, sin)[positions.long()][:, None].to(torch.promote_types(x.dtype, torch.complex64))
     pairs, rest = x[..., : 2 * half_dim], x[..., 2 * half_dim :]
-    shape = (half_dim, 2) if interleaved else (2, half_dim)
-    pairs = pairs.reshape(*x.shape[:2], *shape)
-    pairs = pairs if interleaved else pairs.transpose(-1, -2)
-    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * rotation)
-    turned = turned if interleaved else turned.transpose(-1, -2)
-    return torch.cat([turned.reshape(*x.shape[:2], 2 * half_dim), rest], dim=-1)
+    if interleaved:
+        turned = torch.complex(pairs[..., 0::2], pairs[..., 1::2]) * rotation
+        turned = torch.stack([turned.real, turned.imag], dim=-1).flatten(-2)
+    else:
+        turned = torch.complex(*pairs.split(half_dim, dim=-1)) * rotation
+        turned = torch.cat([turned.real, turned.imag], dim=-1)
+    return torch.cat([turned, rest], dim=-1)
