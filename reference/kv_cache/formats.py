@@ -80,8 +80,11 @@ class KVFormat:
     fused_op: str | None = None
 
     def window_start(self, next_position: int) -> int:
-        """The first position whose window copy a query at ``next_position`` or later can read: what to give to
-        `BlockTable.release_before` for the window's table. ``next_position`` must be one that no truncation undoes."""
+        """Groups that end at or before this position are read quantized by every query from ``next_position`` on.
+
+        What to give to `BlockTable.release_before` for the window's table; ``next_position`` must be one that no
+        truncation undoes. (A model's own sliding window ends in the same place: the first key that is still seen.)
+        """
         return max(0, next_position + 1 - self.window)
 
     def tail_blocks(self, block_size: int) -> int:

@@ -48,7 +48,7 @@ def prefix_root(model_fingerprint: str, kv_format: str, adapter_digest: str = ""
     """
     digest = hashlib.sha256()
     for part in (model_fingerprint, kv_format, adapter_digest, cache_salt):
-        encoded = part.encode()
+        encoded = part.encode(errors="surrogatepass")  # a salt may be any string
         digest.update(len(encoded).to_bytes(8, "little"))
         digest.update(encoded)
     return digest.digest()
