@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import reference.batching.request as engine_side
 from reference.batching.engine import Engine
+from reference.batching.metrics import EngineMetrics
 from reference.batching.request import FinishReason, Request, SamplingParams, SequenceOutput, TokenLogprobs
-from twofold.outputs import Chunk, CompletionOutput, Logprob, RequestOutput
+from twofold.outputs import Chunk, CompletionOutput, Logprob, RequestOutput, RunMetrics
 from twofold.text import TextStream
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Generation:
 
     def __init__(self, engine: Engine, prompts: Sequence[Prompt], *, tokenizer: "Tokenizer | None", prefix: str):
         self.engine, self.tokenizer, self.prompts = engine, tokenizer, prompts
+        engine.metrics = EngineMetrics()
         self.start = time.monotonic()
         self.first_token: float | None = None
         self.end = self.start
@@ -106,6 +108,23 @@ class Generation:
                 if done is not None:
                     self._finish(i, done)
         self.end = time.monotonic()
+
+    def metrics(self) -> RunMetrics:
+        """The run in figures."""
+        num_generated = sum(len(sample.token_ids) for output in self.outputs for sample in output.outputs)
+        drawn = [p.params.temperature > 0 and p.params.seed is None and not p.num_beams for p in self.prompts]
+        seeds = [output.seed for output, was_drawn in zip(self.outputs, drawn) if was_drawn]
+        steps = self.engine.metrics
+        return RunMetrics(
+            num_prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts),
+            num_generated_tokens=num_generated,
+            time_to_first_token=None if self.first_token is None else self.first_token - self.start,
+            tokens_per_second=num_generated / max(self.end - self.start, 1e-9),
+            num_blocks=self.engine.config.num_blocks,
+            peak_blocks=steps.peak_blocks,
+            empty_slots=steps.empty_share,
+            seed=seeds[0] if len(seeds) == 1 else None,
+        )
 
     def _answer(self, i: int, index: int) -> Answer:
         if index not in self.answers[i]:

@@ -14,7 +14,7 @@ from typing import Any
 from reference.batching.engine import Engine, EngineConfig
 from reference.batching.request import SamplingParams
 from reference.batching.runner import ModelRunner
-from reference.batching.trace import TraceWriter
+from reference.batching.trace import Record
 from reference.kv_cache.cache import KVCache
 from reference.model.decoder import AdapterBank, Decoder
 from twofold.backends import resolve_backend
@@ -56,7 +56,7 @@ class LLM:
         deterministic: Use the backend's batch-invariant ops.
         lora_modules: Adapters by name: folders as `peft` saves them.
         speculate: "ngram:K": draft K tokens by look-up in the text so far; or a model's name or path, with ":K" or not.
-        trace: Keep a record of every step: see `trace`.
+        trace: Called with a record of every step, such as a `reference.batching.trace.TraceWriter`.
         on_progress: Called with (what, bytes done, bytes in all or None) while fetching and loading.
 
     Raises:
@@ -83,7 +83,7 @@ class LLM:
         deterministic: bool = False,
         lora_modules: Mapping[str, str | Path] | None = None,
         speculate: str | None = None,
-        trace: bool = False,
+        trace: Callable[[Record], None] | None = None,
         on_progress: Callable[[str, int, int | None], None] | None = None,
     ):
         self.checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model, on_progress=on_progress)
@@ -144,13 +144,12 @@ class LLM:
                 eos_token_ids=self.checkpoint.eos_token_ids,
                 model_fingerprint=self.decoder.fingerprint,
             )
-            self.tracer = TraceWriter() if trace else None
             self.engine = Engine(
                 engine_config,
                 ModelRunner(self.decoder, self.cache, adapters=self.adapters),
                 drafter=make_drafter(speculate, self),
                 adapters={name: (i, self.adapters.digests[name]) for i, name in enumerate(self.adapters.names)},
-                trace=self.tracer,
+                trace=trace,
             )
         except (ValueError, NotImplementedError) as error:
             raise TwofoldError(str(error)) from None
@@ -168,7 +167,7 @@ class LLM:
             system: A system message to begin with.
         """
         tokenizer = self.checkpoint.require_tokenizer()
-        template = self.checkpoint.chat_template
+        template = tokenizer.chat_template
         if not prompt:
             return {"prompt": "", "prompt_token_ids": []}
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -296,12 +295,6 @@ class LLM:
         if self._run is None:
             raise TwofoldError("nothing has been run yet")
         return self._run.metrics()
-
-    def trace(self) -> dict[str, Any]:
-        """Every step since the start, in the schema of `reference.batching.trace`."""
-        if self.tracer is None:
-            raise TwofoldError("no trace was kept: make the LLM with trace=True")
-        return self.tracer.document()
 
 
 def _one_each(value: Any, prompts: Sequence[Any], name: str) -> list[Any]:

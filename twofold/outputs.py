@@ -81,8 +81,8 @@ class RunMetrics:
         num_blocks: KV blocks in the pool.
         peak_blocks: KV blocks in use at the peak.
         empty_slots: Share of the slots of the blocks in use at the peak that held no token.
-        seed: That was drawn because none was given; None if it was given, or nothing was drawn at random.
-        accepted_drafts: Share of drafted tokens accepted; None without speculation.
+        seed: The one drawn because none was given. None if it was given, nothing was drawn, or every prompt has its own
+            (`RequestOutput.seed`).
     """
 
     num_prompt_tokens: int
@@ -93,4 +93,3 @@ class RunMetrics:
     peak_blocks: int
     empty_slots: float
     seed: int | None = None
-    accepted_drafts: float | None = None

@@ -3,6 +3,7 @@
 import sys
 
 from twofold.cli import options
+from twofold.cli.generate import interruptible
 
 
 def chat(
@@ -79,12 +80,9 @@ def _read_line() -> str | None:
 def _answer(llm, messages: list[dict[str, str]], params, lora: str | None) -> str:
     """Stream one answer; Ctrl-C keeps what was said so far."""
     said = ""
-    stream = llm.stream([llm.render(messages)], params, lora=lora)
-    try:
-        for chunk in stream:
+    with interruptible(llm.stop):
+        for chunk in llm.stream([llm.render(messages)], params, lora=lora):
             said += chunk.text
             print(chunk.text, end="", flush=True)
-    except KeyboardInterrupt:
-        stream.close()
     print(flush=True)
     return said

@@ -1,16 +1,19 @@
 """`twofold generate`: answers to one or many prompts."""
 
-import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from twofold.cli import options
 from twofold.errors import TwofoldError
+
+if TYPE_CHECKING:
+    from reference.batching.trace import TraceWriter
 
 Prompts = Annotated[
     list[str] | None, typer.Argument(help="One or many; - reads one from stdin.", metavar="[PROMPT]...")
@@ -68,49 +71,74 @@ def generate(
         seed=seed,
         logprobs=logprobs,
     )
-    with progress() as on_progress:
-        llm = LLM(
-            model,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-            deterministic=deterministic,
-            kv_cache_dtype=kv_cache_dtype,
-            weights=weights,
-            lora_modules=adapters,
-            speculate=speculate,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            max_num_batched_tokens=max_num_batched_tokens,
-            preemption=preemption,
-            enable_prefix_caching=prefix_cache,
-            trace=trace is not None,
-            on_progress=on_progress,
-        )
-    wanted = [llm.render(text, chat=chat, system=system) for text in texts]
-    lora = list(adapters)[-1] if adapters else None
-    answers = Answers(texts, num_outputs=beam or n, as_json=as_json)
-    interrupted = False
-    try:
-        with answers:
+    with open_trace(trace) as tracer:
+        with progress() as on_progress:
+            llm = LLM(
+                model,
+                backend=backend,
+                device=device,
+                dtype=dtype,
+                deterministic=deterministic,
+                kv_cache_dtype=kv_cache_dtype,
+                weights=weights,
+                lora_modules=adapters,
+                speculate=speculate,
+                block_size=block_size,
+                num_blocks=num_blocks,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                max_num_batched_tokens=max_num_batched_tokens,
+                preemption=preemption,
+                enable_prefix_caching=prefix_cache,
+                trace=tracer,
+                on_progress=on_progress,
+            )
+        wanted = [llm.render(text, chat=chat, system=system) for text in texts]
+        lora = list(adapters)[-1] if adapters else None
+        answers = Answers(texts, num_outputs=beam or n, as_json=as_json)
+        with interruptible(llm.stop) as interrupted, answers:
             for chunk in llm.stream(wanted, params, lora=lora, num_beams=beam):
                 answers.show(chunk)
-    except KeyboardInterrupt:  # what came so far is kept; a second Ctrl-C while closing down is not heard
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        interrupted = True
-    outputs = llm.outputs
-    answers.finish(outputs)
-    if trace is not None:
-        trace.write_text(json.dumps(llm.trace()))
+    answers.finish(llm.outputs)
     print(summary(llm.metrics()), file=sys.stderr)
-    for output in outputs:
-        if output.error:
-            print(f"twofold: {output.request_id}: {output.error}", file=sys.stderr)
-    if interrupted:
-        return 130
-    return 2 if any(output.error for output in outputs) else 0
+    failed = [output for output in llm.outputs if output.error]
+    for output in failed:
+        print(f"twofold: {f'prompt {output.request_id}: ' if len(texts) > 1 else ''}{output.error}", file=sys.stderr)
+    return 130 if interrupted else 2 if failed else 0
+
+
+@contextmanager
+def interruptible(stop: Callable[[], None]) -> Iterator[list[bool]]:
+    """While open, Ctrl-C calls ``stop`` and is noted in the list; a second one is a KeyboardInterrupt as ever."""
+    noted: list[bool] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(*_: object) -> None:
+        noted.append(True)
+        signal.signal(signal.SIGINT, before)
+        stop()
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def open_trace(path: Path | None) -> "Iterator[TraceWriter | None]":
+    """A writer of trace records into ``path``, or None."""
+    if path is None:
+        yield None
+        return
+    from reference.batching.trace import TraceWriter
+
+    try:
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise TwofoldError(f"--trace {path}: {error.strerror}") from None
+    with file:
+        yield TraceWriter(file)
 
 
 def read_prompts(prompts: list[str] | None, file: Path | None) -> Iterator[str]:

@@ -98,10 +98,8 @@ def summary(metrics: "RunMetrics") -> str:
         f"{metrics.num_prompt_tokens} prompt + {metrics.num_generated_tokens} generated tokens",
         f"first token {first}",
         f"{metrics.tokens_per_second:.1f} tokens/s",
-        f"{metrics.peak_blocks} of {metrics.num_blocks} KV blocks at the peak, {metrics.empty_slots:.1%} of slots empty",
+        f"{metrics.peak_blocks} of {metrics.num_blocks} KV blocks at the peak, {metrics.empty_slots:.1%} of slots free",
     ]
     if metrics.seed is not None:
         parts.append(f"seed {metrics.seed}")
-    if metrics.accepted_drafts is not None:
-        parts.append(f"{metrics.accepted_drafts:.0%} of drafts accepted")
     return " · ".join(parts)
