@@ -1,0 +1,96 @@
+"""Tiled attention with the online softmax is attention, and its lse is the logarithm of the denominator."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from reference.attention import flash_attention as module
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import attention as properties
+from twofold.conformance.strategies.attention import packed_cases
+
+backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
+
+
+@backends
+@given(case=packed_cases())
+def test_matches_the_oracle(backend, case):
+    """Output and lse are within the rule, over packed sequences with more, fewer or no keys."""
+    properties.flash_matches_oracle(backend, case)
+
+
+@backends
+@settings(max_examples=200)
+@given(case=packed_cases())
+def test_equals_dense(backend, case):
+    """Packing sequences and tiling their keys changes nothing."""
+    properties.flash_equals_dense(backend, case)
+
+
+@given(
+    case=packed_cases(dtypes=["float64"]),
+    tiles=st.tuples(st.sampled_from([1, 3, 64, 500]), st.sampled_from([1, 7, 64, 500])),
+)
+def test_the_size_of_tiles_does_not_matter(case, tiles):
+    """Tiles of one query, of one key, or of everything give the same attention."""
+    original = module.TILE_Q, module.TILE_KV
+    module.TILE_Q, module.TILE_KV = tiles
+    try:
+        properties.flash_matches_oracle(reference, case)
+    finally:
+        module.TILE_Q, module.TILE_KV = original
+
+
+def test_hidden_tiles_are_never_read():
+    """A tile of keys that no query of a tile sees is skipped: it may hold NaN."""
+    num_tokens, window = 6 * module.TILE_KV, module.TILE_KV
+    q, k, v = np.ones((3, num_tokens, 1, 2))
+    offsets = np.array([0, num_tokens])
+    for causal, hidden in ((True, slice(4 * module.TILE_KV, None)), (False, slice(5 * module.TILE_KV, None))):
+        k[hidden] = v[hidden] = np.nan
+        out, lse = module.flash_attention(q, k, v, offsets, offsets, causal=causal, sliding_window=window)
+        clean = 3 * module.TILE_Q
+        finite = np.isfinite(out[:clean]).all() and np.isfinite(lse[:clean]).all()
+        assert finite, f"causal={causal}: queries before {clean} see no key of {hidden}, and yet gave NaN"
+
+
+def test_a_query_without_keys():
+    """It gives 0 and -inf; with a sink, 0 and the sink."""
+    q, kv = np.ones((2, 3, 4), np.float32), np.ones((0, 1, 4), np.float32)
+    offsets = np.array([0, 2]), np.array([0, 0])
+    out, lse = reference.flash_attention(q, kv, kv, *offsets)
+    assert (out == 0).all(), f"expected 0, got {out}"
+    assert np.isneginf(lse).all(), f"expected -inf, got {lse}"
+    sinks = np.array([-2.0, 0.5, 3.0], np.float32)
+    out, lse = reference.flash_attention(q, kv, kv, *offsets, sinks=sinks)
+    assert (out == 0).all(), f"with a sink: expected 0, got {out}"
+    assert (lse == sinks).all(), f"with a sink: expected {sinks}, got {lse}"
+
+
+@backends
+@given(case=packed_cases())
+def test_arguments_are_unchanged(backend, case):
+    """No argument is written to."""
+    options = case.options(backend) | {"causal": case.causal}
+    properties.arguments_are_unchanged(backend, "flash_attention", case.arguments(backend), options)
+
+
+@backends
+@given(case=packed_cases())
+def test_out_is_honoured(backend, case):
+    """The output goes to ``out``, all of it and nothing beside it."""
+    properties.flash_honours_out(backend, case)
+
+
+@backends
+def test_refuses_bad_shapes(backend):
+    """A wrong shape, dtype or option raises a ValueError that names the argument."""
+    properties.refuses_bad_shapes(backend, "flash_attention")
+
+
+@backends
+def test_refuses_bad_values(backend):
+    """Offsets that are none raise a ValueError that names the argument."""
+    properties.refuses_bad_values(backend, "flash_attention")
