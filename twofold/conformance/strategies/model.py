@@ -85,3 +85,34 @@ def models(draw: st.DrawFn, **overrides: Any) -> tuple[ModelConfig, dict[str, np
         "rope_scaling": draw(st.sampled_from([None, LLAMA3_SCALING, YARN_SCALING]), label="rope_scaling"),
     }
     return random_model(family, draw(st.integers(0, 2**16), label="seed"), **drawn | overrides)
+
+
+@st.composite
+def token_steps(draw: st.DrawFn, vocab_size: int = SMALL["vocab_size"]) -> tuple[list[list[int]], list[list[int]]]:
+    """(sequences, steps): ragged sequences, and how many tokens of each every step computes; some wait, some end."""
+    lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=3), label="lengths")
+    rng = np.random.default_rng(draw(st.integers(0, 2**16), label="token seed"))
+    sequences = [rng.integers(0, vocab_size, length).tolist() for length in lengths]
+    steps, left = [], list(lengths)
+    while any(left):
+        chunk = draw(st.sampled_from([1, 3, 8, 30]), label="largest chunk")
+        counts = [min(rest, draw(st.integers(0, chunk), label="chunk")) for rest in left]
+        if not any(counts):  # a step computes something
+            counts = [min(rest, chunk) for rest in left]
+        steps.append(counts)
+        left = [rest - count for rest, count in zip(left, counts)]
+    return sequences, steps
+
+
+def random_adapter(config: ModelConfig, rank: int, seed: int = 0, **options: Any) -> tuple[dict[str, np.ndarray], dict]:
+    """An adapter of every linear layer but some, drawn by ``seed``, as (tensors by peft's names, its config)."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray] = {}
+    for name, shape in config.expected_tensors().items():
+        if name.endswith("_proj.weight") and (rng.random() < 0.7 or not tensors):
+            layer = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{layer}.lora_A.weight"] = rng.normal(scale=shape[1] ** -0.5, size=(rank, shape[1])).astype(
+                np.float32
+            )
+            tensors[f"{layer}.lora_B.weight"] = rng.normal(scale=rank**-0.5, size=(shape[0], rank)).astype(np.float32)
+    return tensors, {"r": rank, "lora_alpha": 2 * rank, "use_rslora": False} | options
