@@ -21,7 +21,8 @@ STYLE = """
   .title { font-weight: 600; font-size: 14px } .small { font-size: 10px; fill: #666 }
   .axis { stroke: #bbb; stroke-width: 1 } .paper { fill: #fff }
   .prefill { fill: #3b6fb6 } .decode { fill: #9cc3ea } .draft { fill: #b48ad6 } .preempted { fill: #d1495b }
-  .private { fill: #9cc3ea } .shared { fill: #3b6fb6 } .empty { fill: #f2b134 } .limit { stroke: #d1495b; stroke-dasharray: 4 3 }
+  .private { fill: #9cc3ea } .shared { fill: #3b6fb6 } .empty { fill: #f2b134 }
+  .limit { stroke: #d1495b; stroke-dasharray: 4 3 }
   @media (prefers-color-scheme: dark) {
     text { fill: #ddd } .small { fill: #999 } .axis { stroke: #555 } .paper { fill: #1e2129 }
     .decode, .private { fill: #40699a } .prefill, .shared { fill: #8fbaf0 }
