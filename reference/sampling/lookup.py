@@ -72,11 +72,11 @@ def lookup(
 def _latest_match(tokens: Int32[Array, " length"], max_ngram: int, min_ngram: int) -> int | None:
     """Where the latest earlier occurrence of the longest suffix ends. The suffix grows backwards from its last token,
     and the places that still match become fewer."""
-    ends = np.arange(1, len(tokens))  # an occurrence that ends before `end` is followed by tokens[end]
-    for n in range(1, max_ngram + 1):
-        longer = ends[ends >= n]
-        longer = longer[tokens[longer - n] == tokens[len(tokens) - n]]
+    ends, n = np.arange(1, len(tokens)), 0  # an occurrence that ends before `end` is followed by tokens[end]
+    while n < max_ngram and len(ends):
+        longer = ends[ends > n]
+        longer = longer[tokens[longer - n - 1] == tokens[-n - 1]]
         if len(longer) == 0:
-            return int(ends[-1]) if n > min_ngram else None
-        ends = longer
-    return int(ends[-1])
+            break
+        ends, n = longer, n + 1
+    return int(ends[-1]) if n >= min_ngram else None

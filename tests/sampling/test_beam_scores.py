@@ -1,0 +1,41 @@
+"""Beam search, one step: the best continuations, and no better one left out."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+import reference
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import sampling as properties
+from twofold.conformance.properties.numerics import refuses
+from twofold.conformance.strategies import sampling as inputs
+
+both_backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
+
+
+@both_backends
+@given(case=inputs.beams())
+@settings(max_examples=100)
+def test_beams_are_the_best(backend, case):
+    properties.beams_are_the_best(backend, case)
+
+
+@both_backends
+@given(case=inputs.beams())
+def test_groups_do_not_depend_on_company(backend, case):
+    properties.groups_do_not_depend_on_company(backend, case)
+
+
+@both_backends
+def test_refuses_bad_beams(backend):
+    logits, scores, cu_beams = np.zeros((3, 4), np.float32), np.zeros(3, np.float32), np.array([0, 1, 3], np.int32)
+    nan, inf = scores + np.nan, scores + np.inf
+    for bad in (nan, inf, scores[:2], scores.astype(np.float64)):
+        refuses(backend, "beam_scores", "scores", logits, bad, cu_beams, num_candidates=2)
+    for offsets in ([0, 1, 2], [1, 2, 3], [0, 2, 1, 3], [0, 4], [], [[0, 3]]):
+        bad = np.array(offsets, np.int32)
+        refuses(backend, "beam_scores", "cu_beams", logits, scores, bad, num_candidates=2)
+    refuses(backend, "beam_scores", "cu_beams", logits, scores, cu_beams.astype(np.int64), num_candidates=2)
+    refuses(backend, "beam_scores", "num_candidates", logits, scores, cu_beams, num_candidates=0)
+    refuses(backend, "beam_scores", "row 2", logits + np.array([[0], [0], [-np.inf]], np.float32), scores, cu_beams,
+            num_candidates=2)  # fmt: skip

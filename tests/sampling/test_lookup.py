@@ -1,0 +1,34 @@
+"""Prompt look-up drafts what the slow search finds."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+import reference
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import sampling as properties
+from twofold.conformance.properties.numerics import refuses
+from twofold.conformance.strategies import sampling as inputs
+
+both_backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
+
+
+@both_backends
+@given(case=inputs.histories())
+@settings(max_examples=200)
+def test_is_the_obvious_search(backend, case):
+    history, lengths, options = case
+    properties.lookup_is_the_obvious_search(backend, history, lengths, **options)
+
+
+@both_backends
+def test_refuses_bad_histories(backend):
+    history, lengths = np.zeros((2, 5), np.int32), np.array([5, 0], np.int32)
+    good = {"max_ngram": 3, "num_draft": 2}
+    refuses(backend, "lookup", "history", history[0], lengths, **good)
+    refuses(backend, "lookup", "history", history.astype(np.int64), lengths, **good)
+    for bad in (lengths + 1, lengths - 1, lengths[:1], lengths.astype(np.int64)):
+        refuses(backend, "lookup", "history_lens", history, bad, **good)
+    refuses(backend, "lookup", "min_ngram", history, lengths, min_ngram=0, **good)
+    refuses(backend, "lookup", "min_ngram", history, lengths, min_ngram=4, **good)
+    refuses(backend, "lookup", "num_draft", history, lengths, max_ngram=3, num_draft=-1)

@@ -1,0 +1,310 @@
+"""Penalties, filters, draws and log-probabilities: their equations, their laws, and transformers' own filters."""
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import reference
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import sampling as properties
+from twofold.conformance.properties.numerics import call, refuses
+from twofold.conformance.strategies import sampling as inputs
+from twofold.conformance.strategies.sampling import Filtering, Penalties, Sampling
+
+both_backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
+
+
+# ---- penalize ---------------------------------------------------------------------------------------------------
+
+
+@both_backends
+@given(case=inputs.penalties())
+def test_penalties_are_the_equations(backend, case):
+    properties.penalties_are_the_equations(backend, case)
+
+
+@both_backends
+@given(case=inputs.penalties())
+def test_penalties_do_not_depend_on_company(backend, case):
+    properties.rows_do_not_depend_on_company(backend, "penalize", case)
+
+
+@both_backends
+@given(case=inputs.penalties())
+def test_penalties_write_to_out(backend, case):
+    properties.writes_to_out(backend, "penalize", case)
+
+
+def test_repetition_is_as_in_transformers():
+    rng = np.random.default_rng(0)
+    logits, history = rng.normal(size=(3, 50)).astype(np.float32), rng.integers(0, 50, (3, 20)).astype(np.int32)
+    ids, scores = cast(Any, torch.from_numpy(history).long()), cast(Any, torch.from_numpy(logits))
+    theirs = RepetitionPenaltyLogitsProcessor(1.3)(ids, scores)
+    penalty, nothing, none = (np.full(3, x, np.float32) for x in (1.3, 0, 0))
+    no_bias = np.empty((3, 0), np.int32), np.empty((3, 0), np.float32)
+    ours = reference.penalize(logits, history, np.full(3, 12, np.int32), penalty, nothing, none, *no_bias)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=2**-23, err_msg="repetition penalty")
+
+
+# ---- filter_logits ----------------------------------------------------------------------------------------------
+
+
+@both_backends
+@given(case=inputs.filterings())
+@settings(max_examples=100)
+def test_filters_keep_what_they_say(backend, case):
+    properties.filters_keep_what_they_say(backend, case)
+
+
+@both_backends
+@given(case=inputs.filterings())
+def test_filters_do_not_depend_on_company(backend, case):
+    properties.rows_do_not_depend_on_company(backend, "filter_logits", case)
+
+
+@both_backends
+@given(case=inputs.filterings())
+def test_filters_write_to_out(backend, case):
+    properties.writes_to_out(backend, "filter_logits", case)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [(0.7, 0, 1.0, 0.0), (1.0, 40, 1.0, 0.0), (1.3, 0, 0.9, 0.0), (1.0, 0, 1.0, 0.1), (0.8, 30, 0.7, 0.02)],
+)
+def test_filters_are_those_of_transformers(temperature, top_k, top_p, min_p):
+    """On logits without ties their warpers, put in our order, keep the same tokens with the same probabilities."""
+    logits = np.random.default_rng(1).normal(scale=3, size=(8, 500)).astype(np.float32)
+    theirs = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    theirs += [MinPLogitsWarper(min_p)] if min_p else []
+    theirs += [TopKLogitsWarper(top_k)] if top_k else []
+    theirs += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    no_ids, scores = cast(Any, torch.zeros(8, 1, dtype=torch.long)), cast(Any, torch.from_numpy(logits.copy()))
+    expected = theirs(no_ids, scores).softmax(1).numpy()
+    types = (np.float32, np.int32, np.float32, np.float32)
+    parameters = [np.full(8, x, t) for x, t in zip((temperature, top_k, top_p, min_p), types)]
+    ours = reference.filter_logits(logits, *parameters)
+    probs = np.exp(ours) / np.exp(ours).sum(axis=1, keepdims=True)
+    assert ((probs > 0) == (expected > 0)).all(), "other tokens are kept"
+    np.testing.assert_allclose(probs, expected, rtol=2**-16, err_msg="probabilities")
+
+
+# ---- sample -----------------------------------------------------------------------------------------------------
+
+
+@both_backends
+@given(case=inputs.samplings())
+@settings(max_examples=100)
+def test_sample_is_the_noisy_maximum(backend, case):
+    properties.sample_is_the_noisy_maximum(backend, case)
+
+
+@both_backends
+@given(case=inputs.samplings())
+@settings(max_examples=200)
+def test_a_row_alone_draws_as_in_any_batch(backend, case):
+    properties.rows_do_not_depend_on_company(backend, "sample", case)
+
+
+@both_backends
+@given(case=inputs.samplings())
+@settings(max_examples=200)
+def test_top_k_1_is_greedy(backend, case):
+    properties.top_k_1_is_greedy(backend, case)
+
+
+@both_backends
+@given(case=inputs.samplings())
+@settings(max_examples=200)
+def test_cold_is_greedy(backend, case):
+    properties.cold_is_greedy(backend, case)
+
+
+def one_row(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    values = zip((temperature, top_k, top_p, min_p), (np.float32, np.int32, np.float32, np.float32))
+    return Filtering(np.array([logits], np.float32), *(np.array([value], dtype) for value, dtype in values))
+
+
+LOGITS = [2.0, 0.0, 1.0, 1.0, -np.inf, -3.0, 0.5, 1.5, -1.0, -0.5]
+
+
+PEAKED = [5.0] + [0.0] * 150  # a rare token among very rare ones
+
+
+@both_backends
+@pytest.mark.parametrize(
+    ("row", "varied"),
+    [
+        *((one_row(LOGITS), varied) for varied in ("seeds", "positions", "sample_indices")),
+        (one_row(LOGITS, temperature=2.5), "positions"),
+        (one_row(LOGITS, top_k=4, top_p=0.8), "positions"),
+        (one_row([0.0] * 40), "positions"),
+        (one_row(PEAKED), "positions"),
+    ],
+    ids=["by seed", "by position", "by sample", "hot", "filtered", "flat", "peaked"],
+)
+def test_draws_follow_the_softmax(backend, row, varied):
+    properties.draws_follow_the_softmax(backend, row, varied)
+
+
+# ---- log_probs --------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def log_prob_cases(draw):
+    logits = draw(inputs.logit_rows(draw(st.integers(0, 4), label="num_rows")))
+    last = logits.shape[1] - 1
+    token_ids = inputs.integers(draw, st.integers(0, last), len(logits), "token_ids", np.int64)
+    return logits, token_ids, draw(st.sampled_from([0, 1, min(5, last + 1), last + 1]), label="num_top")
+
+
+@both_backends
+@given(case=log_prob_cases())
+def test_log_probs_are_the_logarithms(backend, case):
+    properties.log_probs_are_the_logarithms(backend, *case)
+
+
+# ---- what is refused --------------------------------------------------------------------------------------------
+
+GOOD_SAMPLING = {
+    "logits": np.zeros((2, 5), np.float32),
+    "temperature": np.ones(2, np.float32),
+    "top_k": np.zeros(2, np.int32),
+    "top_p": np.ones(2, np.float32),
+    "min_p": np.zeros(2, np.float32),
+    "seeds": np.arange(2),
+    "positions": np.zeros(2, np.int32),
+    "sample_indices": np.zeros(2, np.int32),
+}
+BAD_SAMPLING = [
+    ("temperature", [1.0, -0.1]),
+    ("temperature", [1.0, np.nan]),
+    ("temperature", [np.inf, 1.0]),
+    ("top_k", [0, -1]),
+    ("top_p", [1.0, 0.0]),
+    ("top_p", [1.0, 1.01]),
+    ("top_p", [np.nan, 1.0]),
+    ("min_p", [0.0, -0.1]),
+    ("min_p", [1.5, 0.0]),
+    ("logits", [[0.0] * 5, [-np.inf] * 5]),
+    ("logits", [[0.0] * 5, [0.0, np.nan, 0, 0, 0]]),
+    ("logits", [[0.0] * 5, [0.0, 0, np.inf, 0, 0]]),
+    ("logits", [0.0, 0.0]),
+    ("logits", [[], []]),
+    ("temperature", [1.0]),
+    ("top_k", [[0, 0]]),
+    ("seeds", [1, 2, 3]),
+    ("positions", [0, -1]),
+    ("sample_indices", [-1, 0]),
+]
+
+
+@both_backends
+@pytest.mark.parametrize(("argument", "values"), BAD_SAMPLING)
+def test_refuses_bad_sampling(backend, argument, values):
+    bad = GOOD_SAMPLING | {argument: np.array(values, GOOD_SAMPLING[argument].dtype)}
+    refuses(backend, "sample", argument, *bad.values())
+    if argument in list(bad)[:5]:
+        refuses(backend, "filter_logits", argument, *list(bad.values())[:5])
+
+
+@both_backends
+@pytest.mark.parametrize("argument", list(GOOD_SAMPLING))
+def test_refuses_other_dtypes(backend, argument):
+    good = GOOD_SAMPLING[argument]
+    other = good.astype(np.int64 if good.dtype == np.float32 else np.int16)
+    refuses(backend, "sample", argument, *(GOOD_SAMPLING | {argument: other}).values())
+
+
+@both_backends
+def test_names_the_row(backend):
+    logits = np.zeros((3, 4), np.float32)
+    logits[1] = -np.inf
+    case = Sampling(logits, *(np.resize(x, 3) for x in list(GOOD_SAMPLING.values())[1:]))
+    refuses(backend, "sample", "row 1", *case.args())
+    refuses(backend, "log_probs", "row 1", logits, np.zeros(3, np.int64), num_top=1)
+
+
+@both_backends
+def test_refuses_a_wrong_out(backend):
+    filtering = list(GOOD_SAMPLING.values())[:5]
+    refuses(backend, "filter_logits", "out", *filtering, out=np.zeros((2, 4), np.float32))
+    refuses(backend, "filter_logits", "out", *filtering, out=np.zeros((2, 5), np.float64))
+
+
+GOOD_PENALTIES = {
+    "logits": np.zeros((2, 5), np.float32),
+    "history": np.array([[0, 4, 4], [1, -1, -1]], np.int32),
+    "prompt_lens": np.array([2, 1], np.int32),
+    "repetition_penalty": np.ones(2, np.float32),
+    "presence_penalty": np.ones(2, np.float32),
+    "frequency_penalty": np.ones(2, np.float32),
+    "bias_ids": np.array([[0, 1], [-1, -1]], np.int32),
+    "bias_values": np.zeros((2, 2), np.float32),
+}
+BAD_PENALTIES = [
+    ("logits", [0.0, 0.0]),
+    ("history", [[0, 5], [0, 0]]),
+    ("history", [[0, -2], [0, 0]]),
+    ("history", [0, 1]),
+    ("prompt_lens", [4, 0]),
+    ("prompt_lens", [0, -1]),
+    ("repetition_penalty", [1.0, 0.0]),
+    ("repetition_penalty", [1.0, np.nan]),
+    ("repetition_penalty", [1.0, np.inf]),
+    ("presence_penalty", [np.nan, 0.0]),
+    ("frequency_penalty", [np.inf, 0.0]),
+    ("frequency_penalty", [0.0]),
+    ("bias_ids", [[0, 5], [0, 1]]),
+    ("bias_ids", [[0, 0], [0, 1]]),
+    ("bias_values", [[0.0, np.nan], [0, 0]]),
+    ("bias_values", [[0.0, np.inf], [0, 0]]),
+    ("bias_values", [[0.0], [0.0]]),
+]
+
+
+@both_backends
+@pytest.mark.parametrize(("argument", "values"), BAD_PENALTIES)
+def test_refuses_bad_penalties(backend, argument, values):
+    bad = GOOD_PENALTIES | {argument: np.array(values, GOOD_PENALTIES[argument].dtype)}
+    refuses(backend, "penalize", argument, *bad.values())
+
+
+@both_backends
+@pytest.mark.parametrize("argument", list(GOOD_PENALTIES))
+def test_penalize_refuses_other_dtypes(backend, argument):
+    good = GOOD_PENALTIES[argument]
+    other = good.astype(np.int64)
+    refuses(backend, "penalize", argument, *(GOOD_PENALTIES | {argument: other}).values())
+
+
+@both_backends
+def test_log_probs_refuses_bad_ids_and_counts(backend):
+    logits, ids = np.zeros((2, 5), np.float32), np.zeros(2, np.int64)
+    refuses(backend, "log_probs", "token_ids", logits, ids - 1, num_top=1)
+    refuses(backend, "log_probs", "token_ids", logits, ids + 5, num_top=1)
+    refuses(backend, "log_probs", "token_ids", logits, ids[:1], num_top=1)
+    refuses(backend, "log_probs", "token_ids", logits, ids.astype(np.int32), num_top=1)
+    refuses(backend, "log_probs", "num_top", logits, ids, num_top=6)
+    refuses(backend, "log_probs", "num_top", logits, ids, num_top=-1)
+
+
+@both_backends
+def test_a_history_of_nothing_changes_nothing(backend):
+    """No history columns, no biases, penalties on: the logits come back."""
+    logits = np.array([[1.0, -2.0]], np.float32)
+    two, none = np.full(1, 2, np.float32), np.empty((1, 0), np.int32)
+    case = Penalties(logits, none, np.zeros(1, np.int32), two, two, two, none, none.astype(np.float32))
+    assert call(backend, "penalize", *case.args()).tolist() == logits.tolist(), "penalize without a history"

@@ -1,0 +1,122 @@
+"""Speculation changes the speed and never the distribution."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+import reference
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import sampling as properties
+from twofold.conformance.properties.numerics import call, refuses
+from twofold.conformance.strategies import sampling as inputs
+
+both_backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
+
+
+@both_backends
+@given(case=inputs.drafted())
+@settings(max_examples=100)
+def test_is_rejection_sampling(backend, case):
+    properties.verify_is_rejection_sampling(backend, case)
+
+
+@both_backends
+@given(case=inputs.drafted(targets=("one-hot",)))
+@settings(max_examples=200)
+def test_speculative_is_greedy_with_one_hot_targets(backend, case):
+    properties.greedy_targets_accept_the_greedy_prefix(backend, case)
+
+
+@both_backends
+@given(case=inputs.drafted())
+@settings(max_examples=200)
+def test_own_drafts_are_all_accepted(backend, case):
+    properties.own_drafts_are_all_accepted(backend, case)
+
+
+@both_backends
+@given(case=inputs.samplings())
+@settings(max_examples=200)
+def test_without_drafts_it_is_sample(backend, case):
+    properties.without_drafts_is_sample(backend, case)
+
+
+@both_backends
+@given(case=inputs.drafted())
+@settings(max_examples=200)
+def test_sequences_do_not_depend_on_company(backend, case):
+    properties.sequences_do_not_depend_on_company(backend, case)
+
+
+@both_backends
+@pytest.mark.parametrize(
+    ("targets", "drafts"),
+    [
+        *(("any", drafts) for drafts in ("any", "with zeros", "one-hot", "certain", "the target's", "nearly")),
+        *(("with zeros", drafts) for drafts in ("any", "with zeros", "certain")),
+        ("one-hot", "any"),
+    ],
+)
+def test_what_comes_out_is_the_target(backend, targets, drafts):
+    rng = np.random.default_rng(3)
+    target = inputs.distributions(rng, 4, 6, targets, np.float32)
+    draft = inputs.distributions(rng, 3, 6, drafts, np.float32)
+    if drafts == "the target's":
+        draft = target[:3].copy()
+    elif drafts == "nearly":
+        draft = (0.9 * target[:3] + 0.1 * draft).astype(np.float32)
+    if drafts == "certain":
+        properties.what_comes_out_is_the_target(backend, target, None, lambda offset, n: np.full(n, offset + 1))
+        return
+    tokens = [inputs.draw_from(rng, np.tile(row, (2000, 1)).astype(np.float64)) for row in draft]
+    properties.what_comes_out_is_the_target(backend, target, draft, lambda offset, n: tokens[offset])
+
+
+@both_backends
+def test_equal_but_for_rounding_still_gives_a_token(backend):
+    """Where the target is everywhere a little less than the draft, a rejection leaves no residual: the target draws."""
+    num_seqs = 3000
+    target, draft = np.full((2 * num_seqs, 2), 0.496, np.float32), np.full((num_seqs, 2), 0.5, np.float32)
+    tokens, cu_drafts = np.zeros(num_seqs, np.int64), np.arange(num_seqs + 1, dtype=np.int32)
+    named = np.arange(num_seqs), np.zeros(num_seqs, np.int32), np.zeros(num_seqs, np.int32)
+    accepted, tokens = call(backend, "verify", target, draft, tokens, cu_drafts, *named)
+    rejected = accepted == 0
+    assert 8 < rejected.sum() < 48, f"{rejected.sum()} rejected, where 24 are expected"
+    assert set(tokens[rejected].tolist()) == {0, 1}, f"tokens {tokens[rejected]} of two that are equally likely"
+
+
+@both_backends
+def test_refuses_bad_drafts(backend):
+    good = {
+        "target_probs": np.full((5, 4), 0.25, np.float32),
+        "draft_probs": np.full((3, 4), 0.25, np.float32),
+        "draft_tokens": np.zeros(3, np.int64),
+        "cu_drafts": np.array([0, 1, 3], np.int32),
+        "seeds": np.arange(2),
+        "positions": np.zeros(2, np.int32),
+        "sample_indices": np.zeros(2, np.int32),
+    }
+    negative, nan = np.full((5, 4), 0.25, np.float32), np.full((5, 4), 0.25, np.float32)
+    negative[4] = [-0.25, 0.5, 0.5, 0.25]
+    nan[2, 1] = np.nan
+    bad = [
+        ("target_probs", negative),
+        ("target_probs", nan),
+        ("target_probs", np.zeros((5, 4), np.float32)),
+        ("target_probs", np.ones((5, 4), np.float32)),
+        ("target_probs", np.full((4, 4), 0.25, np.float32)),
+        ("target_probs", np.zeros((5, 4), np.int64)),
+        ("draft_probs", negative[:3] * 2),
+        ("draft_probs", np.full((2, 4), 0.25, np.float32)),
+        ("draft_probs", np.full((3, 2), 0.5, np.float32)),
+        ("draft_tokens", np.array([0, 4, 0])),
+        ("draft_tokens", np.array([0, -1, 0])),
+        ("draft_tokens", np.zeros(3, np.int32)),
+        ("cu_drafts", np.array([0, 1, 2], np.int32)),
+        ("cu_drafts", np.array([0, 3, 1, 3], np.int32)),
+        ("seeds", np.arange(3)),
+        ("positions", np.array([0, -1], np.int32)),
+        ("sample_indices", np.zeros(2, np.int64)),
+    ]
+    for argument, value in bad:
+        refuses(backend, "verify", argument, *(good | {argument: value}).values())
