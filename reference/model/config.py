@@ -286,7 +286,7 @@ def _sliding(config: Mapping[str, Any], family: str, num_layers: int) -> tuple[A
     if family == "llama":
         return None, None
     if family == "mistral":
-        return config.get("sliding_window"), None
+        return config.get("sliding_window", 4096), None
     window = config.get("sliding_window", 4096) if _flag(config, "use_sliding_window") else None
     if window is None:
         return None, None
