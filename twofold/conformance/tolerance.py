@@ -214,8 +214,9 @@ def attention_oracle(
     sinks = None if sinks is None else np.asarray(sinks).astype(np.float64)
     positions = np.arange(len(k) - len(q), len(k))
     seen = visible_keys(positions, np.arange(len(k)), causal=causal, sliding_window=sliding_window)
-    out, lse = attend(q, k, v, seen=seen, scale=factor, sinks=sinks, logit_cap=logit_cap)
-    magnitude, _ = attend(q, k, np.abs(v), seen=seen, scale=factor, sinks=sinks, logit_cap=logit_cap)
+    values = np.concatenate([v, np.abs(v)], axis=-1)  # one softmax for both
+    both, lse = attend(q, k, values, seen=seen, scale=factor, sinks=sinks, logit_cap=logit_cap)
+    out, magnitude = np.split(both, 2, axis=-1)
 
     scores = attention_scores(group_heads(np.abs(q) * abs(factor), k.shape[1]), np.abs(k))
     scores = np.where(np.repeat(seen, q.shape[1] // k.shape[1], axis=0), scores, 0.0)

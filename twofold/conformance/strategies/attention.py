@@ -126,6 +126,10 @@ class AttentionCase:
         more = f"sinks={self.sinks is not None}, logit_cap={self.logit_cap}, strided={self.strided}"
         return f"{type(self).__name__}({self.dtype}, (queries, keys)={lens}, {heads}, {options}, {more})"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What Hypothesis prints of a failing case: its structure, not its numbers."""
+        printer.text(repr(self))
+
 
 def offsets(lens: Sequence[int]) -> np.ndarray:
     """``cu_seqlens`` of these lengths."""
@@ -453,6 +457,9 @@ class StatesCase:
 
     def __repr__(self) -> str:
         return f"StatesCase({self.out_parts.dtype} {self.out_parts.shape}, lse_parts={self.lse_parts.tolist()})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
 
 
 @st.composite
