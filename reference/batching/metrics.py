@@ -108,7 +108,7 @@ class StepRecord:
     num_seqs: int
     num_tokens: int
     num_preempted: int
-    schedule_time: float
+    schedule_time: float = 0.0
     launch_time: float = 0.0
     wait_time: float = 0.0
     update_time: float = 0.0

@@ -137,6 +137,7 @@ class StepPlan:
 
     Attributes:
         num_new: Tokens of each sequence.
+        sources: Of each sequence, where the step before draws the token that is still in flight.
         promised: Tokens of the budget that are kept for decoding sequences yet to be scheduled.
         drawn, samples: Of each drawn row the sequence's place in ``seqs``, and the sample index.
         verified: Places of the sequences whose drafts are verified.
@@ -149,6 +150,7 @@ class StepPlan:
     step: int
     seqs: list[Sequence] = field(default_factory=list)
     num_new: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
     num_tokens: int = 0
     promised: int = 0
     drawn: list[int] = field(default_factory=list)
@@ -169,6 +171,7 @@ class StepPlan:
         """Put a sequence into the step; its place."""
         self.seqs.append(seq)
         self.num_new.append(num_new)
+        self.sources.append(seq.source)
         self.num_tokens += num_new
         return len(self.seqs) - 1
 
@@ -265,7 +268,7 @@ def pack(plan: StepPlan, rows: RunningRows) -> Batch:
     query_lens = np.array(plan.num_new, np.int32)
     seq_lens = np.array([seq.num_computed for seq in seqs], np.int32)
     known = np.array([len(seq.token_ids) + len(seq.drafts) for seq in seqs], np.int32)
-    sources = np.array([seq.source for seq in seqs], np.int32)
+    sources = np.array(plan.sources, np.int32)
 
     cu_seqlens_q = _offsets(query_lens)
     owner = np.repeat(np.arange(len(seqs)), query_lens)  # of each token: which sequence
