@@ -60,6 +60,8 @@ def round_to(
         format: "float16", "bfloat16", "float8_e4m3fn" or "float8_e5m2" (or "float32", for float64 values).
         saturate: Beyond the largest finite value give that value, for infinities too, as KV caches and weights want
             it; otherwise what ml_dtypes gives: infinity, or NaN for e4m3fn, once a value rounds past the largest.
+            Where ``format`` is the dtype of ``x``, or "float32" and that dtype narrower, all values stay, infinities
+            too.
         out: Where to write the result; may be ``x``.
 
     Numerics:
@@ -81,7 +83,7 @@ def round_to(
     """
     require_float("round_to", "x", x)
     require_out("round_to", out, x.shape, x.dtype)
-    rounded = _round(x, _format_named("round_to", format), saturate)
+    rounded = _round("round_to", x, format, saturate)
     with np.errstate(over="ignore", invalid="ignore"):  # a narrow dtype of x may not hold what a wide format does
         return deliver(rounded, x.dtype, out)
 
@@ -96,11 +98,16 @@ def cast(x: Float[Array, "*shape"], format: str, *, saturate: bool = True) -> Sh
         array([ 40, 126], dtype=uint8)
     """
     require_float("cast", "x", x)
-    return _round(x, _format_named("cast", format), saturate).astype(dtype_named(format))  # exact by now
+    with np.errstate(invalid="ignore"):  # NaNs that signal
+        return _round("cast", x, format, saturate).astype(dtype_named(format), copy=False)  # exact by now
 
 
 @np.errstate(over="ignore", invalid="ignore")  # 256 ulps of 2**120: the infinity is meant; and NaNs that signal
-def _round(x: Array, format: FloatFormat, saturate: bool) -> Array:
+def _round(op: str, x: Array, name: str, saturate: bool) -> Array:
+    require(name in FLOAT_FORMATS, op, "format", f"one of {', '.join(FLOAT_FORMATS)}", repr(name))
+    if np.can_cast(x.dtype, dtype_named(name)):
+        return x.copy()  # all its values are the format's
+    format = FLOAT_FORMATS[name]
     x = x.astype(compute_dtype(x.dtype), copy=False)
     if saturate:
         x = np.clip(x, -format.largest, format.largest)  # NaN passes
@@ -110,8 +117,3 @@ def _round(x: Array, format: FloatFormat, saturate: bool) -> Array:
     if saturate:
         return rounded
     return np.where(np.abs(rounded) > format.largest, np.copysign(x.dtype.type(format.overflow), x), rounded)
-
-
-def _format_named(op: str, name: str) -> FloatFormat:
-    require(name in FLOAT_FORMATS, op, "format", f"one of {', '.join(FLOAT_FORMATS)}", repr(name))
-    return FLOAT_FORMATS[name]

@@ -51,6 +51,27 @@ def test_float64_to_float32_is_the_hardware_s(backend):
 
 
 @both_backends
+@narrow_formats
+def test_the_way_back_to_float32_is_exact(backend, format):
+    """Every pattern of a narrow format, infinities and NaNs too, is the same number in float32, saturating or not."""
+    bits = 8 * inputs.dtype_named(format).itemsize
+    x = np.arange(2**bits, dtype=f"uint{bits}").view(inputs.dtype_named(format))
+    with np.errstate(invalid="ignore"):  # NaNs that signal
+        for saturate in (False, True):
+            back = properties.call(backend, "cast", x, "float32", saturate=saturate)
+            np.testing.assert_array_equal(back, x.astype(np.float32), err_msg=f"{format} to float32", strict=True)
+
+
+@both_backends
+def test_what_is_rounded_already_is_a_copy(backend):
+    """A result never shares memory with x, not even when there is nothing to round."""
+    x = backend.from_host(np.ones(3, np.float32))
+    for result in (backend.round_to(x, "float32"), backend.cast(x, "float32")):
+        result[...] = 2
+    assert backend.to_host(x).tolist() == [1, 1, 1], "a write to the result reached x"
+
+
+@both_backends
 def test_out_may_be_x(backend):
     x = backend.from_host(np.array([1.0625, 500.0], np.float32))
     rounded = backend.round_to(x, "float8_e4m3fn", out=x)

@@ -37,6 +37,9 @@ def _round(op: str, x: Array, name: str, saturate: bool) -> Array:
     """x + C - C in float64, where C is so large that its own last place is the format's: the adder rounds."""
     require(x.is_floating_point(), op, "x", "a floating dtype", x.dtype)
     require(name in FLOAT_FORMATS, op, "format", f"one of {', '.join(FLOAT_FORMATS)}", repr(name))
+    target = getattr(torch, name)
+    if x.dtype == target or (target == torch.float32 and x.itemsize < 4):
+        return x.clone()
     fraction_bits, min_exponent, largest, overflow = FLOAT_FORMATS[name]
     wide = x.double()
     if saturate:

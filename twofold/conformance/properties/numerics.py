@@ -52,6 +52,8 @@ def refuses(backend: Backend, op: str, argument: str, *args: Any, **kwargs: Any)
 def nearest_even(x: np.ndarray, format: str, saturate: bool) -> np.ndarray:
     """The right answer in float64, looked up in the table of all the format's values: the nearer neighbour, and of two
     equally near the one with the even bit pattern. Exact, because a midpoint has one bit more than its neighbours."""
+    if x.dtype == dtype_named(format):
+        return x.astype(np.float64)
     values, (*_, largest, overflow) = finite_values(format), FLOAT_FORMATS[format]
     marks = np.append(values, 2 * values[-1] - values[-2])  # what would come next, if the format went on
     size = np.abs(x.astype(np.float64))
