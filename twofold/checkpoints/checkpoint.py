@@ -76,9 +76,6 @@ class Checkpoint:
     no_tokenizer: str = ""
     eos_token_ids: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:
-        self._check_tensors()
-
     def tensors(self, *, as_is: bool = False) -> Tensors:
         """Every tensor by Hugging Face's name, read when asked for.
 
@@ -99,20 +96,20 @@ class Checkpoint:
             raise TwofoldError(f"{self.name}: {self.no_tokenizer}; give prompts as token ids (prompt_token_ids)")
         return self.tokenizer
 
-    def _check_tensors(self) -> None:
-        expected = self.config.expected_tensors()
-        missing = [name for name in expected if name not in self.shapes]
-        if missing:
-            others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise TwofoldError(f"{self.path}: tensor {missing[0]} is missing{others}")
-        for name, shape in expected.items():
-            if self.shapes[name] != shape:
-                raise TwofoldError(
-                    f"{self.path}: tensor {name} has shape {self.shapes[name]}; the config makes it {shape}"
-                )
-        strange = [name for name in self.shapes if name not in expected and not NOT_WEIGHTS.search(name)]
-        if strange:
-            raise TwofoldError(
-                f"{self.path}: tensor {shown(strange[0])} is not part of a {self.config.family} model with this "
-                "config, and leaving it out would change what the model computes"
-            )
+
+def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """Every tensor that the config implies must be there, in its shape, and none that would change the model."""
+    expected = config.expected_tensors()
+    missing = [name for name in expected if name not in shapes]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise TwofoldError(f"{where}: tensor {missing[0]} is missing{others}")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise TwofoldError(f"{where}: tensor {name} has shape {shapes[name]}; the config makes it {shape}")
+    strange = [name for name in shapes if name not in expected and not NOT_WEIGHTS.search(name)]
+    if strange:
+        raise TwofoldError(
+            f"{where}: tensor {shown(strange[0])} is not part of a {config.family} model with this config, and "
+            "leaving it out would change what the model computes"
+        )

@@ -13,6 +13,7 @@ Source: docs/gguf.md of ggml-org/ggml.
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,8 +25,10 @@ from twofold.checkpoints.gguf_blocks import BLOCK_TYPES, BlockType
 from twofold.errors import TwofoldError
 
 MAX_METADATA_BYTES = 64 << 20  # five times the largest vocabulary known
-MAX_OBJECTS = 1 << 20  # strings and arrays in a file
-MAX_NAME_BYTES = 1 << 16
+MAX_OBJECTS = 3 << 18  # strings in a file; an array counts as many
+ARRAY_COST = 16
+MAX_ENTRIES = 1 << 16
+MAX_TENSORS = 1 << 15
 MAX_NESTING = 3
 MAX_DIMS = 4
 MAX_ALIGNMENT = 1 << 16
@@ -95,12 +98,17 @@ class GGUFFile:
         return stored.reshape(*tensor.shape[:-1], tensor.type.row_bytes(tensor.shape[-1]))
 
 
+def scalars(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries that are one number, flag or string: an array compares with nothing."""
+    return {key: value for key, value in metadata.items() if isinstance(value, (bool, int, float, str))}
+
+
 class _Reader:
     """Takes bytes off the front of a file; never more than there are."""
 
     def __init__(self, file: BinaryIO, size: int, path: str):
         self.file, self.size, self.path = file, size, path
-        self.position = 0
+        self.position, self.limit = 0, min(size, MAX_METADATA_BYTES)
         self.objects_left = MAX_OBJECTS
         self.reading = "its header"  # named when something is wrong
 
@@ -112,11 +120,14 @@ class _Reader:
         return TwofoldError(f"{self.path}: {what}, in {self.reading}")
 
     def take(self, count: int) -> bytes:
-        if count > self.left:
-            raise self.wrong("truncated or corrupt: it ends, or points past its end")
-        if self.position + count > MAX_METADATA_BYTES:
-            raise self.wrong(f"more than the {MAX_METADATA_BYTES:,} bytes of metadata that are read")
-        self.position += count
+        end = self.position + count
+        if end > self.limit:
+            raise self.wrong(
+                "truncated or corrupt: it ends, or points past its end"
+                if end > self.size
+                else f"more than the {MAX_METADATA_BYTES:,} bytes of metadata that are read"
+            )
+        self.position = end
         taken = self.file.read(count)
         if len(taken) < count:
             raise self.wrong("truncated while it was read")
@@ -125,40 +136,38 @@ class _Reader:
     def number(self, format: str) -> Any:
         return struct.unpack("<" + format, self.take(struct.calcsize(format)))[0]
 
-    def count_object(self) -> None:
-        self.objects_left -= 1
+    def spend(self, objects: int) -> None:
+        self.objects_left -= objects
         if self.objects_left < 0:
-            raise self.wrong(f"more than the {MAX_OBJECTS:,} strings and arrays that are read")
+            raise self.wrong(f"more than the {MAX_OBJECTS:,} strings that are read")
 
-    def string(self, limit: int = MAX_METADATA_BYTES) -> str:
-        self.count_object()
-        length = self.number("Q")
-        if length > limit:
-            raise self.wrong(f"a string of {length:,} bytes")
+    def string(self) -> str:
+        length = int.from_bytes(self.take(8), "little")
         try:
             return self.take(length).decode()
         except UnicodeDecodeError:
             raise self.wrong("a string that is not UTF-8") from None
 
     def value(self, type: int, nesting: int = 0) -> Any:
-        if type == STRING:
-            return self.string()
         if type == ARRAY:
             return self.array(nesting)
-        if type not in NUMBERS:
+        if type in NUMBERS:
+            return self.numbers(type, 1)[0].item()
+        if type != STRING:
             raise self.wrong(f"unknown type of value {type}")
-        return self.numbers(type, 1)[0].item()
+        return self.string()
 
     def array(self, nesting: int) -> Any:
-        self.count_object()
+        """All that it will make is paid for before it is made."""
         if nesting == MAX_NESTING:
             raise self.wrong(f"arrays nested more than {MAX_NESTING} deep")
         type, count = self.number("I"), self.number("Q")
         if type in NUMBERS:
             return self.numbers(type, count)
-        smallest = 8 if type == STRING else 12  # bytes of an empty string or array
+        smallest, cost = (8, 1) if type == STRING else (12, ARRAY_COST)  # bytes of an empty string or array
         if count * smallest > self.left:
             raise self.wrong(f"truncated or corrupt: an array of {count:,} that its bytes cannot hold")
+        self.spend(count * cost)
         return [self.value(type, nesting + 1) for _ in range(count)]
 
     def numbers(self, type: int, count: int) -> np.ndarray:
@@ -168,7 +177,7 @@ class _Reader:
 
 
 def _read_preamble(reader: _Reader) -> tuple[int, int]:
-    """(number of tensors, number of metadata entries), each possible in the bytes that are left."""
+    """(number of tensors, number of metadata entries)."""
     if reader.left < 24 or reader.take(4) != b"GGUF":
         raise TwofoldError(f"{reader.path}: not a GGUF file")
     version = reader.number("I")
@@ -176,9 +185,9 @@ def _read_preamble(reader: _Reader) -> tuple[int, int]:
         known = "big-endian" if version in (2 << 24, 3 << 24) else f"version {version}"
         raise TwofoldError(f"{reader.path}: a {known} GGUF; versions 2 and 3, little-endian, are read")
     num_tensors, num_entries = reader.number("Q"), reader.number("Q")
-    for what, count, smallest in (("tensors", num_tensors, 32), ("metadata entries", num_entries, 13)):
-        if count * smallest > reader.left:
-            raise reader.wrong(f"truncated or corrupt: {count:,} {what} do not fit in it")
+    for what, count, most in (("tensors", num_tensors, MAX_TENSORS), ("metadata entries", num_entries, MAX_ENTRIES)):
+        if count > most:
+            raise reader.wrong(f"corrupt: it claims {count:,} {what}; at most {most:,} are read")
     return num_tensors, num_entries
 
 
@@ -186,7 +195,7 @@ def _read_metadata(reader: _Reader, num_entries: int) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for index in range(num_entries):
         reader.reading = f"metadata entry {index}"
-        key = reader.string(MAX_NAME_BYTES)
+        key = reader.string()
         reader.reading = f"metadata {shown(key)}"
         if key in metadata:
             raise reader.wrong("a key given twice")
@@ -211,7 +220,7 @@ def _read_tensor_table(reader: _Reader, num_tensors: int, metadata: dict[str, An
 
 def _read_tensor_entry(reader: _Reader) -> GGUFTensor:
     """Name, shape, type and offset, the offset still counted from the table's end."""
-    name = reader.string(MAX_NAME_BYTES)
+    name = reader.string()
     reader.reading = f"tensor {shown(name)}"
     num_dims = reader.number("I")
     if not 1 <= num_dims <= MAX_DIMS:

@@ -21,8 +21,8 @@ from reference.fusion.rotary import rotary_tables
 from reference.linear.weight import Weight, weight_format
 from reference.model.config import ModelConfig
 from twofold.bounded import shown
-from twofold.checkpoints.checkpoint import Checkpoint
-from twofold.checkpoints.gguf import GGUFFile, GGUFTensor
+from twofold.checkpoints.checkpoint import Checkpoint, check_tensors
+from twofold.checkpoints.gguf import GGUFFile, GGUFTensor, scalars
 from twofold.checkpoints.gguf_tokenizer import eos_ids_of, tokenizer_of
 from twofold.errors import TwofoldError
 
@@ -66,13 +66,15 @@ BLOCK_FORMATS = {"Q4_0": "q4_0", "Q4_1": "q4_1", "Q8_0": "q8_0"}  # those that a
 def load_gguf(path: Path) -> Checkpoint:
     """The checkpoint in a GGUF file. Raises ``TwofoldError`` saying what is wrong with it."""
     file = GGUFFile(path)
-    if file.metadata.get("split.count", 1) != 1:
+    if scalars(file.metadata).get("split.count", 1) != 1:
         raise TwofoldError(f"{path}: one part of a GGUF that was split; merge the parts (llama-gguf-split --merge)")
     for name, tensor in file.tensors.items():
         if len(tensor.shape) == 1 and tensor.type.unpack is not None:
             raise TwofoldError(f"{path}: tensor {shown(name)} is a vector stored as {tensor.type.name}")
     config = config_from_gguf(file.metadata, file.tensors, rope_factors=_rope_factors(file), where=str(path))
     stored_names = {hf_name(name): name for name in file.tensors if name != ROPE_FACTORS}
+    shapes = {name: file.tensors[stored].shape for name, stored in stored_names.items()}
+    check_tensors(config, shapes, path)
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     permuted = heads if file.metadata["general.architecture"] in PERMUTED else {}
 
@@ -93,7 +95,7 @@ def load_gguf(path: Path) -> Checkpoint:
         path=path,
         files=(path,),
         config=config,
-        shapes={name: file.tensors[stored].shape for name, stored in stored_names.items()},
+        shapes=shapes,
         stored_as={name: file.tensors[stored].type.name for name, stored in stored_names.items()},
         nbytes=sum(tensor.nbytes for tensor in file.tensors.values()),
         read=read,
@@ -168,10 +170,12 @@ def config_from_gguf(
     Raises:
         TwofoldError: For a family that is not known, naming those that are; for what is missing or makes no sense.
     """
-    family = metadata.get("general.architecture")
+    single = scalars(metadata)
+    family = single.get("general.architecture")
     if family not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise TwofoldError(f"{where}: unknown model family {shown(family)} (general.architecture); known are {known}")
+        named = shown(metadata.get("general.architecture"))
+        raise TwofoldError(f"{where}: unknown model family {named} (general.architecture); known are {known}")
     hf = {name: metadata[f"{family}.{key}"] for name, key in FIELDS.items() if f"{family}.{key}" in metadata}
     hf |= {name: metadata.get(f"tokenizer.ggml.{name}") for name in ("bos_token_id", "eos_token_id")}
     hf.setdefault("vocab_size", _length(metadata.get("tokenizer.ggml.tokens")))
@@ -182,13 +186,13 @@ def config_from_gguf(
     hf["attention_bias"] = "blk.0.attn_output.bias" in tensors
     hf["mlp_bias"] = "blk.0.ffn_down.bias" in tensors
     try:
-        hf["rope_scaling"] = _rope_scaling(metadata, family)
+        hf["rope_scaling"] = _rope_scaling(single, family)
         if rope_factors is not None:
             hf["rope_scaling"] = _llama3_scaling(rope_factors, hf.get("rope_theta", 10000.0))
         config = ModelConfig.from_hf(hf)
     except ValueError as error:
         raise TwofoldError(f"{where}: {str(error).removeprefix('ModelConfig: ')}") from None
-    width = metadata.get(f"{family}.rope.dimension_count", config.head_dim)
+    width = single.get(f"{family}.rope.dimension_count", config.head_dim)
     if width != config.head_dim:
         raise TwofoldError(f"{where}: rotary embedding of {shown(width)} of {config.head_dim} dimensions of a head")
     return config

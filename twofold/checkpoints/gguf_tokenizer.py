@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from twofold.bounded import shown
+from twofold.checkpoints.gguf import scalars
 from twofold.errors import TwofoldError
 from twofold.tokenizer import SPACE, Tokenizer, library_errors
 
 CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 MAX_ADDED_TOKENS = 1 << 16
 MAX_PIECE = 256  # characters
-MAX_PIECES_TEXT = 4 << 20
+MAX_PIECES_TEXT = 1 << 20  # characters of all pieces; Llama 2 has a fifth of that
 EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 ROLES = {
     "bos_token": "bos_token_id",
@@ -53,12 +54,13 @@ BEGINS_WITH_BOS = TAKES_WHOLE_WORDS  # where the file does not say
 
 def tokenizer_of(metadata: Mapping[str, Any], vocab_size: int) -> tuple[Tokenizer | None, str]:
     """(the tokenizer, "") or (None, why there is none). Raises ``TwofoldError`` for one that contradicts itself."""
-    kind = metadata.get("tokenizer.ggml.model")
+    single = scalars(metadata)
+    kind = single.get("tokenizer.ggml.model")
     if kind is None:
         return None, "the file has no tokenizer"
     if kind not in ("gpt2", "llama"):
         return None, f"its tokenizer is of a kind that is not known ({shown(kind)}; known are gpt2 and llama)"
-    pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
+    pre = single.get("tokenizer.ggml.pre", "gpt-2")
     if kind == "gpt2" and pre not in PATTERNS:
         return (
             None,
@@ -70,13 +72,13 @@ def tokenizer_of(metadata: Mapping[str, Any], vocab_size: int) -> tuple[Tokenize
     with library_errors("tokenizer.ggml"):
         backend = _byte_level(metadata, tokens, pre) if kind == "gpt2" else _sentencepiece(metadata, tokens)
         _add_special_tokens(backend, metadata, tokens)
-        template = metadata.get("tokenizer.chat_template")
+        template = single.get("tokenizer.chat_template")
         tokenizer = Tokenizer(
             backend,
             special_tokens=_by_role(metadata, tokens),
             chat_template=template if isinstance(template, str) else None,
-            add_bos=metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in BEGINS_WITH_BOS),
-            add_eos=metadata.get("tokenizer.ggml.add_eos_token", False),
+            add_bos=single.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in BEGINS_WITH_BOS),
+            add_eos=single.get("tokenizer.ggml.add_eos_token", False),
         )
         return tokenizer, ""
 
@@ -99,9 +101,10 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], pre: str) -> Any
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     merges = [tuple(merge.split(" ")) for merge in _list(metadata, "merges")]
-    if not all(len(merge) == 2 for merge in merges):
-        raise TwofoldError("tokenizer.ggml.merges: a merge is not a pair of tokens")
     vocab = {token: i for i, token in enumerate(tokens)}
+    for merge in merges:  # the library panics where one is not in the vocabulary
+        if len(merge) != 2 or not (merge[0] in vocab and merge[1] in vocab and merge[0] + merge[1] in vocab):
+            raise TwofoldError(f"tokenizer.ggml.merges: {shown(' '.join(merge))!r} does not join two tokens to a third")
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in TAKES_WHOLE_WORDS))  # type: ignore[arg-type]
     pattern = PATTERNS[pre]
     cut = [pre_tokenizers.Digits(individual_digits=True)] if pre == "smollm" else []
@@ -129,7 +132,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str]) -> Any:
     backend = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     steps: list[Any] = [normalizers.Replace(" ", SPACE)]
     undo: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+    if scalars(metadata).get("tokenizer.ggml.add_space_prefix", True):
         steps.insert(0, normalizers.Prepend(SPACE))
         undo.append(decoders.Strip(" ", 1, 0))
     backend.normalizer = normalizers.Sequence(steps)  # type: ignore[assignment]

@@ -8,7 +8,7 @@ import numpy as np
 
 from reference.model.config import ModelConfig
 from twofold.bounded import read_bytes, read_json_object, shown
-from twofold.checkpoints.checkpoint import Checkpoint
+from twofold.checkpoints.checkpoint import Checkpoint, check_tensors
 from twofold.checkpoints.safetensors import SafetensorsFile
 from twofold.errors import TwofoldError
 from twofold.tokenizer import Tokenizer
@@ -36,6 +36,8 @@ def load_folder(path: Path) -> Checkpoint:
                 raise TwofoldError(f"{path}: tensor {shown(name)} is in {holder[name].path.name} and {file.path.name}")
             holder[name] = file
     stored = {name: file.tensors[name] for name, file in holder.items()}
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    check_tensors(config, shapes, path)
 
     def read(name: str, as_is: bool) -> np.ndarray:
         return holder[name].read(name)
@@ -46,7 +48,7 @@ def load_folder(path: Path) -> Checkpoint:
         path=path,
         files=tuple(files),
         config=config,
-        shapes={name: tensor.shape for name, tensor in stored.items()},
+        shapes=shapes,
         stored_as={name: tensor.dtype for name, tensor in stored.items()},
         nbytes=sum(tensor.nbytes for tensor in stored.values()),
         read=read,
@@ -126,8 +128,6 @@ def _tokenizer(path: Path) -> tuple[Tokenizer | None, str]:
         path / "tokenizer.json",
         special_tokens=special_tokens,
         chat_template=_chat_template(path, settings),
-        add_bos=settings.get("add_bos_token"),
-        add_eos=settings.get("add_eos_token"),
     )
     return tokenizer, ""
 
