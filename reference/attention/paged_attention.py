@@ -188,6 +188,7 @@ def sequence_spans(
 ) -> list[Span]:
     """The sequences of a step that have something to compute, in order; ``cache_shape`` is (num_blocks, block_size)."""
     num_blocks, block_size = cache_shape
+    require(block_size > 0, op, "k_cache", "at least one slot a block", cache_shape)
     offsets = require_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, num_tokens)
     num_seqs = len(offsets) - 1
     require_integers(op, "seq_lens", seq_lens, (num_seqs,))

@@ -177,6 +177,7 @@ def _sequences(
     """Of each sequence with something to do: rows of q, their positions, those of the keys seen, and their slots."""
     (num_blocks, block_size), offsets = cache.shape[:2], _offsets(op, "cu_seqlens_q", cu_seqlens_q, len(q))
     num_seqs = len(offsets) - 1
+    require(block_size > 0, op, "k_cache", "at least one slot a block", cache.shape)
     require(tuple(seq_lens.shape) == (num_seqs,), op, "seq_lens", f"shape [{num_seqs}]", seq_lens.shape)
     shape_fits = block_table.ndim == 2 and len(block_table) == num_seqs
     require(shape_fits, op, "block_table", f"shape [{num_seqs}, *]", block_table.shape)

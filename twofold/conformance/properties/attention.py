@@ -395,7 +395,10 @@ VALID = {
 
 
 def bad_shapes(op: str) -> Iterator[tuple[str, Any, str]]:
-    """(argument, value, because): wrong shapes, dtypes and host scalars, which every backend refuses."""
+    """(argument, value, because): wrong shapes, dtypes and host scalars, which every backend refuses.
+
+    The value is a dictionary where more than one argument has to change.
+    """
     arguments = VALID[op]()
     for name, x in arguments.items():
         if isinstance(x, np.ndarray):
@@ -423,6 +426,8 @@ def bad_shapes(op: str) -> Iterator[tuple[str, Any, str]]:
     else:
         yield "split_size", 0, "parts of nothing"
     if "paged" in op:
+        slotless = arguments["k_cache"][:, :0]
+        yield "k_cache", {"k_cache": slotless, "v_cache": slotless}, "blocks without slots"
         yield "block_table", arguments["block_table"][:1], "a row too few"
         yield "seq_lens", arguments["seq_lens"][:1], "a length too few"
 
@@ -450,7 +455,8 @@ def refuses_bad_shapes(backend: Backend, op: str) -> None:
     """A wrong shape, dtype or host scalar raises a ``ValueError`` that names the argument."""
     getattr(backend, op)(**{name: _to(backend, x) for name, x in VALID[op]().items()})  # what is varied is valid
     for argument, value, because in bad_shapes(op):
-        refuses(backend, op, argument, VALID[op]() | {argument: value}, because)
+        changes = value if isinstance(value, dict) else {argument: value}
+        refuses(backend, op, argument, VALID[op]() | changes, because)
 
 
 def refuses_bad_values(backend: Backend, op: str) -> None:
