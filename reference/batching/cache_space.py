@@ -75,14 +75,16 @@ class CacheSpace:
 
     def append_in_place(self, seq: Sequence) -> bool:
         """Room for one more token where its last blocks have it: decoding, most of the time. False: nothing done."""
-        for index, table in enumerate(seq.tables):
+        for table in seq.tables:
             if table.append_one() is None:
-                for earlier in seq.tables[:index]:
-                    earlier.num_tokens -= 1
-                return False
-        seq.num_computed += 1
-        seq.last_step = self._step
-        return True
+                break
+        else:
+            seq.num_computed += 1
+            seq.last_step = self._step
+            return True
+        for earlier in seq.tables[: seq.tables.index(table)]:
+            earlier.num_tokens -= 1
+        return False
 
     def has_room(self, work: Work) -> bool:
         """Do the free blocks suffice for all of it?"""

@@ -101,15 +101,17 @@ class Lifecycle:
         self, seq: Sequence, tokens: list[int], output: StepOutput, logprobs: list[TokenLogprobs] | None = None
     ) -> None:
         """Tokens of a sequence were read. It takes them until one ends it."""
-        request, reason, gained = seq.request, None, 0
-        while reason is None and gained < len(tokens):
-            token = tokens[gained]
-            seq.token_ids.append(token)
-            gained += 1
+        request, token_ids, reason = seq.request, seq.token_ids, None
+        num_before = len(token_ids)
+        for token in tokens:
+            token_ids.append(token)
             if token in request.stop_ids:
                 reason = FinishReason.STOP
-            elif len(seq.token_ids) >= request.limit:
+                break
+            if len(token_ids) >= request.limit:
                 reason = FinishReason.LENGTH
+                break
+        gained = len(token_ids) - num_before
         del tokens[gained:]
         self.rows.write_tokens(seq, gained)
         request.metrics.gained(gained, self.now)

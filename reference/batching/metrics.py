@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from reference.kv_cache.block_pool import RELEASED, BlockPool
+from reference.kv_cache.block_pool import BlockPool
 from reference.kv_cache.block_table import BlockTable
 
 
@@ -66,7 +66,7 @@ class PoolUsage:
     Attributes:
         used: Blocks that are not free: those that sequences own, and those held for steps in flight.
         shared: Of these, blocks with more than one owner.
-        slots: Token slots of the blocks that running sequences own; a shared block counts once.
+        slots: Token slots of the used blocks; a shared block counts once.
         empty_slots: Of these, the ones that hold no token: the waste of paging, at the end of last blocks.
     """
 
@@ -76,19 +76,14 @@ class PoolUsage:
     empty_slots: int
 
 
-def pool_usage(pool: BlockPool, tables: Iterable[BlockTable]) -> PoolUsage:
+def pool_usage(pool: BlockPool, tables: Iterable[BlockTable], block_size: int) -> PoolUsage:
     """How the tables of the running sequences use their pool."""
-    owned: set[int] = set()
-    tails: dict[int, int] = {}  # last block: its empty slots
-    block_size = 1
+    tails: dict[int, int] = {}  # last block: its empty slots, by the fullest of those who share it
     for table in tables:
-        block_size = table.block_size
-        owned.update(table.block_ids)
         if table.block_ids:
-            empty = len(table.block_ids) * block_size - table.num_tokens
-            tails[table.block_ids[-1]] = min(empty, tails.get(table.block_ids[-1], block_size))
-    owned.discard(RELEASED)
-    return PoolUsage(pool.num_used, pool.num_shared, len(owned) * block_size, sum(tails.values()))
+            tail, empty = table.block_ids[-1], -table.num_tokens % block_size
+            tails[tail] = min(empty, tails.get(tail, empty))
+    return PoolUsage(pool.num_used, pool.num_shared, pool.num_used * block_size, sum(tails.values()))
 
 
 @dataclass(slots=True)

@@ -138,7 +138,6 @@ class StepPlan:
     Attributes:
         num_new: Tokens of each sequence.
         sources: Of each sequence, where the step before draws the token that is still in flight.
-        promised: Tokens of the budget that are kept for decoding sequences yet to be scheduled.
         drawn, samples: Of each drawn row the sequence's place in ``seqs``, and the sample index.
         verified: Places of the sequences whose drafts are verified.
         drafts: Their drafts, by place.
@@ -152,7 +151,6 @@ class StepPlan:
     num_new: list[int] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
     num_tokens: int = 0
-    promised: int = 0
     drawn: list[int] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
     verified: list[int] = field(default_factory=list)
@@ -169,11 +167,12 @@ class StepPlan:
 
     def add(self, seq: Sequence, num_new: int) -> int:
         """Put a sequence into the step; its place."""
+        place = len(self.seqs)
         self.seqs.append(seq)
         self.num_new.append(num_new)
         self.sources.append(seq.source)
         self.num_tokens += num_new
-        return len(self.seqs) - 1
+        return place
 
     def add_beam(self, request: Request, place: int) -> None:
         """One more beam of the search that is being scheduled."""
@@ -216,6 +215,11 @@ class RunningRows:
         self.num_top = np.full(max_rows, -1, np.int32)
         self._free = list(range(max_rows - 1, -1, -1))
 
+    @property
+    def num_used(self) -> int:
+        """Sequences that run."""
+        return len(self.prompt_lens) - len(self._free)
+
     def claim(self, seq: Sequence) -> None:
         """Give a sequence a row, with its tokens and parameters; its block tables are empty."""
         row = seq.row = self._free.pop()
@@ -253,7 +257,8 @@ class RunningRows:
         """The sequence's last ``count`` tokens are new; nothing to do if it does not run."""
         if seq.row >= 0:
             end = len(seq.token_ids)
-            self.token_ids[seq.row, end - count : end] = seq.token_ids[end - count :]
+            for position in range(end - count, end):
+                self.token_ids[seq.row, position] = seq.token_ids[position]
 
     def write_drafts(self, seq: Sequence) -> None:
         """The sequence's drafts, behind its tokens."""

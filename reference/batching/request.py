@@ -150,6 +150,7 @@ class Request:
         completed: What the finished ones gave.
         forked: Do its sequences have tables of their own? False until the prompt is computed, and again when it has
             to be computed once more after a preemption.
+        is_plain: Is it one sequence that never waits for the value of a token?
         limit: Tokens at which a sequence is full, prompt included.
         search: The state of a beam search, or None.
         error: What went wrong, if it finished with ERROR.
@@ -172,6 +173,7 @@ class Request:
     live: "list[Sequence]" = field(init=False, repr=False, default_factory=list)
     completed: "list[CompletionOutput]" = field(init=False, repr=False, default_factory=list)
     forked: bool = field(init=False, default=False)
+    is_plain: bool = field(init=False, repr=False, default=False)
     search: Any = field(init=False, repr=False, default=None)
     limit: int = field(init=False, repr=False, default=0)
     stop_ids: frozenset[int] = field(init=False, repr=False, default=frozenset())

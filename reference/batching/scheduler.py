@@ -3,11 +3,12 @@
 Continuous batching: requests join and leave at any step. The policy, all of it:
 
 1. Who came first is served first; ``running`` and then ``waiting`` are in that order.
-2. Every sequence that is decoding is promised a token of the step's budget. What the budget has left goes to prompts,
-   oldest first: a long one is computed in chunks, and no decoding sequence waits for it.
+2. The sequences that are decoding come first, a token each. What the step's budget has left goes to prompts: a long one
+   is computed in chunks, and no decoding sequence waits for it.
 3. Memory is taken a block at a time, when a token needs it. A chunk shrinks to the room there is. When there is none
    for a single token, the newest request is preempted, whole: it goes back to the head of the queue, and is computed
-   again later, or swapped to the host and back. Its tokens are the same as if nothing had happened.
+   again later, or swapped to the host and back. Its tokens are the same as if nothing had happened. (Not if it is
+   in this step already: then a prompt waits.)
 4. A waiting request is admitted when all that is known of it fits.
 
 **Steps in flight.** With a lookahead of 1 a step is scheduled before the tokens of the last one are read. Most
@@ -46,19 +47,35 @@ class Scheduler(Lifecycle):
         self.in_flight: deque[StepPlan] = deque()
         self._num_steps = 0
 
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError, changing nothing, if it could never run."""
+        super().add(request)
+        request.is_plain = request.forked and not (request.search or self.speculative)
+
     # Scheduling.
 
     def schedule(self) -> Batch | None:
         """The next step; None if there is nothing to do before a result is read."""
         plan = StepPlan(self._num_steps)
         self.space.begin_step(plan.step)
-        ready = [(request, seqs) for request in self.running if (seqs := self._ready(request))]
-        num_decoding = sum(seq.num_uncomputed == 1 for _, seqs in ready for seq in seqs)
-        plan.promised = min(num_decoding, self.config.max_num_batched_tokens)
-        for request, seqs in ready:
-            if request.status is Status.RUNNING:  # not preempted just now, for an older one
+        prompts = []
+        for request in tuple(self.running):
+            if request.status is not Status.RUNNING:
+                continue  # preempted just now, for an older one
+            if request.is_plain and self._decode_in_place(plan, request.live[0]):
+                continue
+            seqs = [seq for seq in self._ready(request) if not self._decode_in_place(plan, seq)]
+            if not seqs:
+                continue
+            if any(seq.num_uncomputed > 1 for seq in seqs):
+                prompts.append((request, seqs))
+            else:
                 self._schedule(plan, request, seqs)
-        self._admit(plan)
+        for request, seqs in prompts:
+            if request.status is Status.RUNNING:
+                self._schedule(plan, request, seqs)
+        if self.waiting:
+            self._admit(plan)
         if not (plan.seqs or plan.swaps_out or plan.swaps_in):
             return None
         plan.copies = self.space.copies
@@ -67,13 +84,34 @@ class Scheduler(Lifecycle):
         self.in_flight.append(plan)
         return pack(plan, self.rows)
 
+    def _decode_in_place(self, plan: StepPlan, seq: Sequence) -> bool:
+        """The common case, in short: a sequence decodes one token, into a block that it has."""
+        request, num_tokens = seq.request, len(seq.token_ids) + seq.num_pending
+        if (
+            num_tokens - seq.num_computed != 1
+            or num_tokens >= request.limit
+            or seq.drafts
+            or request.search
+            or not request.forked
+            or plan.num_tokens >= self.config.max_num_batched_tokens
+            or not self.space.append_in_place(seq)
+        ):
+            return False
+        plan.drawn.append(len(plan.seqs))
+        plan.samples.append(seq.sample_index)
+        plan.add(seq, 1)
+        seq.source = len(plan.drawn) - 1
+        seq.num_pending += 1
+        return True
+
     def _ready(self, request: Request) -> list[Sequence]:
         """The sequences of a running request that the next step may compute."""
         if not request.forked:
             return self._ready_to_fork(request)
         if (request.search or self.speculative) and any(seq.num_pending for seq in request.live):
             return []
-        return [seq for seq in request.live if len(seq.token_ids) + seq.num_pending < request.limit]
+        limit = request.limit
+        return [seq for seq in request.live if len(seq.token_ids) + seq.num_pending < limit]
 
     def _ready_to_fork(self, request: Request) -> list[Sequence]:
         """Before the fork: the first sequence, which computes the prompt for all."""
@@ -93,9 +131,6 @@ class Scheduler(Lifecycle):
             for seq in seqs:
                 self.space.release_past_window(seq)
         work = self._wanted(plan, request, seqs)
-        if len(work) == 1 and work[0][1] == 1 and self.space.append_in_place(work[0][0]):
-            self._take(plan, *work[0])
-            return
         if request.search and len(work) < len(seqs):
             return  # beams are compared with each other: all in one step, or none
         for seq, num_new in self._fit(plan, request, work):
@@ -105,16 +140,17 @@ class Scheduler(Lifecycle):
     def _wanted(self, plan: StepPlan, request: Request, seqs: list[Sequence]) -> Work:
         """How many tokens of each sequence the budget allows: all that is uncomputed, and the drafts after it."""
         work = []
+        left = self.config.max_num_batched_tokens - plan.num_tokens
+        others = self.rows.num_used - len(plan.seqs) - len(seqs)  # at most so many have yet to get a token
         for seq in seqs:
-            wanted = seq.num_uncomputed
-            if wanted == 1:
-                plan.promised = max(0, plan.promised - 1)  # its own
-            if not request.forked:
-                wanted = len(request.prompt_token_ids) - seq.num_computed  # only what all of them share
-            left = self.config.max_num_batched_tokens - plan.num_tokens - plan.promised - sum(n for _, n in work)
-            num_new = min(wanted + len(seq.drafts), left)
+            # before the fork, only what all of them share
+            wanted = seq.num_uncomputed if request.forked else len(request.prompt_token_ids) - seq.num_computed
+            num_new = min(wanted, left)
+            if num_new == wanted and seq.drafts:
+                num_new += max(0, min(len(seq.drafts), left - num_new - others))
             if num_new > 0:
                 work.append((seq, num_new))
+                left -= num_new
         return work
 
     def _fit(self, plan: StepPlan, request: Request, work: Work) -> Work:
@@ -125,9 +161,9 @@ class Scheduler(Lifecycle):
             return [(work[0][0], num_new)]
         work = [(seq, 1) for seq, _ in work]
         while not self.space.has_room(work):
-            if self.space.will_have_room(work):
-                return []  # it waits for blocks that a step in flight still names
             newest = self.running[-1]
+            if self.space.will_have_room(work) or any(seq.last_step == plan.step for seq in newest.live):
+                return []  # it waits: for blocks that a step in flight still names, or for one that is decoding
             self._preempt(plan, newest)
             if newest is request:
                 return []
@@ -160,7 +196,7 @@ class Scheduler(Lifecycle):
         """Let waiting requests in, oldest first, until one does not fit."""
         budget = self.config.max_num_batched_tokens
         free_rows = self.config.max_num_seqs - sum(request.num_rows for request in self.running)
-        while self.waiting and not plan.preempted and plan.num_tokens + plan.promised < budget:
+        while self.waiting and not plan.preempted and plan.num_tokens < budget:
             request = self.waiting[0]
             free_rows -= request.num_rows
             if free_rows < 0 or any(seq.num_pending for seq in request.live) or not self._resume(plan, request):
@@ -215,7 +251,8 @@ class Scheduler(Lifecycle):
     def usage(self) -> list[PoolUsage]:
         """How the running sequences use each pool."""
         tables = [seq.tables for request in self.running for seq in request.live if seq.tables]
-        return [pool_usage(pool, [of_seq[index] for of_seq in tables]) for index, pool in enumerate(self.space.pools)]
+        block_size = self.config.block_size
+        return [pool_usage(pool, [t[i] for t in tables], block_size) for i, pool in enumerate(self.space.pools)]
 
     # Reading results.
 
