@@ -81,7 +81,8 @@ def _float16_toward(end: float, x: np.ndarray) -> np.ndarray:
     """``x`` in float16, rounded towards ``end`` (-inf: down, inf: up)."""
     nearest = cast(x, "float16")
     wrong_side = nearest > x if end < 0 else nearest < x
-    return np.where(wrong_side, np.nextafter(nearest, np.float16(end)), nearest)
+    with np.errstate(over="ignore"):  # beyond the largest there is only infinity, but that side is never wrong
+        return np.where(wrong_side, np.nextafter(nearest, np.float16(end)), nearest)
 
 
 # ---- heads in groups, codes in bytes ----------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from jaxtyping import Float, Float16, Int, Int32, Int64, UInt8
 from numpy import ndarray as Array
 
 from reference._checks import compute_dtype, require, require_float, require_shape
-from reference.attention._checks import require_attention
+from reference.attention._checks import require_attention, require_integers
 from reference.attention.dense_attention import attend, visible_keys
-from reference.attention.paged_attention import TILE_Q, sequence_spans
+from reference.attention.paged_attention import query_tiles, sequence_spans
 from reference.kv_cache._codes import affine_codes, affine_values, groups, heads, pack, unpack
 from reference.kv_cache._paging import as_stored, check_tokens, locate
 
@@ -235,27 +235,27 @@ def paged_attention_kivi(
     )
     tables = block_table, seq_lens, cu_seqlens_q
     spans = sequence_spans(op, len(q), k_cache.shape[:2], *tables, sliding_window)
-    require_shape(op, "window_block_table", window_block_table, block_table.shape)
+    require_integers(op, "window_block_table", window_block_table, block_table.shape)
     dtype = compute_dtype(q.dtype)
 
     out = np.empty(q.shape, q.dtype) if out is None else out
     out[...] = 0  # rows of padded sequences
     busy = np.flatnonzero((seq_lens > 0) & (np.diff(cu_seqlens_q) > 0))  # the sequences that have a span
     for seq, span in zip(busy, spans):
-        queries = np.arange(span.seq_len - span.num_queries, span.seq_len)
-        boundaries = quantized_before(queries, window, cache.group_size)
-        # Every key comes twice where both kinds are wanted, and each query sees one of the two.
-        old = np.arange(span.first_key, boundaries[-1])  # quantized for the last query, and maybe for others
-        new = np.arange(max(span.first_key, boundaries[0]), span.seq_len)  # in full for the first, and maybe others
-        k_old, v_old = _read_quantized(cache, block_table[seq], old, dtype)
-        k_new, v_new = _read_window(op, cache, window_block_table[seq], new, dtype)
-        k, v, keys = (np.concatenate(pair) for pair in ((k_old, k_new), (v_old, v_new), (old, new)))
-        in_full = np.arange(len(keys)) >= len(old)
-        for first in range(0, span.num_queries, TILE_Q):
-            tile = slice(first, first + TILE_Q)
-            seen = visible_keys(queries[tile], keys, sliding_window=sliding_window)
-            seen &= in_full == (keys >= boundaries[tile, None])
-            rows = slice(span.first_row + first, span.first_row + min(first + TILE_Q, span.num_queries))
+        for queries, keys in query_tiles(span, sliding_window):
+            positions = np.arange(queries.start, queries.stop)
+            boundaries = quantized_before(positions, window, cache.group_size)
+            old = np.arange(keys.start, boundaries[-1])  # quantized for the last query, and maybe for others
+            new = np.arange(max(keys.start, boundaries[0]), keys.stop)  # in full for the first, and maybe for others
+            k_old, v_old = _read_quantized(cache, block_table[seq], old, dtype)
+            k_new, v_new = _read_window(op, cache, window_block_table[seq], new, dtype)
+
+            # A key that is both comes twice, and each query sees one of the two.
+            k, v, both = (np.concatenate(parts) for parts in ((k_old, k_new), (v_old, v_new), (old, new)))
+            in_full = np.arange(len(both)) >= len(old)
+            seen = visible_keys(positions, both, sliding_window=sliding_window)
+            seen &= in_full == (both >= boundaries[:, None])
+            rows = span.rows_of(queries)
             out[rows], _ = attend(q[rows], k, v, seen=seen, scale=scale, sinks=sinks, logit_cap=logit_cap)
     return out
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int, Int64, Shaped
 from numpy import ndarray as Array
 
-from reference._checks import require, require_shape
+from reference._checks import require, require_float, require_shape
 from reference.kv_cache._paging import as_stored, check_tokens, locate
 
 
@@ -53,6 +53,8 @@ def write_kv(
     check_tokens("write_kv", k, v, slot_mapping)
     require_shape("write_kv", "k_cache", k_cache, (None, None, *k.shape[1:]))
     require_shape("write_kv", "v_cache", v_cache, k_cache.shape)
+    require_float("write_kv", "k_cache", k_cache)
+    require_float("write_kv", "v_cache", v_cache)
     rows, slots = locate("write_kv", "slot_mapping", slot_mapping, k_cache.shape[:2])
     k_cache[slots] = as_stored(k[rows], k_cache.dtype)
     v_cache[slots] = as_stored(v[rows], v_cache.dtype)
@@ -88,6 +90,8 @@ def gather_kv(
     """
     require_shape("gather_kv", "k_cache", k_cache, (None, None, None, None))
     require_shape("gather_kv", "v_cache", v_cache, k_cache.shape)
+    require_float("gather_kv", "k_cache", k_cache)
+    require_float("gather_kv", "v_cache", v_cache)
     require_shape("gather_kv", "slot_mapping", slot_mapping, (None,))
     rows, slots = locate("gather_kv", "slot_mapping", slot_mapping, k_cache.shape[:2], distinct=False)
     k = np.zeros((len(slot_mapping), *k_cache.shape[2:]), k_cache.dtype)

@@ -28,6 +28,7 @@ def write_kv(
 ) -> None:
     _check_tokens("write_kv", k, v, slot_mapping)
     _check_shapes("write_kv", k_cache=(k_cache, (None, None, *k.shape[1:])), v_cache=(v_cache, k_cache.shape))
+    _check_floating("write_kv", k_cache=k_cache, v_cache=v_cache)
     rows, slots = _locate("write_kv", slot_mapping, k_cache)
     k_cache[slots], v_cache[slots] = _stored(k[rows], k_cache.dtype), _stored(v[rows], v_cache.dtype)
 
@@ -39,6 +40,7 @@ def gather_kv(
 ) -> tuple[Float[Array, "num_tokens num_kv_heads head_dim"], Float[Array, "num_tokens num_kv_heads head_dim"]]:
     _check_shapes("gather_kv", k_cache=(k_cache, (None,) * 4), v_cache=(v_cache, k_cache.shape))
     _check_shapes("gather_kv", slot_mapping=(slot_mapping, (None,)))
+    _check_floating("gather_kv", k_cache=k_cache, v_cache=v_cache)
     rows, slots = _locate("gather_kv", slot_mapping, k_cache)
     k = k_cache.new_zeros(len(slot_mapping), *k_cache.shape[2:])
     v = v_cache.new_zeros(len(slot_mapping), *v_cache.shape[2:])
@@ -53,14 +55,16 @@ def copy_blocks(
 ) -> None:
     _check_shapes("copy_blocks", pool=(pool, (None, None)), source_ids=(source_ids, (None,)))
     _check_shapes("copy_blocks", target_ids=(target_ids, source_ids.shape))
-    pool.index_copy_(0, target_ids.long(), pool.index_select(0, source_ids.long()))
+    _check_integers("copy_blocks", source_ids=source_ids, target_ids=target_ids)
+    pool[target_ids.long()] = pool[source_ids.long()]
 
 
 def swap_out(
     pool: Shaped[Array, "num_blocks block_bytes"], block_ids: Int[Array, " num_swapped"]
 ) -> Shaped[Array, "num_swapped block_bytes"]:
     _check_shapes("swap_out", pool=(pool, (None, None)), block_ids=(block_ids, (None,)))
-    return pool.index_select(0, block_ids.long())
+    _check_integers("swap_out", block_ids=block_ids)
+    return pool[block_ids.long()]
 
 
 def swap_in(
@@ -69,9 +73,10 @@ def swap_in(
     block_ids: Int[Array, " num_swapped"],
 ) -> None:
     _check_shapes("swap_in", pool=(pool, (None, None)), block_ids=(block_ids, (None,)))
+    _check_integers("swap_in", block_ids=block_ids)
     _check_shapes("swap_in", rows=(rows, (len(block_ids), pool.shape[1])))
     require(rows.dtype == pool.dtype, "swap_in", "rows", f"dtype {pool.dtype}", rows.dtype)
-    pool.index_copy_(0, block_ids.long(), rows)
+    pool[block_ids.long()] = rows
 
 
 # ---- a scale for each token and head: int8 and fp8 --------------------------------------------------------------
@@ -320,6 +325,7 @@ def paged_attention_kivi(
 ) -> Float[Array, "num_tokens num_heads head_dim"]:
     op = "paged_attention_kivi"
     bits, group_size = _check_kivi(op, k_window, v_window, k_cache, v_cache, k_scale, k_zero, v_scale, v_zero)
+    _check_shapes(op, seq_lens=(seq_lens, (None,)))
     num_seqs = len(seq_lens)
     _check_shapes(op, q=(q, (None, None, k_window.shape[-1])), cu_seqlens_q=(cu_seqlens_q, (num_seqs + 1,)))
     _check_shapes(op, block_table=(block_table, (num_seqs, None)))
@@ -327,6 +333,12 @@ def paged_attention_kivi(
     require(q.shape[1] % k_window.shape[2] == 0, op, "q", f"a multiple of {k_window.shape[2]} heads", q.shape[1])
     require(window >= 0, op, "window", "at least 0", window)
     require(sliding_window is None or sliding_window >= 1, op, "sliding_window", "at least 1", sliding_window)
+    _check_floating(op, q=q)
+    _check_integers(op, block_table=block_table, window_block_table=window_block_table)
+    _check_integers(op, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
+    require(int(cu_seqlens_q[-1]) == len(q), op, "cu_seqlens_q", f"offsets up to {len(q)}", int(cu_seqlens_q[-1]))
+    fits = int(seq_lens.amax()) <= block_table.shape[1] * k_window.shape[1] if num_seqs else True
+    require(fits, op, "block_table", "as many blocks as seq_lens asks for", tuple(block_table.shape))
     if out is not None:
         _check_shapes(op, out=(out, q.shape))
     score_scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -382,6 +394,7 @@ def _check_kivi(op: str, k_window: Array, v_window: Array, k_cache: Array, v_cac
     """Bits of a code and tokens of a group, if the shapes agree."""
     k_scale, k_zero, v_scale, v_zero = rest
     _check_shapes(op, k_window=(k_window, (None,) * 4), v_window=(v_window, k_window.shape))
+    _check_floating(op, k_window=k_window, v_window=v_window)
     _, block_size, num_kv_heads, head_dim = k_window.shape
     _check_shapes(op, k_cache=(k_cache, (None, block_size, num_kv_heads, None)), v_cache=(v_cache, k_cache.shape))
     num_blocks, _, _, packed = k_cache.shape
@@ -413,7 +426,7 @@ def encode_lossless(
     codes = torch.zeros(num_blocks, 4 + 2 * num_values, dtype=torch.uint8, device=words.device)
     sizes = torch.zeros(num_blocks, dtype=torch.int64, device=words.device)
     for block in range(num_blocks):
-        coded = _encode_block(words[block].to(torch.int32), *_WORD_FORMATS[format])
+        coded = _encode_block(words[block].to(torch.int64), *_WORD_FORMATS[format])
         codes[block, : len(coded)], sizes[block] = coded.to(torch.uint8), len(coded)
     return codes, sizes
 
@@ -425,9 +438,9 @@ def decode_lossless(
     require(format in _WORD_FORMATS, op, "format", " or ".join(_WORD_FORMATS), format)
     _check_shapes(op, codes=(codes, (None, 4 + 2 * num_values)), sizes=(sizes, (len(codes),)))
     require(codes.dtype == torch.uint8, op, "codes", "uint8", codes.dtype)
-    words = torch.zeros(len(codes), num_values, dtype=torch.int32, device=codes.device)
+    words = torch.zeros(len(codes), num_values, dtype=torch.int64, device=codes.device)
     for block, size in enumerate(sizes.tolist()):
-        words[block] = _decode_block(codes[block, :size].to(torch.int32), num_values, *_WORD_FORMATS[format])
+        words[block] = _decode_block(codes[block, :size].to(torch.int64), num_values, *_WORD_FORMATS[format])
     return words.to(torch.uint16)
 
 
@@ -484,10 +497,19 @@ def _check_shapes(op: str, **arguments: tuple[Any, tuple[int | None, ...]]) -> N
         require_shape(op, name, array, tuple(shape))
 
 
+def _check_floating(op: str, **arguments: Array) -> None:
+    for name, array in arguments.items():
+        require(array.is_floating_point(), op, name, "a floating dtype", array.dtype)
+
+
+def _check_integers(op: str, **arguments: Array) -> None:
+    for name, array in arguments.items():
+        require(array.dtype in (torch.int32, torch.int64), op, name, "integers", array.dtype)
+
+
 def _check_tokens(op: str, k: Array, v: Array, slot_mapping: Array) -> None:
     _check_shapes(op, k=(k, (None,) * 3), v=(v, k.shape), slot_mapping=(slot_mapping, (len(k),)))
-    for argument, x in (("k", k), ("v", v)):
-        require(x.dtype.is_floating_point, op, argument, "a floating dtype", x.dtype)
+    _check_floating(op, k=k, v=v)
 
 
 def _check_symmetric(
@@ -503,7 +525,7 @@ def _check_symmetric(
 
 def _locate(op: str, slot_mapping: Array, cache: Array) -> tuple[Array, tuple[Array, Array]]:
     """Which rows have a slot, and the block and offset of each of those."""
-    require(not slot_mapping.dtype.is_floating_point, op, "slot_mapping", "integers", slot_mapping.dtype)
+    _check_integers(op, slot_mapping=slot_mapping)
     num_blocks, block_size = cache.shape[:2]
     rows = (slot_mapping >= 0) & (slot_mapping < num_blocks * block_size)
     slots = slot_mapping[rows].long()

@@ -1,0 +1,80 @@
+"""The fp8 cache."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import kv_cache as properties
+from twofold.conformance.strategies.kv_cache import batches, cuts, tokens, valid_calls
+
+backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
+CALLS = valid_calls("fp8")
+
+
+@backends
+@settings(max_examples=100)
+@given(tokens=tokens("fp8"))
+def test_codes_are_the_nearest(backend, tokens):
+    properties.codes_are_nearest(backend, tokens)
+
+
+@backends
+@given(tokens=tokens("fp8"))
+def test_only_the_named_slots_change(backend, tokens):
+    properties.only_named_slots_change(backend, tokens)
+
+
+@backends
+@settings(max_examples=100)
+@given(batch=batches("fp8"))
+def test_attends_over_what_is_stored(backend, batch):
+    properties.attends_over_what_is_stored(backend, batch)
+
+
+@backends
+@given(batch=batches("fp8"))
+def test_unowned_slots_do_not_matter(backend, batch):
+    properties.unowned_slots_do_not_matter(backend, batch)
+
+
+@backends
+@given(batch=batches("fp8"))
+def test_padding_of_the_table_does_not_matter(backend, batch):
+    properties.padding_of_the_table_does_not_matter(backend, batch)
+
+
+@backends
+@settings(max_examples=200)
+@given(data=st.data())
+def test_chunked_is_whole(backend, data):
+    batch = data.draw(batches("fp8", share=False, whole=True))
+    properties.chunked_is_whole(backend, batch, [data.draw(cuts(int(n))) for n in batch.seq_lens])
+
+
+# ---- the door ---------------------------------------------------------------------------------------------------
+
+
+@backends
+@pytest.mark.parametrize("op", CALLS)
+def test_the_door_names_what_is_wrong(backend, op):
+    properties.refuses_wrong_arrays(backend, op, CALLS[op])
+
+
+@pytest.mark.parametrize(
+    ("op", "changed"),
+    [
+        ("write_kv_fp8", {"slot_mapping": np.array([4, 8, 0])}),
+        ("write_kv_fp8", {"slot_mapping": np.array([4, 4, 0])}),
+        ("write_kv_fp8", {"k": np.full_like(CALLS["write_kv_fp8"]["k"], np.nan)}),
+        ("write_kv_fp8", {"v": np.full_like(CALLS["write_kv_fp8"]["v"], np.inf)}),
+        ("paged_attention_fp8", {"block_table": np.array([[2], [0]], np.int32)}),
+        ("paged_attention_fp8", {"block_table": np.array([[-1], [0]], np.int32)}),
+        ("paged_attention_fp8", {"seq_lens": np.array([5, 2], np.int32)}),
+        ("paged_attention_fp8", {"cu_seqlens_q": np.array([0, 2, 4])}),
+    ],
+)
+def test_the_reference_checks_values_too(op, changed):
+    properties.refuses(reference, op, CALLS[op], **changed)

@@ -1,0 +1,106 @@
+"""KIVI: sealed groups, positional age, and the window."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import kv_cache as properties
+from twofold.conformance.strategies.kv_cache import EXTREME, ORDINARY, batches, cuts, valid_calls, values
+
+backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
+CALLS = valid_calls("kivi")
+
+
+@backends
+@settings(max_examples=100)
+@given(batch=batches("kivi", share=False), kind=st.sampled_from(ORDINARY + EXTREME))
+def test_sealed_codes_are_the_nearest(backend, batch, kind):
+    rng = np.random.default_rng(0)
+    packed = [values(rng, x.shape, kind, batch.q.dtype.name) for x in batch.packed]
+    properties.sealed_codes_are_nearest(backend, replace(batch, packed=packed))
+
+
+@backends
+@given(batch=batches("kivi"))
+def test_only_sealed_groups_change(backend, batch):
+    properties.only_sealed_groups_change(backend, batch)
+
+
+@backends
+@settings(max_examples=100)
+@given(batch=batches("kivi"))
+def test_attends_over_what_is_stored(backend, batch):
+    properties.attends_over_what_is_stored(backend, batch)
+
+
+@backends
+@given(batch=batches("kivi"))
+def test_unowned_slots_do_not_matter(backend, batch):
+    properties.unowned_slots_do_not_matter(backend, batch)
+
+
+@backends
+@given(batch=batches("kivi"))
+def test_released_blocks_do_not_matter(backend, batch):
+    properties.padding_of_the_table_does_not_matter(backend, batch)
+
+
+@backends
+@settings(max_examples=200)
+@given(data=st.data())
+def test_chunked_is_whole(backend, data):
+    batch = data.draw(batches("kivi", share=False, whole=True))
+    properties.chunked_is_whole(backend, batch, [data.draw(cuts(int(n))) for n in batch.seq_lens])
+
+
+@backends
+@settings(max_examples=200)
+@given(batch=batches("kivi"))
+def test_a_window_as_long_as_the_sequence_is_plain_attention(backend, batch):
+    properties.wide_window_is_plain(backend, batch)
+
+
+@backends
+@settings(max_examples=200)
+@given(data=st.data())
+def test_what_is_written_again_is_sealed_again(backend, data):
+    batch = data.draw(batches("kivi", share=False))
+    kept = [data.draw(st.integers(0, int(n)), label="kept") for n in batch.seq_lens]
+    properties.rewriting_seals_again(backend, batch, kept)
+
+
+# ---- the door ---------------------------------------------------------------------------------------------------
+
+
+@backends
+@pytest.mark.parametrize("op", CALLS)
+def test_the_door_names_what_is_wrong(backend, op):
+    properties.refuses_wrong_arrays(backend, op, CALLS[op])
+
+
+@pytest.mark.parametrize(
+    ("op", "changed"),
+    [
+        ("write_kv_kivi", {"slot_mapping": np.array([4, 8, 0])}),
+        ("write_kv_kivi", {"slot_mapping": np.array([4, 4, 0])}),
+        ("write_kv_kivi", {"k": np.full_like(CALLS["write_kv_kivi"]["k"], np.nan)}),
+        ("write_kv_kivi", {"v": np.full_like(CALLS["write_kv_kivi"]["v"], np.inf)}),
+        ("write_kv_kivi", {"window_slot_mapping": np.array([4, 8, 0])}),
+        ("write_kv_kivi", {"window_slot_mapping": np.array([4, 6, 0])}),  # another offset than its quantized slot
+        ("write_kv_kivi", {"window_slot_mapping": np.array([4, -1, 0])}),  # skipped in one mapping only
+        ("paged_attention_kivi", {"window": -1}),
+        ("paged_attention_kivi", {"window_block_table": np.array([[2], [0]], np.int32)}),
+        ("paged_attention_kivi", {"window_block_table": np.array([[-1], [0]], np.int32)}),  # released too early
+        ("paged_attention_kivi", {"block_table": np.array([[2], [0]], np.int32)}),
+        ("paged_attention_kivi", {"block_table": np.array([[-1], [0]], np.int32)}),
+        ("paged_attention_kivi", {"seq_lens": np.array([5, 2], np.int32)}),
+        ("paged_attention_kivi", {"cu_seqlens_q": np.array([0, 2, 4])}),
+    ],
+)
+def test_the_reference_checks_values_too(op, changed):
+    properties.refuses(reference, op, CALLS[op], **changed)

@@ -1,0 +1,117 @@
+"""Lossless coding of blocks."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+import reference
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import kv_cache as properties
+from twofold.conformance.strategies.kv_cache import FLOATS, words
+
+backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
+formats = pytest.mark.parametrize("format", ["bfloat16", "float16"])
+
+
+@backends
+@settings(max_examples=200)
+@given(case=words())
+def test_every_word_comes_back(backend, case):
+    properties.lossless_is_lossless(backend, *case)
+
+
+@given(case=words())
+def test_plain_torch_makes_the_same_bytes(case):
+    properties.lossless_codes_are_the_oracles(plain_torch, reference, *case)
+
+
+@backends
+@formats
+@pytest.mark.parametrize("order", ["ascending", "shuffled"])
+def test_every_pattern_comes_back(backend, format, order):
+    """All 65536 words: in blocks that share an exponent, and in blocks where no width helps."""
+    patterns = np.arange(2**16).astype(np.uint16)
+    if order == "shuffled":
+        patterns = np.random.default_rng(0).permutation(patterns)
+    properties.lossless_is_lossless(backend, patterns.reshape(64, 1024), format)
+
+
+@formats
+@pytest.mark.parametrize("seed", range(3))
+def test_sizes_are_what_the_module_says(format, seed):
+    """The smallest size over every width and base, counted anew for each."""
+    values = np.random.default_rng(seed).normal(size=(2, 333)) ** (1 + 2 * seed)
+    blocks = values.astype(FLOATS[format]).view(np.uint16)
+    codes, sizes = reference.encode_lossless(blocks, format=format)
+    exponent_bits = {"bfloat16": 8, "float16": 5}[format]
+    exponents = blocks.astype(int) >> 15 - exponent_bits & 2**exponent_bits - 1
+    for block, (row, size) in enumerate(zip(codes, sizes)):
+        best = 4 + 2 * 333
+        for width in range(1, exponent_bits):
+            for base in range(2**exponent_bits):
+                offset = exponents[block] - base
+                escapes = np.sum((offset < 0) | (offset >= 2**width - 1))
+                best = min(best, 4 + 333 + (8 - exponent_bits + width) * 42 + escapes)
+        assert size == best, f"block {block}: {best} bytes would do, got {size}"
+        assert not row[size:].any(), f"block {block}: bytes behind its size are not 0"
+
+
+@pytest.mark.parametrize(("format", "low", "high"), [("bfloat16", 0.69, 0.71), ("float16", 0.88, 0.90)])
+def test_what_it_saves_on_normal_values(format, low, high):
+    """The figure that the documentation may quote: 16 tokens of 3 heads of 64, keys and values."""
+    blocks = np.random.default_rng(0).normal(size=(32, 6144)).astype(FLOATS[format]).view(np.uint16)
+    _, sizes = reference.encode_lossless(blocks, format=format)
+    ratio = sizes.sum() / blocks.nbytes
+    assert low < ratio < high, f"{format}: coded to {ratio:.4f} of its size"
+
+
+# ---- the door ---------------------------------------------------------------------------------------------------
+
+WORDS = np.full((2, 32), 0x3F80, np.uint16)
+CODES, SIZES = reference.encode_lossless(WORDS, format="bfloat16")
+CALLS = {
+    "encode_lossless": {"words": WORDS, "format": "bfloat16"},
+    "decode_lossless": {"codes": CODES, "sizes": SIZES, "num_values": 32, "format": "bfloat16"},
+}
+
+
+@backends
+@pytest.mark.parametrize(
+    ("op", "changed"),
+    [
+        ("encode_lossless", {"words": WORDS[0]}),
+        ("encode_lossless", {"words": WORDS.astype(np.int16)}),
+        ("encode_lossless", {"format": "float32"}),
+        ("decode_lossless", {"codes": CODES[:, :-1]}),
+        ("decode_lossless", {"codes": CODES.astype(np.int8)}),
+        ("decode_lossless", {"sizes": SIZES[:1]}),
+        ("decode_lossless", {"num_values": 31}),
+        ("decode_lossless", {"format": "float8"}),
+    ],
+)
+def test_the_door_names_what_is_wrong(backend, op, changed):
+    properties.refuses(backend, op, CALLS[op], **changed)
+
+
+def broken(**bytes_at: int) -> np.ndarray:
+    codes = CODES.copy()
+    for place, value in bytes_at.items():
+        codes[0, int(place[1:])] = value
+    return codes
+
+
+@pytest.mark.parametrize(
+    ("codes", "sizes"),
+    [
+        (broken(_0=8), SIZES),  # no such width
+        (broken(_0=2), SIZES),  # another width than the size is for
+        (broken(_0=0), SIZES),  # stored, and too short
+        (broken(_36=0xFF), SIZES),  # escapes without exceptions
+        (CODES, SIZES + 1),  # an exception without an escape
+        (broken(_0=7, _1=255, _36=1), np.array([4 + 32 + 28, SIZES[1]])),  # an exponent of 256
+    ],
+)
+def test_the_reference_refuses_what_no_encoder_made(codes, sizes):
+    """A damaged header or size is an error, not other words."""
+    with pytest.raises(ValueError, match=r"^decode_lossless: (codes|sizes): "):
+        reference.decode_lossless(codes, sizes, num_values=32, format="bfloat16")

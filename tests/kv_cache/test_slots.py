@@ -1,0 +1,97 @@
+"""Slots: write and gather by slot; copy and swap blocks, of any format."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import kv_cache as properties
+from twofold.conformance.strategies.kv_cache import FORMATS, batches, cuts, pools, tokens, valid_calls
+
+backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
+
+
+@backends
+@given(tokens=tokens("plain"))
+def test_what_is_written_is_gathered(backend, tokens):
+    properties.written_is_gathered(backend, tokens)
+
+
+@backends
+@given(tokens=tokens("plain"))
+def test_only_the_named_slots_change(backend, tokens):
+    properties.only_named_slots_change(backend, tokens)
+
+
+@backends
+@settings(max_examples=200)
+@given(data=st.data())
+def test_chunked_is_whole(backend, data):
+    batch = data.draw(batches("plain", share=False, whole=True))
+    properties.chunked_is_whole(backend, batch, [data.draw(cuts(int(n))) for n in batch.seq_lens])
+
+
+@backends
+@settings(max_examples=200)
+@given(batch=st.sampled_from(FORMATS).flatmap(batches))
+def test_a_copy_of_a_block_is_a_deep_copy(backend, batch):
+    properties.copied_blocks_are_deep_copies(backend, batch)
+
+
+@backends
+@given(copy=pools())
+def test_copies_move_only_their_targets(backend, copy):
+    properties.copies_move_only_their_targets(backend, *copy)
+
+
+@backends
+@given(copy=pools())
+def test_swapped_blocks_come_back_elsewhere(backend, copy):
+    properties.swapped_blocks_come_back(backend, *copy)
+
+
+# ---- the door ---------------------------------------------------------------------------------------------------
+
+POOL, IDS = np.zeros((4, 6), np.uint8), np.array([0, 2])
+WRITE = valid_calls("plain")["write_kv"]
+CALLS = {
+    "write_kv": WRITE,
+    "gather_kv": {name: WRITE[name] for name in ("k_cache", "v_cache", "slot_mapping")},
+    "copy_blocks": {"pool": POOL, "source_ids": IDS, "target_ids": IDS + 1},
+    "swap_out": {"pool": POOL, "block_ids": IDS},
+    "swap_in": {"rows": POOL[:2], "pool": POOL, "block_ids": IDS},
+}
+JUST_ANOTHER_CALL = {
+    "gather_kv": [("slot_mapping", 0)],
+    "copy_blocks": [("pool", 0), ("pool", 1), ("pool", "dtype")],
+    "swap_out": [("pool", 0), ("pool", 1), ("pool", "dtype"), ("block_ids", 0)],
+    "swap_in": [("pool", 0)],
+}
+
+
+@backends
+@pytest.mark.parametrize("op", CALLS)
+def test_the_door_names_what_is_wrong(backend, op):
+    properties.refuses_wrong_arrays(backend, op, CALLS[op], JUST_ANOTHER_CALL.get(op, ()))
+
+
+@pytest.mark.parametrize(
+    ("op", "changed"),
+    [
+        ("write_kv", {"slot_mapping": np.array([0, 1, 8])}),
+        ("write_kv", {"slot_mapping": np.array([0, 1, -2])}),
+        ("write_kv", {"slot_mapping": np.array([3, 3, 1])}),
+        ("gather_kv", {"slot_mapping": np.array([8])}),
+        ("copy_blocks", {"target_ids": np.array([1, 4])}),
+        ("copy_blocks", {"target_ids": np.array([1, -1])}),
+        ("copy_blocks", {"target_ids": np.array([1, 1])}),
+        ("copy_blocks", {"target_ids": np.array([1, 0])}),
+        ("swap_out", {"block_ids": np.array([4])}),
+        ("swap_in", {"block_ids": np.array([1, 1])}),
+        ("swap_in", {"block_ids": np.array([1, -1])}),
+    ],
+)
+def test_the_reference_checks_ids_too(op, changed):
+    properties.refuses(reference, op, CALLS[op], **changed)
