@@ -114,6 +114,6 @@ def _round(op: str, x: Array, name: str, saturate: bool) -> Array:
     exponent = np.frexp(x)[1] - 1  # floor(log2 |x|): frexp's fraction lies in [0.5, 1)
     ulp = np.ldexp(x.dtype.type(1), np.maximum(exponent, format.min_exponent) - format.fraction_bits)
     rounded = np.rint(x / ulp) * ulp  # rint: ties to even
-    if saturate:
-        return rounded
-    return np.where(np.abs(rounded) > format.largest, np.copysign(x.dtype.type(format.overflow), x), rounded)
+    if not saturate:
+        rounded = np.where(np.abs(rounded) > format.largest, np.copysign(x.dtype.type(format.overflow), x), rounded)
+    return rounded

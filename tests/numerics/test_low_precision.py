@@ -43,11 +43,19 @@ def test_rounds_to_nearest_even(backend, case, saturate):
 
 @both_backends
 def test_float64_to_float32_is_the_hardware_s(backend):
-    x = inputs.around_every_value("bfloat16", "float64") * (1 + 2.0**-24)
-    with np.errstate(over="ignore"):
-        expected = x.astype(np.float32)
-    got = properties.call(backend, "cast", x, "float32", saturate=False)
-    assert properties.same_bits(got, expected), "cast to float32 differs from the hardware's rounding"
+    """From below float32's subnormals to beyond its largest value, rounding is what the processor does."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-2, 2, 20000) * 2.0 ** rng.integers(-152, 130, 20000)
+    edge = (2 - 2.0**-24) * 2.0**127  # halfway from the largest to 2**128
+    x[:4] = edge, -edge, np.nextafter(edge, 0), np.inf
+    largest = float(np.finfo(np.float32).max)
+    for saturate, clipped in ((False, x), (True, x.clip(-largest, largest))):
+        with np.errstate(over="ignore"):
+            expected = clipped.astype(np.float32)
+        got = properties.call(backend, "cast", x, "float32", saturate=saturate)
+        assert properties.same_bits(got, expected), (
+            f"cast to float32, saturate={saturate}: not the processor's"
+        )
 
 
 @both_backends

@@ -109,7 +109,7 @@ def test_refuses_what_names_no_draw(backend, op):
     properties.refuses(backend, op, "positions", rows, float_rows, rows, **good)
     properties.refuses(backend, op, "positions", rows, one, rows, **good)
     properties.refuses(backend, op, "positions", rows, rows - 1, rows, **good)
-    properties.refuses(backend, op, "sample_indices", rows, rows, rows + 2**32, **good)
+    properties.refuses(backend, op, "sample_indices", rows, rows, rows * 2**32, **good)
     properties.refuses(backend, op, "sample_indices", rows, rows, one, **good)
     properties.refuses(backend, op, "purpose", rows, rows, rows, purpose=4, num_draws=3)
     properties.refuses(backend, op, "num_draws", rows, rows, rows, purpose=0, num_draws=-1)
