@@ -117,6 +117,7 @@ def round_int4(
         (array([[ 0,  6,  1, 15]], dtype=uint8), 1.0, 1.0)
     """
     weight = _matrix("round_int4", weight)
+    require(weight.shape[1] % 2 == 0, "round_int4", "weight", "an even number of in_features", weight.shape[1])
     scale, minimum = int4_scales(weight, group_size=group_size, with_min=with_min)
     zero = 8 if minimum is None else 0
     offset = np.float32(0) if minimum is None else _spread(minimum, weight.shape[1], group_size)

@@ -1,4 +1,4 @@
-"""The linear ops in plain torch: dequantize, then `F.linear`; integers summed in float64; adapters gathered per token."""
+"""The linear ops in plain torch: dequantize, then `F.linear`; integers summed in float64; adapters by the token."""
 
 import torch
 import torch.nn.functional as F

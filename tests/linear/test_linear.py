@@ -1,0 +1,67 @@
+"""The dense linear layer."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import linear as properties
+from twofold.conformance.properties.fusion import writes_only_where_it_says
+from twofold.conformance.strategies.linear import linear_calls
+
+BACKENDS = [reference, plain_torch]
+calls = linear_calls("linear")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(call=calls)
+def test_matches_the_oracle(backend, call):
+    properties.matches_the_oracle(backend, call)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=200)
+@given(call=calls, data=st.data())
+def test_tokens_do_not_depend_on_company(backend, call, data):
+    keep = data.draw(st.lists(st.sampled_from(range(len(call.arrays["x"]) or 1)), unique=True, max_size=3), "keep")
+    properties.tokens_do_not_depend_on_company(backend, call, keep if len(call.arrays["x"]) else [])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(call=calls)
+def test_writes_only_where_it_says(backend, call):
+    writes_only_where_it_says(backend, call)
+    properties.honours_out(backend, call)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_tokens", [1, 3, 80])
+def test_float64_is_computed_in_float64(backend, num_tokens):
+    """Sums of integers far beyond float32's 2**24 are exact."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.integers(-(2**20), 2**20, (num_tokens, 70)), rng.integers(-(2**20), 2**20, (9, 70))
+    got = backend.linear(backend.from_host(x.astype(np.float64)), backend.from_host(weight.astype(np.float64)))
+    got = backend.to_host(got)
+    assert got.dtype == np.float64, f"got {got.dtype}"
+    assert np.array_equal(got, x @ weight.T), "not the integers' sums"
+
+
+BAD = {
+    "x": np.ones((2, 3, 1), np.float32),
+    "weight": np.ones((4, 5), np.float32),
+    "bias": np.ones(3, np.float32),
+    "out": np.ones((4, 2), np.float32),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("named", [*BAD, "integers"])
+def test_the_door_says_what_is_wrong(backend, named):
+    good = {"x": np.ones((2, 3)), "weight": np.ones((4, 3)), "bias": np.ones(4), "out": np.ones((2, 4))}
+    good = {name: array.astype(np.float32) for name, array in good.items()}
+    bad = {"weight": np.ones((4, 3), np.int8)} if named == "integers" else {named: BAD[named]}
+    arrays = {name: backend.from_host(array) for name, array in (good | bad).items()}
+    with pytest.raises(ValueError, match=f"linear: {next(iter(bad))}: expected"):
+        backend.linear(**arrays)

@@ -1,0 +1,175 @@
+"""Adapters."""
+
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from reference.linear.weight import Weight
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import linear as properties
+from twofold.conformance.properties.fusion import run, writes_only_where_it_says
+from twofold.conformance.strategies.linear import lora_calls
+from twofold.conformance.tolerance import assert_within, matmul_bound
+
+BACKENDS = [reference, plain_torch]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(call=lora_calls())
+def test_matches_the_oracle(backend, call):
+    properties.lora_matches_the_oracle(backend, call)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=200)
+@given(call=lora_calls(), seed=st.integers(0, 2**32 - 1))
+def test_lora_is_merged(backend, call, seed):
+    shape = call.arrays["base"].shape[1], call.arrays["x"].shape[1]
+    weight = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    properties.lora_is_merged(backend, call, weight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=200)
+@given(call=lora_calls(), data=st.data())
+def test_a_token_alone_is_a_token_in_any_batch(backend, call, data):
+    tokens = list(range(len(call.arrays["x"])))
+    keep = data.draw(st.lists(st.sampled_from(tokens), unique=True, max_size=3), "keep") if tokens else []
+    properties.tokens_do_not_depend_on_company(backend, call, keep)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(call=lora_calls())
+def test_writes_only_where_it_says(backend, call):
+    writes_only_where_it_says(backend, call)
+    properties.honours_out(backend, call, alias="base")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(call=lora_calls(), extra=st.integers(1, 5))
+def test_rank_is_padded_with_zeros(backend, call, extra):
+    """More rows and columns of zeros change nothing, within rounding."""
+    a = call.arrays
+    padded = call.with_arrays(
+        lora_a=np.concatenate([a["lora_a"], np.zeros_like(a["lora_a"][:, :1]).repeat(extra, 1)], axis=1),
+        lora_b=np.concatenate([a["lora_b"], np.zeros_like(a["lora_b"][:, :, :1]).repeat(extra, 2)], axis=2),
+    )
+    assert_within(run(backend, padded)["out"], *properties.lora_expected(call), "padded")
+
+
+# ---- against peft -----------------------------------------------------------------------------------------------
+
+
+def adapted_linear(rank: int, alpha: int, use_rslora: bool, seed: int) -> Any:
+    """A linear layer that peft has wrapped, both factors random."""
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=True))
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=["0"], use_rslora=use_rslora)
+    wrapped: Any = peft.get_peft_model(net, config)
+    torch.nn.init.normal_(wrapped.base_model.model[0].lora_B["default"].weight)
+    return wrapped
+
+
+def factors_of(layer: Any) -> tuple[np.ndarray, np.ndarray, float]:
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return a.detach().numpy(), b.detach().numpy(), layer.scaling["default"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_batch_of_adapters_gives_what_peft_gives_for_each(backend, use_rslora):
+    """Adapters of ranks 2, 8 and 5, a token without one among them, over one base layer."""
+    torch.manual_seed(0)
+    nets = [adapted_linear(rank, alpha, use_rslora, seed=0) for rank, alpha in ((2, 4), (8, 3), (5, 16))]
+    layers = [net.base_model.model[0] for net in nets]
+    base_layer = layers[0].base_layer
+    x = torch.randn(12, 24)
+    ids = np.array([0, 1, 2, -1] * 3, np.int32)
+
+    lora_a, lora_b = np.zeros((3, 8, 24), np.float32), np.zeros((3, 40, 8), np.float32)
+    scaling = np.zeros(3, np.float32)
+    for i, layer in enumerate(layers):
+        a, b, scaling[i] = factors_of(layer)
+        lora_a[i, : len(a)], lora_b[i, :, : len(a)] = a, b
+    base = backend.linear(*(backend.from_host(t.detach().numpy()) for t in (x, base_layer.weight, base_layer.bias)))
+    rest = (backend.from_host(array) for array in (x.numpy(), lora_a, lora_b, scaling, ids))
+    got = backend.to_host(backend.lora(base, *rest))
+
+    with torch.no_grad():
+        want = np.stack([(nets[i] if i >= 0 else base_layer)(x[t]).numpy() for t, i in enumerate(ids)])
+    size = np.abs(x.numpy()).sum(axis=1, keepdims=True) * 100  # weights, factors and scaling are a few units at most
+    assert_within(got, want, matmul_bound(want, size, 24, "float32"), "lora, against peft", ("token", "feature"))
+
+
+def test_over_a_quantized_base_it_is_the_adapter_on_top():
+    """The adapter's part is the same over a 4-bit base: what it adds does not depend on what it is added to."""
+    layer = adapted_linear(4, 8, False, seed=1).base_model.model[0]
+    a, b, scaling = factors_of(layer)
+    weight = layer.base_layer.weight.detach().numpy()
+    base = Weight.from_float(weight, format="int4-8", backend=reference)
+    x = np.random.default_rng(0).normal(size=(6, 24)).astype(np.float32)
+    ids = np.array([0, -1] * 3, np.int32)
+    below = base.linear(x)
+    got = reference.lora(below, x, a[None], b[None], np.array([scaling], np.float32), ids)
+    want = below + np.where(ids[:, None] == 0, scaling * x @ a.T @ b.T, 0)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_llama_layer_wrapped_by_peft():
+    """The query projection of a small Llama, captured in a real forward pass: its input and its adapted output."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=3, vocab_size=50
+    )
+    lora_config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj"], init_lora_weights=False)
+    model: Any = peft.get_peft_model(transformers.LlamaModel(config), lora_config)
+    layer = model.base_model.model.layers[0].self_attn.q_proj
+    seen = {}
+    layer.register_forward_hook(lambda module, args, out: seen.update(x=args[0][0], out=out[0]))
+    with torch.no_grad():
+        model(torch.tensor([[1, 7, 3, 42]]))
+    x, want = seen["x"].numpy(), seen["out"].numpy()
+    a, b, scaling = factors_of(layer)
+    base = reference.linear(x, layer.base_layer.weight.detach().numpy())
+    ids = np.zeros(len(x), np.int32)
+    got = reference.lora(base, x, a[None], b[None], np.array([scaling], np.float32), ids)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert np.abs(want - base).max() > 0.1, "the adapter does nothing: the test would show nothing"
+
+
+# ---- the door ---------------------------------------------------------------------------------------------------
+
+GOOD = {
+    "base": np.ones((2, 3), np.float32),
+    "x": np.ones((2, 5), np.float32),
+    "lora_a": np.ones((4, 6, 5), np.float32),
+    "lora_b": np.ones((4, 3, 6), np.float32),
+    "scaling": np.ones(4, np.float32),
+    "adapter_ids": np.array([0, -1], np.int32),
+}
+BAD = [
+    ("base", np.ones(3, np.float32)),
+    ("x", np.ones((3, 5), np.float32)),
+    ("lora_a", np.ones((4, 6, 4), np.float32)),
+    ("lora_b", np.ones((4, 3, 5), np.float32)),
+    ("lora_b", np.ones((4, 3, 6), np.int8)),
+    ("scaling", np.ones(3, np.float32)),
+    ("adapter_ids", np.zeros(3, np.int32)),
+    ("adapter_ids", np.array([0, 4], np.int32)),
+    ("adapter_ids", np.array([0, -2], np.int32)),
+    ("out", np.ones((2, 4), np.float32)),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("named", "bad"), BAD)
+def test_the_door_says_what_is_wrong(backend, named, bad):
+    with pytest.raises(ValueError, match=f"lora: {named}: expected"):
+        backend.lora(**{name: backend.from_host(array) for name, array in (GOOD | {named: bad}).items()})

@@ -1,0 +1,152 @@
+"""Linear layers with codes for weights."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from reference.linear.quantized_linear import matmul_int8
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import linear as properties
+from twofold.conformance.properties.fusion import writes_only_where_it_says
+from twofold.conformance.strategies.linear import LINEAR_OPS, activations, int8_matrices, linear_calls
+
+BACKENDS = [reference, plain_torch]
+OPS = [op for op in LINEAR_OPS if op not in ("linear", "sparse_linear")]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@given(data=st.data())
+def test_matches_the_oracle(backend, op, data):
+    properties.matches_the_oracle(backend, data.draw(linear_calls(op), "call"))
+
+
+@settings(max_examples=400)
+@given(call=st.sampled_from(OPS).flatmap(linear_calls), data=st.data())
+def test_tokens_do_not_depend_on_company(call, data):
+    tokens = list(range(len(call.arrays["x"])))
+    keep = data.draw(st.lists(st.sampled_from(tokens), unique=True, max_size=3), "keep") if tokens else []
+    properties.tokens_do_not_depend_on_company(reference, call, keep)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_writes_only_where_it_says(backend, op, data):
+    call = data.draw(linear_calls(op), "call")
+    writes_only_where_it_says(backend, call)
+    properties.honours_out(backend, call)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(x=activations(), format=st.sampled_from(["int8", "float8_e4m3fn"]))
+def test_quantizes_rows(backend, x, format):
+    properties.quantizes_rows(backend, x, format)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("format", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_stays_so_and_touches_no_other(backend, format, poison):
+    x = np.array([[1.0, -2.0], [1.0, poison], [0.0, 0.0]], np.float32)
+    codes, scale = (backend.to_host(part) for part in backend.quantize_rows(backend.from_host(x), format=format))
+    most = 127 if format == "int8" else 448
+    np.testing.assert_allclose(scale, [2 / most, np.nan, 0], rtol=1e-6, err_msg="scales")
+    assert codes.astype(np.float32)[1:].tolist() == [[0, 0], [0, 0]], f"codes of rows without a scale: {codes}"
+    op = "linear_int8_int8" if format == "int8" else "linear_fp8_fp8"
+    weight = np.eye(2, dtype=np.float32).astype(codes.dtype)
+    out = getattr(backend, op)(*(backend.from_host(a) for a in (x, weight, np.ones(2, np.float32))))
+    got = backend.to_host(out)
+    assert np.isnan(got[1]).all(), f"a result from {poison}: {got[1]}"
+    np.testing.assert_allclose(got[[0, 2]], x[[0, 2]], atol=0.01, err_msg="the other rows")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=200)
+@given(matrices=int8_matrices())
+def test_int8_sums_are_exact(backend, matrices):
+    properties.int8_sums_are_exact(backend, *matrices)
+
+
+@settings(max_examples=200)
+@given(int8_matrices())
+def test_matmul_int8_is_int64_arithmetic(matrices):
+    """Element by element the integer that int64 gives, -128 and 127 throughout and the cut at 1024 included."""
+    x, weight = matrices
+    got = matmul_int8(x.astype(np.int8), weight)
+    want = x.astype(np.int64) @ weight.astype(np.int64).T
+    assert got.dtype == np.int32, f"got {got.dtype}"
+    assert np.array_equal(got, want), f"off by {np.abs(got - want).max()}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", properties.LAYOUTS)
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (7, 96)])
+def test_unpacks_what_it_packed(backend, layout, shape):
+    stored = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    properties.unpacks_what_it_packed(backend, stored, layout)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_float64_is_computed_in_float64(op):
+    """float64 in is float64 out, right to 1e-12 with the activations that the op itself rounds to."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(9, 64)).round(1)
+    x[:, 0] = 127 if op == "linear_int8_int8" else 448
+    codes = rng.integers(0, 100, (5, 64), np.uint8)
+    options = {"group_size": 64} if op == "linear_int4" else {}
+    scale = rng.uniform(size=(5, 1) if op == "linear_int4" else (5,)).astype(np.float32)
+    if op == "linear_int4":
+        codes = codes[:, :32]
+    weight = codes.view(properties.LAYOUTS[op.removeprefix("linear_")])
+    got = getattr(reference, op)(x, weight, scale, **options)
+    ref64, magnitude, _ = properties.oracle(
+        reference, properties.Call(op, {"x": x, "weight": weight, "weight_scale": scale}, options)
+    )
+    assert got.dtype == np.float64, f"got {got.dtype}"
+    assert (np.abs(got - ref64) <= 1e-12 * magnitude).all(), f"off by {np.abs(got - ref64).max()}"
+
+
+GOOD = {
+    "linear_int8": {"weight": np.ones((4, 6), np.int8), "weight_scale": np.ones(4, np.float32)},
+    "linear_int8_int8": {"weight": np.ones((4, 6), np.int8), "weight_scale": np.ones(4, np.float32)},
+    "linear_int4": {"weight": np.ones((4, 3), np.uint8), "weight_scale": np.ones((4, 2), np.float32), "group_size": 4},
+}
+BAD = [
+    ("linear_int8", {"weight": np.ones((4, 6), np.uint8)}, "weight"),
+    ("linear_int8", {"weight": np.ones((4, 5), np.int8)}, "weight"),
+    ("linear_int8", {"weight_scale": np.ones(3, np.float32)}, "weight_scale"),
+    ("linear_int8", {"weight_scale": np.ones((4, 1), np.float32)}, "weight_scale"),
+    ("linear_int8", {"weight_scale": np.ones((4, 3), np.float32), "group_size": 4}, "weight_scale"),
+    ("linear_int8", {"group_size": 0}, "group_size"),
+    ("linear_int8_int8", {"weight": np.ones((4, 6), np.float32)}, "weight"),
+    ("linear_int8_int8", {"weight_scale": np.ones(6, np.float32)}, "weight_scale"),
+    ("linear_int4", {"weight": np.ones((4, 6), np.uint8)}, "weight"),
+    ("linear_int4", {"weight": np.ones((4, 3), np.int8)}, "weight"),
+    ("linear_int4", {"weight_scale": np.ones((4, 3), np.float32)}, "weight_scale"),
+    ("linear_int4", {"weight_min": np.ones((4, 1), np.float32)}, "weight_min"),
+    ("linear_int4", {"group_size": 3}, "group_size"),
+    ("linear_int4", {"bias": np.ones(6, np.float32)}, "bias"),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "bad", "named"), BAD)
+def test_the_door_says_what_is_wrong(backend, op, bad, named):
+    arguments = {"x": np.ones((2, 6), np.float32)} | GOOD[op] | bad
+    place = {k: backend.from_host(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
+    with pytest.raises(ValueError, match=f"{op}: {named}: expected"):
+        getattr(backend, op)(**place)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unknown_formats_are_refused(backend):
+    x = backend.from_host(np.ones((2, 2), np.float32))
+    for op, options in (("quantize_rows", {}), ("pack_weight", {}), ("unpack_weight", {"out_features": 2})):
+        with pytest.raises(ValueError, match=f"{op}: format: expected"):
+            getattr(backend, op)(x, format="int3", **options)
+    with pytest.raises(ValueError, match="unpack_weight: packed: expected"):
+        backend.unpack_weight(x, format="int8", out_features=3)

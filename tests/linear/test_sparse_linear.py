@@ -1,0 +1,84 @@
+"""The linear layer with two of every four weights."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from reference.linear.pruning import compress_24, magnitude_score, mask_24
+from twofold.conformance import plain_torch
+from twofold.conformance.properties import linear as properties
+from twofold.conformance.properties.fusion import writes_only_where_it_says
+from twofold.conformance.strategies.linear import float_matrices, linear_calls
+
+BACKENDS = [reference, plain_torch]
+calls = linear_calls("sparse_linear")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(call=calls)
+def test_matches_the_oracle(backend, call):
+    properties.matches_the_oracle(backend, call)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(call=calls)
+def test_writes_only_where_it_says(backend, call):
+    writes_only_where_it_says(backend, call)
+    properties.honours_out(backend, call)
+
+
+@settings(max_examples=200)
+@given(calls, st.data())
+def test_tokens_do_not_depend_on_company(call, data):
+    tokens = list(range(len(call.arrays["x"])))
+    keep = data.draw(st.lists(st.sampled_from(tokens), unique=True, max_size=3), "keep") if tokens else []
+    properties.tokens_do_not_depend_on_company(reference, call, keep)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=200)
+@given(weight=float_matrices(multiple=4))
+def test_it_is_the_dense_layer_with_zeros(backend, weight):
+    """Compressed, the layer gives what the dense layer gives with the pruned weights set to zero: here even bit for
+    bit, as both multiply the same matrix."""
+    pruned = np.where(mask_24(magnitude_score(weight)), weight, np.float32(0))
+    x = np.random.default_rng(0).normal(size=(3, weight.shape[1])).astype(np.float32)
+    values, indices = compress_24(pruned)
+    place = backend.from_host
+    sparse = backend.to_host(backend.sparse_linear(place(x), place(values), place(indices)))
+    assert np.array_equal(sparse, backend.to_host(backend.linear(place(x), place(pruned)))), "sparse is not dense"
+
+
+GOOD = {"values": np.ones((3, 4), np.float32), "indices": np.full((3, 1), 0x44, np.uint8)}
+BAD = {
+    "x": {"x": np.ones((2, 8, 1), np.float32)},
+    "weight": {"x": np.ones((2, 4), np.float32)},
+    "values": {"values": np.ones((3, 4), np.int8)},
+    "indices": {"indices": np.full((3, 2), 0x44, np.uint8)},
+    "out": {"out": np.ones((2, 4), np.float32)},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("named", BAD)
+def test_the_door_says_what_is_wrong(backend, named):
+    arguments = {"x": np.ones((2, 8), np.float32)} | GOOD | BAD[named]
+    with pytest.raises(ValueError, match=f"sparse_linear: {named}: expected"):
+        backend.sparse_linear(**{name: backend.from_host(array) for name, array in arguments.items()})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("byte", [0x00, 0x45, 0xF4, 0x41])
+def test_places_that_do_not_ascend_are_refused(backend, byte):
+    x, indices = np.ones((2, 8), np.float32), np.full((3, 1), byte, np.uint8)
+    with pytest.raises(ValueError, match="indices: expected two ascending places"):
+        backend.sparse_linear(*(backend.from_host(a) for a in (x, GOOD["values"], indices)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_a_group_is_refused(backend):
+    arrays = np.ones((2, 6), np.float32), np.ones((3, 3), np.float32), np.full((3, 1), 4, np.uint8)
+    with pytest.raises(ValueError, match="sparse_linear: values: expected"):
+        backend.sparse_linear(*(backend.from_host(a) for a in arrays))
