@@ -11,11 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from reference.batching.engine import Engine, EngineConfig
+from reference.batching.engine import Engine
 from reference.batching.request import SamplingParams
 from reference.batching.runner import ModelRunner
 from reference.batching.trace import Record
-from reference.kv_cache.cache import KVCache
 from reference.model.decoder import AdapterBank, Decoder
 from twofold.backends import resolve_backend
 from twofold.checkpoints import Checkpoint, load_checkpoint
@@ -24,6 +23,7 @@ from twofold.generation import Generation, Prompt
 from twofold.lora import read_adapter
 from twofold.outputs import Chunk, RequestOutput, RunMetrics
 from twofold.sizing import pool_sizes
+from twofold.speculation import make_drafter
 
 __all__ = ["LLM", "SamplingParams"]
 
@@ -115,39 +115,21 @@ class LLM:
                 device=device,
                 max_positions=sizes.max_model_len,
             )
-            self.cache = KVCache(
-                sizes.format,
-                num_layers=config.num_layers,
-                num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                block_size=block_size,
-                num_blocks=sizes.num_blocks,
-                num_window_blocks=sizes.num_window_blocks,
-                dtype=dtype,
-                backend=self.backend,
-                device=device,
-            )
-            slides = all(config.layer_window(i) is not None for i in range(config.num_layers))
-            engine_config = EngineConfig(
-                num_blocks=sizes.num_blocks,
-                num_window_blocks=sizes.num_window_blocks,
-                max_model_len=sizes.max_model_len,
-                block_size=block_size,
+            self.cache = sizes.cache(config, backend=self.backend, device=device)
+            engine_config = sizes.engine_config(
+                config,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
-                preemption=preemption,  # type: ignore[arg-type]  # the engine checks it
+                preemption=preemption,
                 enable_prefix_caching=enable_prefix_caching,
                 lookahead=lookahead,
-                kv_cache_dtype=sizes.format.name,
-                kv_window=sizes.format.window,
-                sliding_window=config.sliding_window if slides else None,
                 eos_token_ids=self.checkpoint.eos_token_ids,
                 model_fingerprint=self.decoder.fingerprint,
             )
             self.engine = Engine(
                 engine_config,
                 ModelRunner(self.decoder, self.cache, adapters=self.adapters),
-                drafter=make_drafter(speculate, self),
+                drafter=make_drafter(speculate, self.decoder, engine_config) if speculate else None,
                 adapters={name: (i, self.adapters.digests[name]) for i, name in enumerate(self.adapters.names)},
                 trace=trace,
             )

@@ -1,8 +1,10 @@
 """How large the KV cache's pools are, and how long a sequence may get in them."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from reference.kv_cache.cache import KVFormat, block_bytes, bytes_per_token, resolve_format
+from reference.batching.config import EngineConfig
+from reference.kv_cache.cache import KVCache, KVFormat, block_bytes, bytes_per_token, resolve_format
 from reference.model.config import ModelConfig
 from twofold.errors import TwofoldError
 
@@ -15,9 +17,38 @@ class PoolSizes:
     """The format, the blocks of each pool, and the longest sequence."""
 
     format: KVFormat
+    dtype: str
+    block_size: int
     num_blocks: int
     num_window_blocks: int
     max_model_len: int
+
+    def cache(self, config: ModelConfig, *, backend: Any, device: str | None) -> KVCache:
+        """The cache of these sizes."""
+        return KVCache(
+            self.format,
+            **_shape(config),
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            num_window_blocks=self.num_window_blocks,
+            dtype=self.dtype,
+            backend=backend,
+            device=device,
+        )
+
+    def engine_config(self, config: ModelConfig, **settings: Any) -> EngineConfig:
+        """The engine's, with what follows from the sizes and the model filled in."""
+        slides = all(config.layer_window(layer) is not None for layer in range(config.num_layers))
+        return EngineConfig(
+            num_blocks=self.num_blocks,
+            num_window_blocks=self.num_window_blocks,
+            max_model_len=self.max_model_len,
+            block_size=self.block_size,
+            kv_cache_dtype=self.format.name,
+            kv_window=self.format.window,
+            sliding_window=config.sliding_window if slides else None,
+            **settings,
+        )
 
 
 def pool_sizes(
@@ -71,7 +102,7 @@ def pool_sizes(
         max_num_batched_tokens=max_num_batched_tokens,
         lookahead=lookahead,
     )
-    return PoolSizes(format, num_blocks, window_blocks, min(wanted, held))
+    return PoolSizes(format, dtype, block_size, num_blocks, window_blocks, min(wanted, held))
 
 
 def kv_bytes_per_token(

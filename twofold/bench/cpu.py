@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from reference.batching.config import EngineConfig
 from reference.batching.engine import Engine
 from reference.batching.request import Request, SamplingParams
 from reference.batching.runner import StepResult
-from reference.batching.static_batching import run_static
+from reference.batching.static_batching import StaticScheduler
 from twofold.llm import LLM
 
 SEED = 0
@@ -126,17 +127,10 @@ def continuous_against_static(llm: LLM, *, slots: int = 8, num_requests: int = 4
             for i, (ids, n) in enumerate(zip(prompts, lengths))
         ]
 
-    start = time.perf_counter()
-    num_static_steps = run_static(llm.engine.runner, llm.engine.config, requests("static"), batch_size=slots).num_steps
-    static = time.perf_counter() - start
-    engine = Engine(_with_slots(llm.engine.config, slots), llm.engine.runner)
-    start, num_steps = time.perf_counter(), 0
-    for request in requests("continuous"):
-        engine.add(request)
-    while engine.has_unfinished():
-        engine.step()
-        num_steps += 1
-    continuous = time.perf_counter() - start
+    config = replace(llm.engine.config, max_num_seqs=slots, enable_prefix_caching=False)
+    runner = llm.engine.runner
+    static, num_static_steps = drain(Engine(config, runner, scheduler=StaticScheduler(config)), requests("static"))
+    continuous, num_steps = drain(Engine(config, runner), requests("continuous"))
     from_lengths = static_steps(lengths, slots) / continuous_steps(lengths, slots)
     return {
         "static_s": static,
@@ -149,10 +143,15 @@ def continuous_against_static(llm: LLM, *, slots: int = 8, num_requests: int = 4
     }
 
 
-def _with_slots(config: EngineConfig, slots: int) -> EngineConfig:
-    from dataclasses import replace
-
-    return replace(config, max_num_seqs=slots, enable_prefix_caching=False)
+def drain(engine: Engine, requests: list[Request]) -> tuple[float, int]:
+    """Seconds and steps until all of them have ended."""
+    start, num_steps = time.perf_counter(), 0
+    for request in requests:
+        engine.add(request)
+    while engine.has_unfinished():
+        engine.step()
+        num_steps += 1
+    return time.perf_counter() - start, num_steps
 
 
 def static_steps(lengths: list[int], slots: int) -> int:

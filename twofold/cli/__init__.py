@@ -6,16 +6,17 @@ status 2; Ctrl-C ends with what was generated so far and 130.
 
 import sys
 
-import click
 import typer
 
 from twofold.cli import bench, chat, generate, models, trace
 from twofold.errors import TwofoldError
 
+# What the parser raises. typer exports the leaves only, and brings its own click or uses the installed one.
+CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
+
 app = typer.Typer(
     name="twofold",
     help="Every technique that makes LLM inference fast, twice: once to read, once to run.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -35,16 +36,15 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit status. No exception that a user can cause leaves it."""
+    if arguments in ([], ["bench"]):
+        arguments = [*arguments, "--help"]  # the help, not a complaint
     try:
         return app(arguments, prog_name="twofold", standalone_mode=False) or 0
-    except click.exceptions.NoArgsIsHelpError as error:  # `twofold` alone: the help, not a complaint
-        click.echo(error.format_message())
-        return 0
-    except click.ClickException as error:
-        return _complain(error.format_message())
+    except CommandLineError as error:
+        return _complain(error.format_message())  # type: ignore[attr-defined]
     except (TwofoldError, ValueError, NotImplementedError) as error:
         return _complain(str(error))
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError:  # `twofold generate ... | head`: the reader has seen enough
         sys.stdout = None

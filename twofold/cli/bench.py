@@ -7,7 +7,7 @@ import typer
 
 from twofold.cli import options
 
-app = typer.Typer(help="Measure, side by side with the best alternatives.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Measure, side by side with the best alternatives.", rich_markup_mode=None)
 
 Results = Annotated[Path, typer.Option(help="Where the JSON goes.", metavar="FILE")]
 

@@ -18,7 +18,7 @@ def models(
     from reference.kv_cache.cache import KV_FORMATS
     from reference.linear.weight import WEIGHT_FORMATS
     from twofold.checkpoints import list_local_models, load_checkpoint
-    from twofold.llm import kv_bytes_per_token
+    from twofold.sizing import kv_bytes_per_token
 
     if model is not None:
         checkpoint = load_checkpoint(model)

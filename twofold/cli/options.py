@@ -6,6 +6,7 @@ import typer
 
 from reference.kv_cache.cache import KV_FORMATS
 from reference.linear.weight import WEIGHT_FORMATS
+from twofold.errors import TwofoldError
 
 Model = Annotated[
     str | None,
@@ -54,5 +55,5 @@ def adapters(modules: list[str] | None) -> dict[str, str]:
     pairs = [module.partition("=") for module in modules or []]
     for name, equals, path in pairs:
         if not (name and equals and path):
-            raise typer.BadParameter(f"--lora-modules takes NAME=PATH, got {name + equals + path!r}")
+            raise TwofoldError(f"--lora-modules takes NAME=PATH, got {name + equals + path!r}")
     return {name: path for name, _, path in pairs}

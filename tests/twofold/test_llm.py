@@ -1,0 +1,225 @@
+"""`LLM`: text in and out, and every prompt answered or refused by itself."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from twofold import LLM, SamplingParams
+from twofold.conformance.strategies.model import random_adapter
+from twofold.conformance.strategies.small_checkpoint import small_checkpoint
+from twofold.errors import TwofoldError
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return small_checkpoint(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def llm(path):
+    return LLM(path, num_blocks=24, block_size=4, max_num_seqs=4, max_num_batched_tokens=16)
+
+
+def blocks_in_use(llm):
+    return llm.engine.scheduler.space.pools[0].num_used
+
+
+words = st.text(alphabet="hello world 123é€", min_size=1, max_size=24)
+
+
+@given(st.lists(words, min_size=1, max_size=5))
+@settings(max_examples=25)
+def test_a_prompt_is_answered_as_if_it_were_alone(llm, prompts):
+    """Greedy answers do not depend on what they are batched with, and no block is left behind."""
+    together = llm.generate(prompts, GREEDY)
+    for prompt, output in zip(prompts, together):
+        (alone,) = llm.generate(prompt, GREEDY)
+        assert output.outputs[0].token_ids == alone.outputs[0].token_ids, prompt
+    assert blocks_in_use(llm) == 0
+
+
+@given(st.lists(words, min_size=1, max_size=4), st.integers(0, 2**31))
+@settings(max_examples=25)
+def test_what_is_streamed_is_what_is_returned(llm, prompts, seed):
+    """The chunks of an answer, put together, are its text and its tokens."""
+    params = SamplingParams(temperature=1.0, seed=seed, n=2, max_tokens=10, stop=["l", "12"])
+    texts, tokens = {}, {}
+    for chunk in llm.stream(prompts, params):
+        key = (chunk.prompt_index, chunk.output_index)
+        texts[key] = texts.get(key, "") + chunk.text
+        tokens[key] = tokens.get(key, []) + chunk.token_ids
+    for i, output in enumerate(llm.outputs):
+        assert output.finished
+        assert output.error is None
+        for sample in output.outputs:
+            assert sample.text == texts[i, sample.index]
+            assert sample.token_ids == tokens[i, sample.index][: len(sample.token_ids)]
+            assert not any(stop in sample.text for stop in params.stop)
+            assert sample.finish_reason in ("stop", "length")
+    assert blocks_in_use(llm) == 0
+
+
+def test_a_prompt_that_cannot_run_takes_no_other_with_it(llm):
+    """Empty, longer than the context, longer than the pool: each has its sentence, the others their answers."""
+    long = {"prompt_token_ids": [5] * 300}
+    bad_id = {"prompt_token_ids": [5, 10**6]}
+    outputs = llm.generate(["hello", "", long, bad_id, "world"], GREEDY)
+    assert [bool(output.error) for output in outputs] == [False, True, True, True, False]
+    assert len(outputs[0].outputs[0].token_ids) == len(outputs[4].outputs[0].token_ids) == 12
+    assert all("\n" not in (output.error or "") for output in outputs)
+    assert blocks_in_use(llm) == 0
+
+
+def test_a_seed_gives_the_same_answer_again_and_is_reported_if_drawn(llm):
+    """The seed that a run drew repeats it."""
+    (first,) = llm.generate("hello", SamplingParams(temperature=1.5, max_tokens=20, ignore_eos=True))
+    again = SamplingParams(temperature=1.5, max_tokens=20, ignore_eos=True, seed=first.seed)
+    assert llm.generate("hello", again)[0].outputs[0].token_ids == first.outputs[0].token_ids
+    other = SamplingParams(temperature=1.5, max_tokens=20, ignore_eos=True, seed=first.seed + 1)
+    assert llm.generate("hello", other)[0].outputs[0].token_ids != first.outputs[0].token_ids
+
+
+def test_log_probabilities_are_those_of_the_tokens(llm):
+    """One entry a token: the chosen one first, best ones in order, and their sum is the cumulative one."""
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=3)
+    sample = llm.generate("hello", params)[0].outputs[0]
+    assert len(sample.logprobs) == len(sample.token_ids) == 8
+    for token, entries in zip(sample.token_ids, sample.logprobs):
+        assert next(iter(entries)) == token
+        assert entries[token].rank == 1, "greedy takes the best"
+        best = [entry.logprob for entry in entries.values()]
+        assert best == sorted(best, reverse=True)
+        assert len(best) == 3
+    total = sum(entries[token].logprob for token, entries in zip(sample.token_ids, sample.logprobs))
+    assert np.isclose(sample.cumulative_logprob, total)
+
+
+def test_stop_tokens_end_an_answer_and_say_so(llm):
+    """The stop token is among the tokens, not in the text, and is the reason."""
+    whole = llm.generate("hello", GREEDY)[0].outputs[0]
+    stop = whole.token_ids[4]
+    first = whole.token_ids.index(stop)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, stop_token_ids=[stop])
+    sample = llm.generate("hello", params)[0].outputs[0]
+    assert sample.token_ids == whole.token_ids[: first + 1]
+    assert (sample.finish_reason, sample.stop_reason) == ("stop", stop)
+    assert sample.text == llm.tokenizer.decode(whole.token_ids[:first])
+
+
+def test_beam_search_finds_what_greedy_misses_or_the_same(llm):
+    """Beams come best first, and one beam is greedy."""
+    (one,) = llm.beam_search("hello", beam_width=1, max_tokens=8, ignore_eos=True)
+    greedy = llm.generate("hello", SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))[0].outputs[0]
+    assert one.outputs[0].token_ids == greedy.token_ids
+    (four,) = llm.beam_search("hello", beam_width=4, max_tokens=8, ignore_eos=True)
+    scores = [beam.cumulative_logprob for beam in four.outputs]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] >= one.outputs[0].cumulative_logprob - 1e-5
+    assert len({tuple(beam.token_ids) for beam in four.outputs}) == 4
+    assert four.outputs[0].text == llm.tokenizer.decode(four.outputs[0].token_ids)
+
+
+def test_a_stopped_run_keeps_what_it_has(llm):
+    """`stop` from another thread, as from a signal: answers end as aborted, blocks come back, the next run works."""
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    timer = threading.Timer(0, llm.stop)
+    for count, _ in enumerate(llm.stream("hello", params), start=1):
+        if count == 3:
+            timer.start()
+            timer.join()
+    (output,) = llm.outputs
+    assert 3 <= len(output.outputs[0].token_ids) < 60
+    assert output.outputs[0].finish_reason == "abort"
+    assert blocks_in_use(llm) == 0
+    assert llm.generate("hello", GREEDY)[0].error is None
+
+
+def test_chat_uses_the_template(llm):
+    """A conversation is what the template makes of it."""
+    messages = [{"role": "user", "content": "hello"}]
+    output = llm.chat(messages, GREEDY)[0]
+    assert output.prompt == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert output.outputs[0].token_ids == llm.generate(output.prompt, GREEDY)[0].outputs[0].token_ids
+
+
+def test_an_adapter_changes_its_request_only(path, tmp_path, llm):
+    """One batch, one request with an adapter and one without: the latter is as ever."""
+    tensors, config = random_adapter(llm.checkpoint.config, rank=4, seed=3)
+    save_file(
+        {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()},
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    tuned = LLM(path, block_size=4, num_blocks=40, lora_modules={"style": tmp_path})
+    with_it, without = tuned.generate(["hello world"] * 2, GREEDY, lora=["style", None])
+    plain = llm.generate("hello world", GREEDY)[0]
+    assert without.outputs[0].token_ids == plain.outputs[0].token_ids
+    assert with_it.outputs[0].token_ids != plain.outputs[0].token_ids
+    with pytest.raises(TwofoldError, match="no LoRA adapter is called 'other'"):
+        tuned.generate("hello", GREEDY, lora="other")
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8", "int4", "kivi4", "kivi2", "bfloat16"])
+def test_every_kv_format_serves_text(path, kv_cache_dtype):
+    """Quantized caches answer, batched as alone."""
+    llm = LLM(path, kv_cache_dtype=kv_cache_dtype, block_size=32, num_blocks=12, max_num_batched_tokens=16)
+    together = llm.generate(["hello world", "hello"], GREEDY)
+    alone = llm.generate("hello world", GREEDY)
+    assert together[0].outputs[0].token_ids == alone[0].outputs[0].token_ids
+    assert blocks_in_use(llm) == 0
+
+
+@pytest.mark.parametrize("weights", ["int8", "w8a8", "fp8", "int4", "sparse24", "bfloat16"])
+def test_every_weight_format_serves_text(path, weights):
+    """Weights rounded at load answer."""
+    (output,) = LLM(path, weights=weights, num_blocks=12).generate("hello", GREEDY)
+    assert len(output.outputs[0].token_ids) == 12
+
+
+@pytest.mark.parametrize("how", ["ngram:3", "model"])
+def test_speculation_changes_no_greedy_token(path, llm, how):
+    """Drafts by look-up, or by a model (here itself), give the same text."""
+    speculative = LLM(path, block_size=4, num_blocks=40, speculate=how if how != "model" else f"{path}:2")
+    prompts = ["hello hello hello hello", "12 12 12"]
+    expected = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
+    assert [output.outputs[0].token_ids for output in speculative.generate(prompts, GREEDY)] == expected
+    assert blocks_in_use(speculative) == 0
+
+
+def test_plain_torch_gives_the_same_tokens(path, llm):
+    """The engine on the plain torch backend answers as on the reference."""
+    prompts = ["hello world", "12 3", "é€"]
+    on_torch = LLM(path, backend="plain_torch", block_size=4, num_blocks=40).generate(prompts, GREEDY)
+    expected = llm.generate(prompts, GREEDY)
+    assert [o.outputs[0].token_ids for o in on_torch] == [o.outputs[0].token_ids for o in expected]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"kv_cache_dtype": "int5"}, "int5"),
+        ({"weights": "int5"}, "int5"),
+        ({"dtype": "float8"}, "float8"),
+        ({"backend": "no_such_module"}, "no_such_module"),
+        ({"preemption": "kill"}, "kill"),
+        ({"block_size": 0}, "block size"),
+        ({"num_blocks": 0}, "number of blocks"),
+        ({"max_model_len": 10_000}, "10000"),
+        ({"num_blocks": 2, "max_model_len": 200}, "num-blocks"),
+        ({"lora_modules": {"a": "/no/such/folder"}}, "adapter_config.json"),
+        ({"speculate": "ngram:x"}, "ngram"),
+        ({"deterministic": True}, "batch-invariant"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence(path, settings, sentence):
+    """Whatever is wrong, the sentence names it."""
+    with pytest.raises(TwofoldError, match=sentence) as caught:
+        LLM(path, **settings)
+    assert "\n" not in str(caught.value)
