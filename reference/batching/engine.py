@@ -88,6 +88,7 @@ class Engine:
         if request.adapter is not None and request.adapter not in self.adapters:
             known = ", ".join(self.adapters) or "none"
             raise ValueError(f"request {request.request_id}: unknown adapter {request.adapter!r}; known: {known}")
+        self._check_tokens(request)
         request.adapter_id, digest = self.adapters[request.adapter] if request.adapter is not None else (-1, "")
         kv_format = f"{self.config.kv_cache_dtype}/{self.config.kv_window}"
         request.prefix_root = prefix_root(self.config.model_fingerprint, kv_format, digest, request.cache_salt)
@@ -95,6 +96,18 @@ class Engine:
         self._requests[request.request_id] = request
         if self.trace:
             self.trace(tracing.add_record(request, self.clock()))
+
+    def _check_tokens(self, request: Request) -> None:
+        """Tokens and counts beyond the model's vocabulary would fail in the middle of a step, for everyone in it."""
+        size, params, name = self.runner.vocab_size, request.params, f"request {request.request_id}"
+        for what, tokens in (("prompt", request.prompt_token_ids), ("logit_bias", params.logit_bias or ())):
+            unknown = [token for token in tokens if not 0 <= token < size]
+            if unknown:
+                raise ValueError(f"{name}: {what}: token {unknown[0]} is not in the vocabulary of {size}")
+        if (params.logprobs or 0) > size:
+            raise ValueError(f"{name}: logprobs: expected at most the vocabulary's {size}, got {params.logprobs}")
+        if request.num_beams * (2 + len(params.stop_token_ids) + len(self.config.eos_token_ids)) > size:
+            raise ValueError(f"{name}: num_beams: {request.num_beams} are too many for a vocabulary of {size}")
 
     def has_unfinished(self) -> bool:
         """Is there anything left to do? A step in flight is, even if nobody waits for it."""
@@ -126,7 +139,10 @@ class Engine:
         """Schedule a step and launch it, if there is one."""
         start = self.scheduler.now = self.clock()
         if self.drafter is not None:
-            self.drafter.propose(self.scheduler.draftable())
+            try:
+                self.drafter.propose(self.scheduler.draftable())
+            except Exception as error:
+                raise StepFailed("drafting", error) from error
         batch = self.scheduler.schedule()
         if batch is None:
             return False
@@ -138,7 +154,7 @@ class Engine:
         try:
             pending = self.runner.launch(batch)
         except Exception as error:
-            raise StepFailed(plan.step, error) from error
+            raise StepFailed(f"step {plan.step}", error) from error
         times.schedule_time = scheduled - start
         times.launch_time = self.clock() - scheduled
         self._launched.append((times, pending, record))
@@ -151,7 +167,7 @@ class Engine:
         try:
             result = pending.result()
         except Exception as error:
-            raise StepFailed(times.step, error) from error
+            raise StepFailed(f"step {times.step}", error) from error
         read = self.scheduler.now = self.clock()
         output = self.scheduler.update(result)
         times.wait_time, times.update_time = read - start, self.clock() - read
@@ -224,7 +240,7 @@ class Engine:
 
 
 class StepFailed(Exception):
-    """The runner could not execute a step."""
+    """The runner, or the drafter, could not do its part."""
 
-    def __init__(self, step: int, error: Exception):
-        super().__init__(f"step {step} failed: {type(error).__name__}: {error}")
+    def __init__(self, what: str, error: Exception):
+        super().__init__(f"{what} failed: {type(error).__name__}: {error}")

@@ -177,7 +177,7 @@ class Lifecycle:
         if request.live and not request.forked:
             self.space.fork(seq, request.live[0])  # who goes on computing the prompt that they share
         request.forked |= len(request.live) == 1  # the last one shares with nobody
-        self.space.close(seq)
+        self._vacate(seq)
         tokens = seq.output_token_ids
         stopped = reason is FinishReason.STOP and bool(tokens) and tokens[-1] in request.stop_ids
         wants_logprobs = request.params.logprobs is not None
@@ -191,6 +191,10 @@ class Lifecycle:
                 cumulative_logprob=sum(token.logprob for token in seq.logprobs) if wants_logprobs else None,
             )
         )
+
+    def _vacate(self, seq: Sequence) -> None:
+        """A sequence has ended: its memory is free for others, at once."""
+        self.space.close(seq)
 
     def _end_request(self, request: Request) -> RequestOutput:
         if request.status is Status.RUNNING:

@@ -63,6 +63,8 @@ class SamplingBatch:
         logprob_rows: Drawn and verified rows that want them.
         draft_probs: The drafts' distributions, a row a draft; None: they are certain.
         beam_scores: Log-probability of each beam so far.
+        for_drafts: The drawn tokens are drafts for another model: they are drawn with `PURPOSE_DRAFT`, and the
+            distributions are wanted too.
     """
 
     num_drawn: int
@@ -82,6 +84,7 @@ class SamplingBatch:
     beam_scores: Float32[Array, " num_beam_rows"] | None = None
     cu_beams: Int32[Array, " num_groups_plus_1"] | None = None
     num_candidates: int = 0
+    for_drafts: bool = False
 
     @property
     def num_verified_rows(self) -> int:
@@ -354,14 +357,29 @@ def _sampling(plan: StepPlan, rows: RunningRows, row: Array, last_positions: Arr
     if verified:
         sampling.draft_tokens = np.array([token for seq in verified for token in seq.drafts], np.int64)
         sampling.cu_drafts = _offsets([len(seq.drafts) for seq in verified])
-        probs = [seq.draft_probs for seq in verified if seq.draft_probs is not None]
-        sampling.draft_probs = np.concatenate(probs) if probs else None
+        sampling.draft_probs = _draft_probs(verified)
     if plan.beams:
         searches = [(request.search, len(places)) for request, places in plan.beams]
         sampling.beam_scores = np.concatenate([search.scores for search, _ in searches])
         sampling.cu_beams = _offsets([num_beams for _, num_beams in searches])
         sampling.num_candidates = max(search.num_candidates for search, _ in searches)
     return sampling
+
+
+def _draft_probs(verified: list[Sequence]) -> Float32[Array, "num_drafts vocab_size"] | None:
+    """The drafts' distributions, those of certain ones all on one token; None if all are certain."""
+    known = [seq.draft_probs for seq in verified if seq.draft_probs is not None]
+    if not known:
+        return None
+    vocab_size = known[0].shape[1]
+    return np.concatenate(
+        [
+            np.arange(vocab_size) == np.array(seq.drafts)[:, None]
+            if seq.draft_probs is None
+            else seq.draft_probs[: len(seq.drafts)]
+            for seq in verified
+        ]
+    ).astype(np.float32)
 
 
 def _penalties(rows: RunningRows, row: Array, last_positions: Array) -> Penalties:

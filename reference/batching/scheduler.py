@@ -58,22 +58,7 @@ class Scheduler(Lifecycle):
         """The next step; None if there is nothing to do before a result is read."""
         plan = StepPlan(self._num_steps)
         self.space.begin_step(plan.step)
-        prompts = []
-        for request in tuple(self.running):
-            if request.status is not Status.RUNNING:
-                continue  # preempted just now, for an older one
-            if request.is_plain and self._decode_in_place(plan, request.live[0]):
-                continue
-            seqs = [seq for seq in self._ready(request) if not self._decode_in_place(plan, seq)]
-            if not seqs:
-                continue
-            if any(seq.num_uncomputed > 1 for seq in seqs):
-                prompts.append((request, seqs))
-            else:
-                self._schedule(plan, request, seqs)
-        for request, seqs in prompts:
-            if request.status is Status.RUNNING:
-                self._schedule(plan, request, seqs)
+        self._go_on(plan)
         if self.waiting:
             self._admit(plan)
         if not (plan.seqs or plan.swaps_out or plan.swaps_in):
@@ -83,6 +68,23 @@ class Scheduler(Lifecycle):
         self._num_steps += 1
         self.in_flight.append(plan)
         return pack(plan, self.rows)
+
+    def _go_on(self, plan: StepPlan) -> None:
+        """The running requests: who is decoding, then whose prompt is being computed; both oldest first."""
+        prompts = []
+        for request in tuple(self.running):
+            if request.status is not Status.RUNNING:
+                continue  # preempted just now, for an older one
+            if request.is_plain and self._decode_in_place(plan, request.live[0]):
+                continue
+            seqs = [seq for seq in self._ready(request) if not self._decode_in_place(plan, seq)]
+            if any(seq.num_uncomputed > 1 for seq in seqs):
+                prompts.append((request, seqs))
+            elif seqs:
+                self._schedule(plan, request, seqs)
+        for request, seqs in prompts:
+            if request.status is Status.RUNNING:
+                self._schedule(plan, request, seqs)
 
     def _decode_in_place(self, plan: StepPlan, seq: Sequence) -> bool:
         """The common case, in short: a sequence decodes one token, into a block that it has."""
@@ -199,7 +201,9 @@ class Scheduler(Lifecycle):
         while self.waiting and not plan.preempted and plan.num_tokens < budget:
             request = self.waiting[0]
             free_rows -= request.num_rows
-            if free_rows < 0 or any(seq.num_pending for seq in request.live) or not self._resume(plan, request):
+            if free_rows < 0 or any(seq.num_pending for seq in request.live) or not self._may_admit(request):
+                return
+            if not self._resume(plan, request):
                 return
             self.running.append(self.waiting.popleft())
             request.status = Status.RUNNING
@@ -208,6 +212,10 @@ class Scheduler(Lifecycle):
                 request.metrics.first_scheduled_time = self.now
                 request.metrics.num_cached_tokens = request.live[0].num_computed
             self._schedule(plan, request, self._ready(request))
+
+    def _may_admit(self, request: Request) -> bool:
+        """Is it this request's turn? Always, here; see `StaticScheduler`."""
+        return True
 
     def _resume(self, plan: StepPlan, request: Request) -> bool:
         """Give a waiting request its tables, if there is room for it."""

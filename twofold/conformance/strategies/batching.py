@@ -104,6 +104,7 @@ class FakeRunner:
     on_launch: Callable[[Batch], None] = lambda batch: None
     broken_rows: Callable[[int], bool] = lambda seq_id: False
     fail_next: bool = False
+    vocab_size: int = VOCAB
     host: dict[tuple[int, int], dict[int, np.ndarray]] = field(default_factory=dict)
     steps: list[Batch] = field(default_factory=list)
 
