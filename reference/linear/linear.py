@@ -109,8 +109,8 @@ def check_linear(op: str, x: Array, weight_shape: tuple[int, ...], bias: Array |
     """The door of every linear layer: ``weight_shape`` is [out_features, in_features] whatever is stored."""
     require_shape(op, "x", x, (None, None))
     require_float(op, "x", x)
-    fits = len(weight_shape) == 2 and weight_shape[1] == x.shape[1]
-    require(fits, op, "weight", f"shape [*, {x.shape[1]}]", list(weight_shape))
+    if len(weight_shape) != 2 or weight_shape[1] != x.shape[1]:
+        require(False, op, "weight", f"shape [*, {x.shape[1]}]", list(weight_shape))
     if bias is not None:
         require_shape(op, "bias", bias, (weight_shape[0],))
         require_float(op, "bias", bias)

@@ -11,6 +11,7 @@ Nothing is trained afterwards, and nothing else is adjusted to make up for what 
 """
 
 from collections.abc import Iterable
+from itertools import combinations
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -73,7 +74,11 @@ def mask_rows(
         array([[ True, False,  True]])
     """
     require(0 <= sparsity <= 1, "mask_rows", "sparsity", "0 to 1", sparsity)
-    return _highest(score, score.shape[1] - int(sparsity * score.shape[1]))
+    count = score.shape[1] - int(sparsity * score.shape[1])
+    highest = np.argsort(-score, axis=1, kind="stable")[:, :count]
+    mask = np.zeros(score.shape, bool)
+    np.put_along_axis(mask, highest, True, axis=1)
+    return mask
 
 
 def mask_24(score: Float[Array, "out_features in_features"]) -> Bool[Array, "out_features in_features"]:
@@ -85,7 +90,13 @@ def mask_24(score: Float[Array, "out_features in_features"]) -> Bool[Array, "out
     """
     require_shape("mask_24", "score", score, (None, None))
     require(score.shape[1] % 4 == 0, "mask_24", "score", "a multiple of 4 in_features", score.shape[1])
-    return _highest(score.reshape(*score.shape[:1], -1, 4), 2).reshape(score.shape)
+    fours = score.reshape(len(score), -1, 4)
+    rank = np.zeros(fours.shape, np.int8)
+    for first, second in combinations(range(4), 2):
+        overtaken = fours[..., second] > fours[..., first]
+        rank[..., first] += overtaken
+        rank[..., second] += ~overtaken
+    return (rank < 2).reshape(score.shape)
 
 
 def compress_24(
@@ -103,15 +114,16 @@ def compress_24(
     require(weight.shape[1] % 4 == 0, "compress_24", "weight", "a multiple of 4 in_features", weight.shape[1])
     fours = weight.reshape(len(weight), -1, 4)
     kept = fours != 0
-    most = kept.sum(axis=-1).max(initial=0)
+    most = np.count_nonzero(kept, axis=-1).max(initial=0)
     require(most <= 2, "compress_24", "weight", "at most two of four neighbours that are not 0", most)
 
-    first_kept = np.argsort(~kept, axis=-1, kind="stable")[..., :2]  # filled up with zeros where fewer are kept
-    places = np.sort(first_kept, axis=-1).astype(np.uint8)
-    values = np.take_along_axis(fours, places, axis=-1).reshape(len(weight), -1)
-    nibbles = np.zeros((len(weight), fours.shape[1] + fours.shape[1] % 2), np.uint8)
-    nibbles[:, : fours.shape[1]] = places[..., 0] | places[..., 1] << 2
-    return values, nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    num_groups = fours.shape[1]
+    first, second = _PLACES[np.packbits(kept, axis=-1, bitorder="little")[..., 0]].transpose(2, 0, 1)
+    starts = 4 * np.arange(first.size).reshape(first.shape)
+    values = np.stack([weight.take(starts + first), weight.take(starts + second)], axis=-1)
+    nibbles = np.zeros((len(weight), num_groups + num_groups % 2), np.uint8)
+    nibbles[:, :num_groups] = first | second << 2
+    return values.reshape(len(weight), -1), nibbles[:, 0::2] | nibbles[:, 1::2] << 4
 
 
 def decompress_24(
@@ -132,9 +144,9 @@ def decompress_24(
     return dense.reshape(len(values), -1)
 
 
-def _highest(score: Array, count: int) -> Array:
-    """True for the ``count`` highest of the last axis."""
-    order = np.argsort(-score, axis=-1, kind="stable")
-    mask = np.zeros(score.shape, bool)
-    np.put_along_axis(mask, order[..., :count], True, axis=-1)
-    return mask
+def _two_places(kept: int) -> list[int]:
+    """The places of the bits set in ``kept``, filled up with others where there are fewer than two: [0, 3] for 9."""
+    return sorted(sorted(range(4), key=lambda place: not kept >> place & 1)[:2])
+
+
+_PLACES = np.array([_two_places(kept) for kept in range(16)], np.uint8)

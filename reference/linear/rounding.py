@@ -53,10 +53,10 @@ def round_int8(
     weight = _matrix("round_int8", weight)
     if group_size is None:
         scale = np.abs(weight).max(axis=1, initial=0) / np.float32(INT8_MAX)
-        codes = _codes(weight, scale[:, None])
+        codes = weight / _divisor(scale)[:, None]
     else:
         scale = cast(_per_group(np.maximum, np.abs(weight), group_size) / np.float32(INT8_MAX), "float16")
-        codes = _codes(weight, _spread(scale, weight.shape[1], group_size))
+        codes = weight / _spread(_divisor(scale), weight.shape[1], group_size)
     return np.clip(np.rint(codes), -INT8_MAX, INT8_MAX).astype(np.int8), scale
 
 
@@ -81,7 +81,7 @@ def round_fp8(
     """
     weight = _matrix("round_fp8", weight)
     scale = np.abs(weight).max(axis=1, initial=0) / np.float32(FP8_MAX)
-    return cast(_codes(weight, scale[:, None]), "float8_e4m3fn"), scale
+    return cast(weight / _divisor(scale)[:, None], "float8_e4m3fn"), scale
 
 
 def round_int4(
@@ -121,7 +121,7 @@ def round_int4(
     scale, minimum = int4_scales(weight, group_size=group_size, with_min=with_min)
     zero = 8 if minimum is None else 0
     offset = np.float32(0) if minimum is None else _spread(minimum, weight.shape[1], group_size)
-    codes = np.rint(_codes(weight - offset, _spread(scale, weight.shape[1], group_size))) + zero
+    codes = np.rint((weight - offset) / _spread(_divisor(scale), weight.shape[1], group_size)) + zero
     return np.clip(codes, 1 if zero else 0, 15).astype(np.uint8), scale, minimum
 
 
@@ -222,9 +222,9 @@ def _matrix(op: str, weight: Array) -> Array:
     return weight.astype(np.float32, copy=False)
 
 
-def _codes(weight: Array, step: Array) -> Array:
-    """``weight / step``, and 0 where the step is 0: there every weight is (or is too small to be told from it)."""
-    return np.divide(weight, step, out=np.zeros_like(weight), where=step > 0)
+def _divisor(scale: Array) -> Array:
+    """The scales, with 1 for 0: there all weights are 0, or so small that they round to it (or alike, at a minimum)."""
+    return np.where(scale > 0, scale, scale.dtype.type(1))
 
 
 def _per_group(extreme: np.ufunc, weight: Array, group_size: int) -> Array:
