@@ -114,7 +114,7 @@ class BlockTable:
     def fork(self) -> "BlockTable":
         """A second sequence with the same past. Nothing is copied until one of the two writes into the last block."""
         self.pool.share(self.block_ids)
-        return BlockTable(self.pool, self.block_size, block_ids=self.block_ids, num_tokens=self.num_tokens)
+        return type(self)(self.pool, self.block_size, block_ids=self.block_ids, num_tokens=self.num_tokens)
 
     def truncate(self, num_tokens: int) -> list[int]:
         """Forget the positions from ``num_tokens`` on (a rejected speculation, a discarded token).

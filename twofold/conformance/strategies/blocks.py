@@ -138,13 +138,14 @@ class BlocksMachine(RuleBasedStateMachine):
             self.publish()
 
     @precondition(lambda self: self.streams)
-    @rule(index=INDEX, tokens=st.lists(st.integers(0, 1), max_size=2))
-    def fork(self, index, tokens):
-        """Part ways: the fork goes on with ``tokens``."""
+    @rule(index=INDEX, tokens=st.lists(st.integers(0, 1), max_size=2), more=TOKENS)
+    def fork(self, index, tokens, more):
+        """Part ways: the fork goes on with some tokens, its parent perhaps with others."""
         stream = self._pick(index)
         forked = Stream(list(stream.tokens), [table.fork() for table in stream.tables], stream.settled)
         self.streams.append(forked)
-        self._append(forked, tokens)
+        self._append(forked, more)
+        self._append(stream, tokens)
 
     @precondition(lambda self: self.streams)
     @rule(index=INDEX, dropped=st.integers(1, 5), tokens=st.lists(st.integers(0, 1), max_size=2), late=LATE)
