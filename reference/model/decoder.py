@@ -153,9 +153,10 @@ class Decoder:
         x = self._embed(token_ids)
         for i, layer in enumerate(self.layers):
             x = self._attention(i, layer, x, positions, view, cache, deltas)
+            if logit_rows is not None and i == len(self.layers) - 1:  # nobody reads the other rows from here on
+                x = self.backend.take_rows(x, logit_rows)
+                deltas = deltas and (deltas[0], self.backend.take_rows(deltas[1], logit_rows))
             x = self._feed_forward(i, layer, x, deltas)
-        if logit_rows is not None:
-            x = self.backend.take_rows(x, logit_rows)
         logits = self.head.rms_norm_linear(x, self.final_norm, eps=self.config.rms_norm_eps)
         return logits if self.dtype == "float32" else self.backend.cast(logits, "float32")
 

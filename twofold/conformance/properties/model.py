@@ -267,5 +267,7 @@ def adapters_are_merged_weights(
         paged_logits(Decoder(config, variants[which + 1], backend=backend), [tokens], whole([tokens]))[0]
         for tokens, which in zip(sequences, adapter_of)
     ]
-    got = paged_logits(decoder, sequences, steps, adapters=bank, adapter_of=adapter_of)
-    assert_same_logits(got, expected, f"adapters {adapter_of}")
+    given = {"adapters": bank, "adapter_of": adapter_of}
+    assert_same_logits(paged_logits(decoder, sequences, steps, **given), expected, f"adapters {adapter_of}")
+    last = paged_logits(decoder, sequences, whole(sequences), last_only=True, **given)
+    assert_same_logits(last, [rows[-1:] for rows in expected], f"last rows with adapters {adapter_of}")
