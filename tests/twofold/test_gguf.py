@@ -312,6 +312,26 @@ def test_a_hostile_file_is_a_sentence(tmp_path, name):
     assert str(raised.value).isprintable()
 
 
+EXCESSIVE = {
+    "strings": (
+        lambda: file([entry("a", 9, array(8, n := (3 << 18) + 1, bytes(8 * n)))]),
+        "786,432 strings that are read",
+    ),
+    "arrays": (lambda: file([entry("a", 9, array(9, 50_000, array(4, 0) * 50_000))]), "strings that are read"),
+    "a string": (lambda: file([entry("a", 8, text(bytes(64 << 20)))]), "bytes of metadata that are read"),
+    "numbers": (lambda: file([entry("a", 9, array(0, 64 << 20, bytes(64 << 20)))]), "bytes of metadata that are read"),
+}
+
+
+@pytest.mark.parametrize("name", EXCESSIVE)
+def test_a_file_with_more_in_it_than_any_model_is_refused(tmp_path, name):
+    make, says = EXCESSIVE[name]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(make())
+    with pytest.raises(TwofoldError, match=says):
+        load_gguf(path)
+
+
 COSTLY = {  # within the bounds, yet as much work as they let pass
     "strings": lambda: file([entry("a", 9, array(8, 3 << 18, b"".join(text(b"%050d" % i) for i in range(3 << 18))))]),
     "a string": lambda: file([entry("a", 8, text(bytes(63 << 20)))]),
