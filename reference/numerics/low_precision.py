@@ -5,14 +5,12 @@ A binary floating-point format is a ruler whose marks lie closer together near z
 unit in the last place. Below the smallest normal exponent the distance stops shrinking, and what lies there are the
 subnormals. To round is to measure x in ulps, take the nearest whole number of them, and multiply back.
 
-========== ========= ============== ============= =========== =====================
-format     fraction  first exponent largest value ulp at 1    beyond the largest
-========== ========= ============== ============= =========== =====================
-float16    10 bits   -14            65504         2**-10      inf
-bfloat16   7 bits    -126           3.39e38       2**-7       inf
-e4m3fn     3 bits    -6             448           2**-3       NaN (it has no inf)
-e5m2       2 bits    -14            57344         2**-2       inf
-========== ========= ============== ============= =========== =====================
+| format   | fraction | smallest normal | largest | ulp at 1 | beyond the largest  |
+|----------|----------|-----------------|---------|----------|---------------------|
+| float16  | 10 bits  | `2**-14`        | 65504   | `2**-10` | inf                 |
+| bfloat16 | 7 bits   | `2**-126`       | 3.39e38 | `2**-7`  | inf                 |
+| e4m3fn   | 3 bits   | `2**-6`         | 448     | `2**-3`  | NaN (it has no inf) |
+| e5m2     | 2 bits   | `2**-14`        | 57344   | `2**-2`  | inf                 |
 """
 
 from typing import NamedTuple

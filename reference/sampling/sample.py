@@ -108,13 +108,11 @@ def filter_logits(
     .. math::
         out_i = (logits_i - \max logits) / temperature \quad if \; i \; passes \; all \; filters, \; else \; -\infty
 
-    Each filter sees what the ones before it left. With :math:`P = softmax(out)` over that, token i passes iff
+    Each filter sees what the ones before it left. With :math:`P = softmax(out)` over that, token i passes
 
-    ======== =========================================================================================
-    min-p    :math:`P_i \ge min\_p \cdot \max P`, that is :math:`out_i \ge \log min\_p`
-    top-k    fewer than ``top_k`` tokens have a greater logit
-    top-p    the tokens with a greater logit have a total :math:`P` less than ``top_p``
-    ======== =========================================================================================
+    - min-p iff :math:`P_i \ge min\_p \cdot \max P`, that is :math:`out_i \ge \log min\_p`;
+    - top-k iff fewer than ``top_k`` tokens have a greater logit;
+    - top-p iff the tokens that have a greater logit have a total :math:`P` less than ``top_p``.
 
     So top-p keeps the fewest best tokens whose mass reaches ``top_p``, and tokens that tie with the last one kept stay,
     in top-k too. The best token always passes.

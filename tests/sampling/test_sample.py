@@ -26,6 +26,11 @@ from twofold.conformance.strategies.sampling import Filtering, Penalties, Sampli
 both_backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 
 
+def one_row(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    values = zip((temperature, top_k, top_p, min_p), (np.float32, np.int32, np.float32, np.float32))
+    return Filtering(np.array([logits], np.float32), *(np.array([value], dtype) for value, dtype in values))
+
+
 # ---- penalize ---------------------------------------------------------------------------------------------------
 
 
@@ -80,6 +85,13 @@ def test_filters_write_to_out(backend, case):
     properties.writes_to_out(backend, "filter_logits", case)
 
 
+@both_backends
+def test_filters_that_are_off_exclude_nothing(backend):
+    """Not even tokens so unlikely that adding them changes no sum."""
+    case = one_row(np.linspace(0, -80, 50))
+    assert np.isfinite(call(backend, "filter_logits", *case.args())).all(), "a token is excluded by no filter"
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "min_p"),
     [(0.7, 0, 1.0, 0.0), (1.0, 40, 1.0, 0.0), (1.3, 0, 0.9, 0.0), (1.0, 0, 1.0, 0.1), (0.8, 30, 0.7, 0.02)],
@@ -130,11 +142,6 @@ def test_top_k_1_is_greedy(backend, case):
 @settings(max_examples=200)
 def test_cold_is_greedy(backend, case):
     properties.cold_is_greedy(backend, case)
-
-
-def one_row(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    values = zip((temperature, top_k, top_p, min_p), (np.float32, np.int32, np.float32, np.float32))
-    return Filtering(np.array([logits], np.float32), *(np.array([value], dtype) for value, dtype in values))
 
 
 LOGITS = [2.0, 0.0, 1.0, 1.0, -np.inf, -3.0, 0.5, 1.5, -1.0, -0.5]
@@ -237,13 +244,6 @@ def test_names_the_row(backend):
     refuses(backend, "log_probs", "row 1", logits, np.zeros(3, np.int64), num_top=1)
 
 
-@both_backends
-def test_refuses_a_wrong_out(backend):
-    filtering = list(GOOD_SAMPLING.values())[:5]
-    refuses(backend, "filter_logits", "out", *filtering, out=np.zeros((2, 4), np.float32))
-    refuses(backend, "filter_logits", "out", *filtering, out=np.zeros((2, 5), np.float64))
-
-
 GOOD_PENALTIES = {
     "logits": np.zeros((2, 5), np.float32),
     "history": np.array([[0, 4, 4], [1, -1, -1]], np.int32),
@@ -267,6 +267,7 @@ BAD_PENALTIES = [
     ("presence_penalty", [np.nan, 0.0]),
     ("frequency_penalty", [np.inf, 0.0]),
     ("frequency_penalty", [0.0]),
+    ("bias_ids", [0, 1]),
     ("bias_ids", [[0, 5], [0, 1]]),
     ("bias_ids", [[0, 0], [0, 1]]),
     ("bias_values", [[0.0, np.nan], [0, 0]]),
@@ -308,3 +309,11 @@ def test_a_history_of_nothing_changes_nothing(backend):
     two, none = np.full(1, 2, np.float32), np.empty((1, 0), np.int32)
     case = Penalties(logits, none, np.zeros(1, np.int32), two, two, two, none, none.astype(np.float32))
     assert call(backend, "penalize", *case.args()).tolist() == logits.tolist(), "penalize without a history"
+
+
+@both_backends
+def test_refuses_a_wrong_out(backend):
+    cases = (("filter_logits", list(GOOD_SAMPLING.values())[:5]), ("penalize", list(GOOD_PENALTIES.values())))
+    for op, arrays in cases:
+        refuses(backend, op, "out", *arrays, out=np.zeros((2, 4), np.float32))
+        refuses(backend, op, "out", *arrays, out=np.zeros((2, 5), np.float64))
