@@ -1,7 +1,7 @@
 """Formulas become MathML when the site is built: browsers draw it themselves, so no script and no other host is needed.
 
 Two spellings are read: ``$...$`` and ``$$...$$`` in pages and tutorials (`pymdownx.arithmatex` finds them), and the
-``.. math::`` of docstrings, which are written for `help()` first.
+``.. math::`` and ``:math:`` of docstrings, which are written for `help()` first.
 """
 
 import html as entities
@@ -12,6 +12,7 @@ from markdown import Extension
 from markdown.preprocessors import Preprocessor
 
 DIRECTIVE = re.compile(r"^(?P<indent> *)\.\. math::[ \t]*(?P<first>.*)$")
+ROLE = re.compile(r":math:`([^`]*)`")
 FOUND = re.compile(r'<(?P<tag>span|div) class="arithmatex">\s*\\[(\[](?P<latex>.*?)\\[)\]]\s*</(?P=tag)>', re.DOTALL)
 
 
@@ -25,7 +26,7 @@ class DirectiveToDollars(Preprocessor):
         while line is not None:
             found = DIRECTIVE.match(line)
             if not found:
-                result.append(line)
+                result.append(ROLE.sub(r"\\(\1\\)", line))
                 line = next(rest)
                 continue
             indent = found["indent"]
