@@ -43,17 +43,25 @@ def test_the_size_of_tiles_does_not_matter(case, tiles):
         module.TILE_Q, module.TILE_KV = original
 
 
-def test_hidden_tiles_are_never_read():
-    """A tile of keys that no query of a tile sees is skipped: it may hold NaN."""
-    num_tokens, window = 6 * module.TILE_KV, module.TILE_KV
-    q, k, v = np.ones((3, num_tokens, 1, 2))
-    offsets = np.array([0, num_tokens])
-    for causal, hidden in ((True, slice(4 * module.TILE_KV, None)), (False, slice(5 * module.TILE_KV, None))):
-        k[hidden] = v[hidden] = np.nan
-        out, lse = module.flash_attention(q, k, v, offsets, offsets, causal=causal, sliding_window=window)
-        clean = 3 * module.TILE_Q
-        finite = np.isfinite(out[:clean]).all() and np.isfinite(lse[:clean]).all()
-        assert finite, f"causal={causal}: queries before {clean} see no key of {hidden}, and yet gave NaN"
+@pytest.mark.parametrize(
+    ("options", "first_hidden", "last_hidden"),
+    [
+        ({}, 3, 6),  # the future
+        ({"sliding_window": module.TILE_KV}, 0, 1),  # the past: query 128 sees keys from 65
+        ({"sliding_window": module.TILE_KV + 1, "causal": False}, 0, 1),
+        ({"sliding_window": module.TILE_KV + 1, "causal": False}, 4, 6),  # query 191 sees keys to 255
+    ],
+)
+def test_hidden_tiles_are_never_read(options, first_hidden, last_hidden):
+    """A tile of keys that no query of a tile sees is skipped: it may hold NaN, and queries 128 to 191 do not mind."""
+    q, k, v = np.ones((3, 6 * module.TILE_KV, 1, 2))
+    k[first_hidden * module.TILE_KV : last_hidden * module.TILE_KV] = np.nan
+    v[first_hidden * module.TILE_KV : last_hidden * module.TILE_KV] = np.nan
+    offsets = np.array([0, len(q)])
+    out, lse = module.flash_attention(q, k, v, offsets, offsets, **options)
+    tile = slice(2 * module.TILE_Q, 3 * module.TILE_Q)
+    finite = np.isfinite(out[tile]).all() and np.isfinite(lse[tile]).all()
+    assert finite, f"{options}: tiles {first_hidden} to {last_hidden - 1} of the keys were read"
 
 
 def test_a_query_without_keys():

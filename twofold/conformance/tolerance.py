@@ -72,6 +72,7 @@ def attention_bound(
     score_magnitude: np.ndarray,
     out_dtype: str | np.dtype,
     baseline_error: Real = 0.0,
+    value_sum: Real = 0.0,
 ) -> np.ndarray:
     r"""The rule for attention outputs.
 
@@ -87,22 +88,32 @@ def attention_bound(
         score_magnitude: :math:`\max \sum |q||k| \cdot scale` over the keys a row sees, [...]; at least |sink|.
         out_dtype: The dtype of the result that is judged.
         baseline_error: ``baseline_error(plain torch's output, ref64)``.
+        value_sum: :math:`\sum |v|` over the keys a row sees, the shape of ``ref64``: any of their probabilities may
+            be so small that it is flushed to zero. It matters only where a huge sink leaves nothing but such ones.
     """
     unit = compute_unit(out_dtype)
     arithmetic = 8 * unit * (1 + np.asarray(score_magnitude)[..., None]) * magnitude
     rounding = rounding_unit(out_dtype) * (np.abs(ref64) + magnitude)
-    return 2 * baseline_error + rounding + arithmetic + underflow(out_dtype)
+    return 2 * baseline_error + rounding + arithmetic + underflow(out_dtype) * (1 + value_sum)
 
 
 def lse_bound(
-    ref64: np.ndarray, score_magnitude: np.ndarray, dtype: str | np.dtype = "float32", baseline_error: Real = 0.0
+    ref64: np.ndarray,
+    score_magnitude: np.ndarray,
+    num_keys: int,
+    dtype: str | np.dtype = "float32",
+    baseline_error: Real = 0.0,
 ) -> np.ndarray:
-    r"""The rule for a log-sum-exp: a relative error of the sum is an absolute error of its logarithm.
+    r"""The rule for a log-sum-exp over at most ``num_keys`` = n keys.
 
-    .. math:: 2 e + u_{out} |lse| + 8 u_{32} (1 + \max \sum |q||k| \cdot scale)
+    .. math:: 2 e + 4 u_{out} |lse| + \max(8, \sqrt n) \, u_{32} (1 + \max \sum |q||k| \cdot scale)
+
+    A relative error of the sum is an absolute error of its logarithm. The logarithm itself is good to a unit in the
+    last place, 2 u, and is multiplied or added to once or twice: hence 4.
     """
     size = np.where(np.isfinite(ref64), np.abs(ref64), 0.0)
-    return 2 * baseline_error + rounding_unit(dtype) * size + 8 * compute_unit(dtype) * (1 + score_magnitude)
+    arithmetic = max(8.0, num_keys**0.5) * compute_unit(dtype) * (1 + score_magnitude)
+    return 2 * baseline_error + 4 * rounding_unit(dtype) * size + arithmetic
 
 
 def matmul_bound(
@@ -171,6 +182,7 @@ def attention_baseline_bound(
     score_magnitude: np.ndarray,
     num_keys: int,
     out_dtype: str | np.dtype,
+    value_sum: Real = 0.0,
 ) -> np.ndarray:
     r"""What the baseline may get wrong, from the textbook's error analysis; nothing is stored in low precision.
 
@@ -181,7 +193,8 @@ def attention_baseline_bound(
     """
     head_dim = ref64.shape[-1]
     steps = 2 * num_keys + 16 + 2 * (head_dim + 4) * np.asarray(score_magnitude)[..., None]
-    return rounding_unit(out_dtype) * np.abs(ref64) + steps * compute_unit(out_dtype) * magnitude + underflow(out_dtype)
+    arithmetic = steps * compute_unit(out_dtype) * magnitude
+    return rounding_unit(out_dtype) * np.abs(ref64) + arithmetic + underflow(out_dtype) * (1 + value_sum)
 
 
 # ---- the oracle, with its magnitudes ----------------------------------------------------------------------------
@@ -195,6 +208,7 @@ class AttentionOracle:
     lse: np.ndarray  # [num_queries, num_heads]
     magnitude: np.ndarray  # sum p|v|, like out
     score_magnitude: np.ndarray  # max sum |q||k| * scale over the keys seen (and |sink|), like lse
+    value_sum: np.ndarray  # sum |v| over the keys seen, like out
 
 
 def attention_oracle(
@@ -223,7 +237,8 @@ def attention_oracle(
     score_magnitude = ungroup_heads(scores.max(axis=-1, keepdims=True, initial=0.0), q.shape[1])[..., 0]
     if sinks is not None:
         score_magnitude = np.maximum(score_magnitude, np.abs(sinks))
-    return AttentionOracle(out, lse, magnitude, score_magnitude)
+    value_sum = np.repeat(np.tensordot(seen.astype(float), np.abs(v), axes=1), q.shape[1] // k.shape[1], axis=1)
+    return AttentionOracle(out, lse, magnitude, score_magnitude, value_sum)
 
 
 def concatenate_oracles(oracles: Sequence[AttentionOracle]) -> AttentionOracle:

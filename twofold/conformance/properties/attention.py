@@ -83,7 +83,7 @@ def out_bound(case: AttentionCase, baseline: np.ndarray) -> np.ndarray:
     """The rule for a case's output, given the plain torch backend's."""
     oracle = case.oracle
     error = baseline_error(baseline, oracle.out)
-    return attention_bound(oracle.out, oracle.magnitude, oracle.score_magnitude, case.dtype, error)
+    return attention_bound(oracle.out, oracle.magnitude, oracle.score_magnitude, case.dtype, error, oracle.value_sum)
 
 
 def assert_out(backend: Backend, case: AttentionCase, run: Callable[[Backend, Any], np.ndarray], what: str) -> None:
@@ -92,7 +92,7 @@ def assert_out(backend: Backend, case: AttentionCase, run: Callable[[Backend, An
     assert got.dtype.name == case.dtype, f"{what}: expected the dtype of q, {case.dtype}, got {got.dtype}"
     if backend is plain_torch():
         sizes = oracle.magnitude, oracle.score_magnitude, case.num_keys
-        bound = attention_baseline_bound(oracle.out, *sizes, case.dtype)
+        bound = attention_baseline_bound(oracle.out, *sizes, case.dtype, oracle.value_sum)
     else:
         bound = out_bound(case, run(plain_torch(), case))
     assert_within(got, oracle.out, bound, what, OUT_AXES)
@@ -117,7 +117,7 @@ def flash_matches_oracle(backend: Backend, case: PackedCase) -> None:
     oracle, (_, lse) = case.oracle, flash_of(backend, case)
     expected = "float64" if case.dtype == "float64" else "float32"
     assert lse.dtype.name == expected, f"flash_attention: lse: expected {expected}, got {lse.dtype}"
-    bound = lse_bound(oracle.lse, oracle.score_magnitude, expected)
+    bound = lse_bound(oracle.lse, oracle.score_magnitude, case.num_keys, expected)
     if backend is not plain_torch():
         _, of_baseline = flash_of(plain_torch(), case)
         bound = bound + 2 * baseline_error(of_baseline[..., None], oracle.lse[..., None])[..., 0]
@@ -165,7 +165,9 @@ def merge_matches_oracle(backend: Backend, case: StatesCase) -> None:
     size = lse_size(case)
     bound = attention_bound(expected, magnitude, size, got.dtype)
     assert_within(got, expected, bound, "merge_states: out", OUT_AXES)
-    assert_within(lse, expected_lse, lse_bound(expected_lse, size, dtype), "merge_states: lse", LSE_AXES)
+    assert_within(
+        lse, expected_lse, lse_bound(expected_lse, size, len(case.lse_parts), dtype), "merge_states: lse", LSE_AXES
+    )
 
 
 def merge_in_float64(case: StatesCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
