@@ -39,7 +39,9 @@ for n in (1_024, 4_096, 16_384, 131_072):
 # When a tile of keys brings a larger score, everything kept is too large by the same factor, $e^{top' - top}$. One
 # multiplication mends it:
 #
-# $$top' = \max(top, \max_j s_j) \qquad total' = e^{top - top'}\, total + \sum_j e^{s_j - top'} \qquad acc' = e^{top - top'}\, acc + \sum_j e^{s_j - top'} v_j$$
+# $$top' = \max(top, \max_j s_j)$$
+#
+# $$total' = e^{top - top'}\, total + \sum_j e^{s_j - top'} \qquad acc' = e^{top - top'}\, acc + \sum_j e^{s_j - top'} v_j$$
 #
 # In the end $out = acc / total$. So keys and values can pass by a tile at a time, and the only scores that ever exist are
 # one tile's. On a GPU they live in registers.
@@ -178,7 +180,7 @@ print(f"scores alive at once: {module.TILE_Q * module.TILE_KV:,} a head, not {le
 #
 # A program reads its queries once, and every key and value that they see. So the larger the tile of queries, the fewer
 # times the keys are read; the tile must fit on the chip, and that is the limit (an H100's multiprocessor has 228 KiB of
-# shared memory).
+# shared memory). With tiles as small as 16 nothing is won: the keys are read so often that the scores would have cost less.
 
 # %%
 tile_sizes = np.array([16, 32, 64, 128, 256])
@@ -190,6 +192,7 @@ axes.loglog(tile_sizes, reads / 2**20, marker="o", label="read from memory")
 axes.axhline(4 * n * n * num_bytes / 2**20, color="#888888", ls="--", label="naive: scores, 4 trips")
 axes.set(xlabel="queries in a tile", ylabel="MiB a head", title="16 K tokens, causal, head of 128, bf16")
 axes.set_xticks(tile_sizes, [str(tile) for tile in tile_sizes])
+axes.minorticks_off()
 axes.legend(frameon=False, fontsize=9)
 for tile, size in zip(tile_sizes, kept):
     print(f"{tile:4} queries a tile: {size / 1024:6.0f} KiB on the chip")
