@@ -80,26 +80,24 @@ def matmul_transposed(x: Array, weight: Array, out: Array | None = None) -> Arra
 def matmul_by_tiles(x: Array, out_features: int, fill: Callable[[Array, slice], None]) -> Array:
     """``x @ weight.T`` for a weight that becomes floats a few rows at a time: ``fill(tile, rows)`` writes them."""
     result = np.empty((len(x), out_features), x.dtype)
-    for tile, rows in tiles(np.empty, out_features, x.shape[1:], x.dtype):
+    for tile, rows in tiles(out_features, x.shape[1:], x.dtype):
         fill(tile, rows)
         result[:, rows] = matmul_transposed(x, tile)
     return result
 
 
-def tiles(
-    make: Callable[..., Array], out_features: int, row_shape: tuple[int, ...], dtype: np.dtype
-) -> Iterator[tuple[Array, slice]]:
+def tiles(out_features: int, row_shape: tuple[int, ...], dtype: np.dtype) -> Iterator[tuple[Array, slice]]:
     """A tile to write to, and the output rows that it stands for, until all rows had their turn.
 
-    It is the same memory every time, made by ``make`` (`np.empty`, `np.zeros`): fresh memory would cost more than what
-    is done with it, as the operating system hands it out page by page.
+    It is the same memory every time, and holds what the last turn left: fresh memory would cost more than what is done
+    with it, as the operating system hands it out page by page.
 
     Example:
-        >>> [(tile.shape, rows.stop) for tile, rows in tiles(np.empty, 300, (2**10,), np.dtype(np.float32))]
+        >>> [(tile.shape, rows.stop) for tile, rows in tiles(300, (2**10,), np.dtype(np.float32))]
         [((128, 1024), 128), ((128, 1024), 256), ((44, 1024), 300)]
     """
     step = max(1, TILE_WEIGHTS // max(1, math.prod(row_shape)))
-    memory = make((min(step, out_features), *row_shape), dtype)
+    memory = np.empty((min(step, out_features), *row_shape), dtype)
     for start in range(0, out_features, step):
         stop = min(start + step, out_features)
         yield memory[: stop - start], slice(start, stop)

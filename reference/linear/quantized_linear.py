@@ -409,8 +409,9 @@ def _linear_in_groups(x: Array, fill: Callable[[Array, slice], None], scale: Arr
     x = _in_groups(x, num_groups, width)
     columns = np.ascontiguousarray(x.transpose(1, 2, 3, 0))  # [parts, groups, width, tokens]
     result = np.empty((num_tokens, out_features), x.dtype)
-    for tile, rows in tiles(np.zeros, out_features, (num_parts, num_groups * width), x.dtype):
+    for tile, rows in tiles(out_features, (num_parts, num_groups * width), x.dtype):
         fill(tile[..., :num_features], rows)
+        tile[..., num_features:] = 0  # what fills up the last group; a scale that is NaN may have been here
         codes = tile.reshape(len(tile), num_parts, num_groups, width)
         if few:
             sums = (codes.transpose(1, 2, 0, 3) @ columns).sum(axis=0)  # [groups, rows, tokens]

@@ -42,6 +42,25 @@ def test_writes_only_where_it_says(backend, op, data):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize("op", ["linear_int8", "linear_int4"])
+def test_a_feature_without_numbers_touches_no_other(backend, op, num_tokens):
+    """Where the scales of an output feature are NaN, so are its results, and no others; over many rows, with a last
+    group that is not full."""
+    out_features, in_features, poisoned = 3000, 66, [0, 7, 1400, 2999]
+    rng = np.random.default_rng(0)
+    packed = in_features // 2 if op == "linear_int4" else in_features
+    weight = rng.integers(0, 256, (out_features, packed), np.uint8).view(properties.LAYOUTS[op[7:]])
+    scale = np.ones((out_features, 3), np.float32)
+    scale[poisoned] = np.nan
+    x = rng.normal(size=(num_tokens, in_features)).astype(np.float32)
+    arrays = (backend.from_host(array) for array in (x, weight, scale))
+    got = backend.to_host(getattr(backend, op)(*arrays, group_size=32))
+    assert np.flatnonzero(np.isnan(got).any(axis=0)).tolist() == poisoned, "NaN elsewhere, or not everywhere"
+    assert np.isnan(got[:, poisoned]).all(), "a number made of NaN"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(x=activations(), format=st.sampled_from(["int8", "float8_e4m3fn"]))
 def test_quantizes_rows(backend, x, format):
     properties.quantizes_rows(backend, x, format)
