@@ -41,6 +41,7 @@ def test_unowned_slots_do_not_matter(backend, batch):
 
 
 @backends
+@settings(max_examples=100)
 @given(batch=batches("int8"))
 def test_padding_of_the_table_does_not_matter(backend, batch):
     properties.padding_of_the_table_does_not_matter(backend, batch)

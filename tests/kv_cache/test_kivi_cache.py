@@ -1,5 +1,6 @@
 """KIVI: sealed groups, positional age, and the window."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 import reference
 from twofold.conformance import plain_torch
 from twofold.conformance.properties import kv_cache as properties
+from twofold.conformance.strategies.attention import COUNTED_FEATURES
 from twofold.conformance.strategies.kv_cache import EXTREME, ORDINARY, batches, cuts, valid_calls, values
 
 backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
@@ -45,6 +47,7 @@ def test_unowned_slots_do_not_matter(backend, batch):
 
 
 @backends
+@settings(max_examples=100)
 @given(batch=batches("kivi"))
 def test_released_blocks_do_not_matter(backend, batch):
     properties.padding_of_the_table_does_not_matter(backend, batch)
@@ -72,6 +75,21 @@ def test_what_is_written_again_is_sealed_again(backend, data):
     batch = data.draw(batches("kivi", share=False))
     kept = [data.draw(st.integers(0, int(n)), label="kept") for n in batch.seq_lens]
     properties.rewriting_seals_again(backend, batch, kept)
+
+
+def test_the_batches_have_what_matters():
+    """What a result file counts is in at least a fifth of the drawn batches, as is a query that reads both kinds."""
+    counts, drawn = Counter(), []
+
+    @settings(max_examples=200)
+    @given(batch=batches("kivi"))
+    def draw(batch):
+        drawn.append(batch)
+        counts.update(batch.features)
+
+    draw()
+    rare = {name: counts[name] for name in (*COUNTED_FEATURES, "keys of both kinds") if 5 * counts[name] < len(drawn)}
+    assert not rare, f"of {len(drawn)} batches, too few had: {rare}"
 
 
 # ---- the door ---------------------------------------------------------------------------------------------------

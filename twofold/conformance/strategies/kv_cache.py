@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy import ndarray as Array
 
 from reference.numerics.arrays import dtype_named
+from twofold.conformance.strategies.attention import report
 
 FORMATS = ("plain", "int8", "fp8", "int4", "kivi")
 FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -194,6 +195,7 @@ class Batch:
     shared: int  # the first tokens of sequence 1 that are those of sequence 0, in the same blocks
     q: Array  # [sum(query_lens), num_heads, head_dim]
     options: dict[str, Any] = field(default_factory=dict)  # of the attention
+    features: frozenset[str] = frozenset()  # what it has; see `strategies.attention`
 
     @property
     def cu_seqlens_q(self) -> Array:
@@ -249,16 +251,19 @@ def batches(draw, format: str, *, options: bool = True, share: bool = True, whol
     layout = draw(layouts(format, num_blocks=0))
     block_size = layout.block_size
     seq_lens = np.array(draw(lengths(block_size), label="seq_lens"), np.int32)
-    queries = [n if whole else draw(one_of(min(n, 1), n, (n + 1) // 2), label="queries") for n in seq_lens.tolist()]
+    shared = 0
+    if share and len(seq_lens) > 1 and draw(one_of(True, True, False), label="share a prefix"):
+        shared = int(seq_lens[0]) // block_size * block_size
+        seq_lens[1] = shared + min(seq_lens[1], block_size)  # its own tokens follow, if there are any
+    queries = [n if whole else draw(one_of(1, n, (n + 1) // 2), label="queries") for n in seq_lens.tolist()]
+    query_lens = np.array(queries, np.int32)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1), label="seed"))
     kind = draw(one_of(*ORDINARY), label="kind")
     dtype = draw(one_of(*FLOATS), label="dtype of q, k and v")
 
     width = (2 * layout.num_kv_heads, layout.head_dim)
     packed = [values(rng, (int(n), *width), kind, dtype) for n in seq_lens]
-    shared = 0
-    if share and len(seq_lens) > 1 and draw(st.booleans(), label="share a prefix"):
-        shared = int(min(seq_lens[:2])) // block_size * block_size
+    if shared:
         packed[1][:shared] = packed[0][:shared]
 
     blocks_of = -(-seq_lens // block_size)
@@ -278,13 +283,30 @@ def batches(draw, format: str, *, options: bool = True, share: bool = True, whol
 
     num_heads = layout.num_kv_heads * draw(one_of(1, 2, 3), label="queries a head")
     q = values(rng, (sum(queries), num_heads, layout.head_dim), "normal", dtype)
-    if len(seq_lens) and draw(st.booleans(), label="needle"):
+    needle = bool(sum(queries)) and draw(one_of(True, True, False), label="needle")
+    if needle:
         draw(needles(q, queries, packed, layout))
     chosen = draw(attention_options(num_heads, rng, dtype)) if options else {}
     if format == "kivi":
         chosen["window"] = draw(windows(layout.group_size, int(seq_lens.max(initial=0))), label="window")
-    query_lens = np.array(queries, np.int32)
-    return Batch(layout, kind, seq_lens, query_lens, tables[0], tables[1], packed, shared, q, chosen)
+    features = report(
+        {
+            "two or more sequences": len(seq_lens) > 1,
+            "ragged tail": bool((seq_lens % block_size).any()),
+            "shared blocks": shared > 0,
+            "grouped heads": num_heads > layout.num_kv_heads,
+            "sliding window": "sliding_window" in chosen,
+            "poisoned slots": num_blocks * block_size > seq_lens.sum() - shared,
+            "needle": needle,
+            "keys of both kinds": _both_kinds(layout, seq_lens, query_lens, chosen.get("window")),
+        }
+    )
+    return Batch(layout, kind, seq_lens, query_lens, tables[0], tables[1], packed, shared, q, chosen, features)
+
+
+def _both_kinds(layout: Layout, seq_lens: Array, query_lens: Array, window: int | None) -> bool:
+    """Does a query read some keys quantized and others in full?"""
+    return window is not None and bool((seq_lens[query_lens > 0] - window >= layout.group_size).any() and window > 0)
 
 
 @st.composite
@@ -310,7 +332,7 @@ def attention_options(draw, num_heads: int, rng: np.random.Generator, dtype: str
     """The keyword arguments that every attention takes, each now and then."""
     some = {
         "scale": one_of(0.3, 1.0),
-        "sliding_window": st.integers(1, 9),
+        "sliding_window": one_of(1, 2, 3, 5, 9),
         "sinks": st.just(rng.normal(size=num_heads).astype(FLOATS[dtype])),
         "logit_cap": one_of(0.5, 8.0),
     }
