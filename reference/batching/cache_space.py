@@ -143,7 +143,7 @@ class CacheSpace:
         needed = shared + sum(-(-length // self.block_size) - shared for length in lengths)
         window = self.windows[pool]
         if window is not None:
-            needed = min(needed, self._kept_blocks(window) + -(-self.max_chunk // self.block_size))
+            needed = min(needed, len(lengths) * self._kept_blocks(window) + -(-self.max_chunk // self.block_size))
         had = sum(block_id != RELEASED for block_id in request.live[0].tables[pool].block_ids)
         return needed - had
 

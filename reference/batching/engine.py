@@ -54,6 +54,7 @@ class Engine:
     Attributes:
         scheduler: Its state, for those who want to look.
         metrics: Sums over the steps so far.
+        failure: The last step that failed, with its cause and traceback; None: all went well.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Engine:
         self.trace = trace
         self.scheduler = scheduler or Scheduler(config, speculative=drafter is not None)
         self.metrics = EngineMetrics()
+        self.failure: StepFailed | None = None
         self._requests: dict[str, Request] = {}
         self._launched: deque[tuple[StepRecord, Pending, tracing.Record | None]] = deque()
         self._mailboxes: dict[str, deque[SequenceOutput | RequestOutput]] = {}
@@ -123,6 +125,7 @@ class Engine:
                 pass
             output = self._read() if self._launched else self._idle()
         except StepFailed as failure:
+            self.failure = failure
             self._launched.clear()
             self.scheduler.now = self.clock()
             output = StepOutput(finished=self.scheduler.fail_in_flight(str(failure)))

@@ -177,6 +177,12 @@ class StepPlan:
         self.num_tokens += num_new
         return place
 
+    def inherit(self, unlaunched: "StepPlan | None") -> None:
+        """What a plan that came to nothing did nevertheless."""
+        if unlaunched is not None:
+            self.admitted = unlaunched.admitted + self.admitted
+            self.preempted = unlaunched.preempted + self.preempted
+
     def add_beam(self, request: Request, place: int) -> None:
         """One more beam of the search that is being scheduled."""
         if not self.beams or self.beams[-1][0] is not request:
@@ -400,7 +406,7 @@ def _penalties(rows: RunningRows, row: Array, last_positions: Array) -> Penaltie
         bias_values[i, : len(bias)] = list(bias.values())
     return Penalties(
         history=history,
-        prompt_lens=rows.prompt_lens[row],
+        prompt_lens=np.minimum(rows.prompt_lens[row], width),  # of the rows that have no history here
         repetition_penalty=rows.repetition_penalty[row],
         presence_penalty=rows.presence_penalty[row],
         frequency_penalty=rows.frequency_penalty[row],

@@ -46,6 +46,7 @@ class Scheduler(Lifecycle):
         self.speculative = speculative
         self.in_flight: deque[StepPlan] = deque()
         self._num_steps = 0
+        self._unlaunched: StepPlan | None = None
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError, changing nothing, if it could never run."""
@@ -61,8 +62,11 @@ class Scheduler(Lifecycle):
         self._go_on(plan)
         if self.waiting:
             self._admit(plan)
+        plan.inherit(self._unlaunched)
+        self._unlaunched = plan
         if not (plan.seqs or plan.swaps_out or plan.swaps_in):
             return None
+        self._unlaunched = None
         plan.copies = self.space.copies
         plan.drops, self.drops = self.drops, []
         self._num_steps += 1

@@ -6,13 +6,12 @@ import torch
 import transformers
 
 import reference
-from reference.batching.engine import Engine, EngineConfig
-from reference.batching.request import FinishReason, Request, RequestOutput, SamplingParams
-from reference.batching.runner import ModelRunner
-from reference.kv_cache.cache import KVCache
+from reference.batching.engine import Engine
+from reference.batching.request import FinishReason, Request, SamplingParams
 from reference.model.config import ModelConfig
 from reference.model.decoder import Decoder
 from twofold.conformance import plain_torch
+from twofold.conformance.strategies.batching import engine_for, run_all
 
 STOP_IDS = [2, 7, 11, 30]  # many, and the text ends now and then
 PROMPTS = ([5, 9, 17], [40, 3, 3, 28, 19, 8, 1], [23], [12, 50, 50, 31, 6, 44, 9, 10, 60, 33, 21])
@@ -39,31 +38,10 @@ def model():
 
 
 def make_engine(model, backend=reference, **settings) -> Engine:
-    """An engine over the model, roomy unless told otherwise."""
+    """An engine over the model."""
     config = ModelConfig.from_hf(model.config.to_dict())
     decoder = Decoder(config, {name: t.numpy() for name, t in model.state_dict().items()}, backend=backend)
-    settings = {"num_blocks": 256, "max_model_len": 128, "block_size": 4, "eos_token_ids": tuple(STOP_IDS)} | settings
-    engine_config = EngineConfig(**settings)
-    cache = KVCache(
-        "float32",
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        block_size=engine_config.block_size,
-        num_blocks=engine_config.num_blocks,
-        backend=backend,
-    )
-    return Engine(engine_config, ModelRunner(decoder, cache))
-
-
-def run(engine: Engine, requests: list[Request]) -> dict[str, RequestOutput]:
-    """All of them to their end."""
-    for request in requests:
-        engine.add(request)
-    finished = {}
-    while engine.has_unfinished():
-        finished |= {output.request_id: output for output in engine.step().finished}
-    return finished
+    return engine_for(decoder, **({"num_blocks": 256} | settings))
 
 
 def generate(model, prompt: list[int], num_beams: int, max_tokens: int, length_penalty: float):
@@ -98,7 +76,7 @@ def test_same_beams_as_transformers(model, num_beams, length_penalty, backend):
         Request(f"{i}", prompt, params, num_beams=num_beams, length_penalty=length_penalty)
         for i, prompt in enumerate(PROMPTS)
     ]
-    results = run(make_engine(model, backend), requests)
+    results = run_all(make_engine(model, backend), requests)
     reasons = set()
     for i, prompt in enumerate(PROMPTS):
         expected = generate(model, prompt, num_beams, 24, length_penalty)
@@ -116,7 +94,7 @@ def test_beams_share_their_past(model):
     peaks = []
     for num_beams in (1, 4):
         engine = make_engine(model, enable_prefix_caching=False)
-        run(engine, [Request("r", prompt, SamplingParams(temperature=0, max_tokens=16), num_beams=num_beams)])
+        run_all(engine, [Request("r", prompt, SamplingParams(temperature=0, max_tokens=16), num_beams=num_beams)])
         peaks.append(engine.metrics.peak_blocks)
     alone, beams = peaks
     assert beams <= alone + 3 * (16 // 4 + 1), f"{beams} blocks for four beams, {alone} for one"
@@ -131,9 +109,9 @@ def test_preempted_beams_go_on_as_if_nothing_happened(model, preemption):
     def requests():
         return [Request(f"{i}", prompt, params, num_beams=3) for i, prompt in enumerate(PROMPTS)]
 
-    roomy = run(make_engine(model), requests())
+    roomy = run_all(make_engine(model), requests())
     engine = make_engine(model, num_blocks=22, preemption=preemption, watermark=0.0)
-    tight = run(engine, requests())
+    tight = run_all(engine, requests())
     assert engine.metrics.num_preemptions > 0, "nothing was preempted: the test shows nothing"
     for request_id, result in roomy.items():
         got = [output.token_ids for output in tight[request_id].outputs]

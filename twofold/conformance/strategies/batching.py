@@ -11,14 +11,18 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
 from reference.batching.config import EngineConfig
+from reference.batching.engine import Engine
 from reference.batching.packing import Batch
-from reference.batching.request import Request, SamplingParams, Sequence
-from reference.batching.runner import Logprobs, StepResult
+from reference.batching.request import Request, RequestOutput, SamplingParams, Sequence
+from reference.batching.runner import Logprobs, ModelRunner, StepResult
+from reference.kv_cache.cache import KVCache, KVFormat, resolve_format
+from reference.model.decoder import Decoder
 
 VOCAB = 31
 POISON = -1
@@ -94,7 +98,7 @@ class FakeRunner:
 
     Attributes:
         on_launch: Called with each batch as it is launched: where a test looks at the scheduler.
-        broken_rows: Asked for each logit row's sequence id: does the row come out broken?
+        broken: Sequences whose logits come out broken.
         fail_next: Raise at the next result, as a device might.
         host: Swapped blocks, by key and pool.
     """
@@ -102,7 +106,7 @@ class FakeRunner:
     model: FakeModel
     config: EngineConfig
     on_launch: Callable[[Batch], None] = lambda batch: None
-    broken_rows: Callable[[int], bool] = lambda seq_id: False
+    broken: set[int] = field(default_factory=set)
     fail_next: bool = False
     vocab_size: int = VOCAB
     host: dict[tuple[int, int], dict[int, np.ndarray]] = field(default_factory=dict)
@@ -207,7 +211,7 @@ class FakeRunner:
         history_is_right(batch, tokens)
         for row in range(sampling.num_drawn + sampling.num_verified_rows):
             seq, visible = self.visible(batch, row)
-            if self.broken_rows(batch.seq_ids[seq]):
+            if batch.seq_ids[seq] in self.broken:
                 errors[row] = "not finite"
             drawn.append(
                 self.model.draw(
@@ -331,3 +335,54 @@ def prompts(draw: st.DrawFn) -> list[int]:
     shared = draw(st.sampled_from([0, 4, 8, 11]), label="shared prefix")
     own = draw(st.lists(st.integers(0, VOCAB - 1), min_size=0 if shared else 1, max_size=7), label="own tokens")
     return [7 * i % VOCAB for i in range(shared)] + own
+
+
+def engine_for(decoder: Decoder, *, kv_format: KVFormat | str = "float32", **settings: Any) -> Engine:
+    """An engine over a small decoder, roomy unless ``settings`` (of `EngineConfig` and `Engine`) say otherwise."""
+    model = decoder.config
+    format = resolve_format(kv_format, "float32")
+    slides = all(model.layer_window(i) is not None for i in range(model.num_layers))
+    more = {name: settings.pop(name) for name in ("drafter", "adapters", "trace", "clock") if name in settings}
+    config = EngineConfig(
+        **{
+            "num_blocks": 128,
+            "max_model_len": model.max_position_embeddings,
+            "block_size": 4,
+            "num_window_blocks": 128 if format.window else 0,
+            "kv_cache_dtype": format.name,
+            "kv_window": format.window,
+            "sliding_window": model.sliding_window if slides else None,
+            "eos_token_ids": model.eos_token_ids,
+            "model_fingerprint": decoder.fingerprint,
+        }
+        | settings
+    )
+    cache = KVCache(
+        format,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=config.block_size,
+        num_blocks=config.num_blocks,
+        num_window_blocks=config.num_window_blocks,
+        backend=decoder.backend,
+    )
+    return Engine(config, ModelRunner(decoder, cache), **more)
+
+
+def run_all(engine: Engine, requests: list[Request]) -> dict[str, RequestOutput]:
+    """Run requests to their end, all added at once."""
+    for request in requests:
+        engine.add(request)
+    finished: dict[str, RequestOutput] = {}
+    while engine.has_unfinished():
+        finished |= {output.request_id: output for output in engine.step().finished}
+    return finished
+
+
+def nothing_is_left(engine: Engine) -> None:
+    """After the last request every block, row and swapped byte has come back."""
+    for pool in engine.scheduler.space.pools:
+        assert pool.num_free == pool.num_blocks, f"{pool.num_used} blocks did not come back"
+    assert engine.scheduler.rows.num_used == 0, "rows did not come back"
+    assert not engine.scheduler.space.swapped, "the host keeps blocks nobody wants"
