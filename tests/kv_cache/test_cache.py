@@ -307,6 +307,12 @@ def test_window_blocks_cannot_run_out(schedule, window, block_size, lookahead):
             table.append(count)  # raises OutOfBlocks if the promise is broken
 
 
+def test_a_format_without_a_window_needs_no_window_blocks():
+    sizes = {"block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    assert {f.window_blocks(**sizes) > 0 for f in KV_FORMATS.values() if f.window} == {True}
+    assert {f.window_blocks(**sizes) for f in KV_FORMATS.values() if not f.window} == {0}
+
+
 # ---- what cannot be ---------------------------------------------------------------------------------------------
 
 
