@@ -57,23 +57,35 @@ def test_the_interface_is_sorted_and_real():
         assert inspect.isfunction(getattr(reference, name)), f"{name} is not a function"
 
 
+def sections(op) -> set[str]:
+    """The headings of a docstring: lines that begin a section, such as ``Args:``."""
+    lines = (inspect.getdoc(op) or "").splitlines()
+    return {line.split(":")[0] for line in lines if ":" in line and line[:1].isalpha()}
+
+
 @ops
 def test_the_reference_is_documented(name):
-    """An op begins with one sentence, names its source, shows an example that runs, and annotates all it takes."""
+    """An op begins with one sentence, shows an example that runs, and annotates all that it takes and returns."""
     op = getattr(reference, name)
     lines = (inspect.getdoc(op) or "").splitlines()
     assert lines, f"{name}: no docstring"
     sentence = lines[0]
     whole = sentence.endswith((".", ":")) and (len(lines) == 1 or not lines[1].strip())
     assert whole, f"{name}: the docstring does not begin with one sentence on a line of its own: {sentence!r}"
-    sections = {line.split(":")[0].strip() for line in lines if ":" in line}
-    assert "Example" in sections, f"{name}: no Example"
-    assert any(">>>" in line for line in lines), f"{name}: its Example does not run"
-    if op.__module__ != "reference.numerics.arrays":
-        assert "Source" in sections, f"{name}: no Source"
+    assert "Example" in sections(op), f"{name}: no Example"
+    assert any(line.strip().startswith(">>>") for line in lines), f"{name}: its Example does not run"
 
     signature = inspect.signature(op)
     bare = [p.name for p in signature.parameters.values() if p.annotation is p.empty]
     assert not bare, f"{name}: parameters without annotation: {bare}"
     assert signature.return_annotation is not signature.empty, f"{name}: no return annotation"
     assert sys.modules[op.__module__].__doc__, f"{op.__module__}: the module has no docstring"
+
+
+@ops
+def test_the_reference_names_its_sources(name):
+    """A file is one technique, and where that comes from is said by the op, or by another op of its file."""
+    module = getattr(reference, name).__module__
+    siblings = [op for op in map(reference.__dict__.get, reference.__all__) if op.__module__ == module]
+    sourced = any("Source" in sections(op) for op in siblings)
+    assert sourced or module == "reference.numerics.arrays", f"{name}: nothing in {module} has a Source"
