@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from reference.linear.linear import linear
-from twofold.tutorial import check, figure, show
+from twofold.tutorial import body, check, figure, show
 
 
 def seconds(run, repeat=7):
@@ -80,7 +80,7 @@ None
 # %% [markdown]
 # ## The code
 #
-# The reference, in full. `group_heads` puts the query heads that share a KV head into one matrix, so that GQA is one
+# The reference itself (the contract is on [its page](../ops/attention/dense_attention.md)). `group_heads` puts the query heads that share a KV head into one matrix, so that GQA is one
 # product for each KV head and no key is ever repeated.
 
 # %%
@@ -89,7 +89,7 @@ from reference.attention import dense_attention as module
 show(module.attention_scores, module.group_heads, module.ungroup_heads, module.visible_keys)
 
 # %%
-show(module.dense_attention)
+body(module.dense_attention)
 
 # %% [markdown]
 # ## A run on real data: the roofline

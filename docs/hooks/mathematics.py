@@ -12,6 +12,7 @@ from markdown import Extension
 from markdown.preprocessors import Preprocessor
 
 DIRECTIVE = re.compile(r"^(?P<indent> *)\.\. math::[ \t]*(?P<first>.*)$")
+FENCE = re.compile(r"^ *(```+|~~~+)")
 ROLE = re.compile(r":math:`([^`]*)`")
 FOUND = re.compile(r'<(?P<tag>span|div) class="arithmatex">\s*\\[(\[](?P<latex>.*?)\\[)\]]\s*</(?P=tag)>', re.DOTALL)
 
@@ -23,7 +24,14 @@ class DirectiveToDollars(Preprocessor):
         result: list[str] = []
         rest = iter([*lines, None])
         line = next(rest)
+        fence = ""  # what closes the block of code we are in, if any
         while line is not None:
+            if mark := FENCE.match(line):
+                fence = "" if fence and mark[1].startswith(fence) else fence or mark[1]
+            if fence or mark:
+                result.append(line)
+                line = next(rest)
+                continue
             found = DIRECTIVE.match(line)
             if not found:
                 result.append(ROLE.sub(r"\\(\1\\)", line))
