@@ -28,7 +28,7 @@ def symmetric_ratios(op: str, argument: str, x: np.ndarray, largest_code: float)
 
 def symmetric_values(codes: np.ndarray, scale: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """scale * code, in ``dtype``; ``scale`` lacks the last axis."""
-    return codes.astype(dtype) * scale[..., None].astype(dtype)
+    return codes.astype(dtype, copy=False) * scale[..., None].astype(dtype)
 
 
 def check_symmetric_caches(

@@ -118,11 +118,11 @@ def paged_attention_int8(
     check_symmetric_caches(op, k_cache, v_cache, k_scale, v_scale, codes=np.int8)
     dtype = compute_dtype(q.dtype)
 
+    def read(span: Span, cache: Array, scales: Array) -> np.ndarray:
+        return symmetric_values(gather_tokens(cache, span), gather_tokens(scales, span), dtype)
+
     def read_kv(span: Span) -> tuple[np.ndarray, np.ndarray]:
-        return (
-            symmetric_values(gather_tokens(k_cache, span), gather_tokens(k_scale, span), dtype),
-            symmetric_values(gather_tokens(v_cache, span), gather_tokens(v_scale, span), dtype),
-        )
+        return read(span, k_cache, k_scale), read(span, v_cache, v_scale)
 
     options = {"scale": scale, "sliding_window": sliding_window, "sinks": sinks, "logit_cap": logit_cap, "out": out}
     return attend_dequantized(op, q, k_cache.shape, read_kv, block_table, seq_lens, cu_seqlens_q, **options)

@@ -143,6 +143,8 @@ def _seal(op: str, cache: KiviArrays, window_blocks: Array, offsets: Array, bloc
     """Quantize the groups whose last token is among those just written."""
     group_size = cache.group_size
     last = offsets % group_size == group_size - 1
+    if not last.any():
+        return
     window_blocks, offsets, blocks = window_blocks[last], offsets[last], blocks[last]
     of_group = blocks, offsets // group_size
     tokens = offsets[:, None] + np.arange(1 - group_size, 1)  # of each sealed group, by their offsets in the block
