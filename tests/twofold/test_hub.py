@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,13 +32,8 @@ def nothing_is_fetched(monkeypatch, tmp_path):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     monkeypatch.setattr(fetch, "_fetch", refuse)
-    monkeypatch.setattr("huggingface_hub.scan_cache_dir", lambda: _Cache([]))
+    monkeypatch.setattr("huggingface_hub.scan_cache_dir", lambda: SimpleNamespace(repos=[]))
     monkeypatch.setenv("TWOFOLD_CACHE", str(tmp_path))
-
-
-class _Cache:
-    def __init__(self, repos):
-        self.repos = repos
 
 
 def test_a_file_or_the_folder_with_it(gguf):
@@ -106,12 +102,6 @@ def test_a_hub_name_asks_for_what_is_read_and_nothing_else(monkeypatch, gguf):
     assert list(filter_repo_objects([*offered, *unwanted], **patterns)) == offered
 
 
-def _response(status: int):
-    import httpx2 as httpx
-
-    return httpx.Response(status, request=httpx.Request("GET", "https://hub.invalid/org/name"))
-
-
 def _hub_errors():
     from huggingface_hub import errors
 
@@ -120,6 +110,7 @@ def _hub_errors():
     yield lambda: errors.HFValidationError("Repo id must be ..."), "not a name that the hub takes"
     yield lambda: OSError(errno.ENOSPC, "No space left on device"), "the disk is full"
     yield lambda: OSError(errno.EACCES, "Permission denied"), "cannot be fetched"
+    yield lambda: RuntimeError("peer closed connection"), "cannot be fetched"
 
 
 @pytest.mark.parametrize(("error", "says"), list(_hub_errors()))
@@ -143,8 +134,10 @@ def test_what_the_hub_says_becomes_a_sentence(monkeypatch, error, says):
 def test_what_the_hub_answers_becomes_a_sentence(monkeypatch, kind, status, says):
     from huggingface_hub import errors
 
+    response = SimpleNamespace(status_code=status, headers={}, request=None, text="")
+
     def fails(*args, **kwargs):
-        raise getattr(errors, kind)("the server's words", response=_response(status))
+        raise getattr(errors, kind)("the server's words", response=response)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
     with pytest.raises(TwofoldError, match=says):
@@ -159,6 +152,23 @@ def test_what_is_here_is_listed(gguf, monkeypatch):
     assert [(model["name"], model["path"]) for model in models] == [("small", str(gguf)), ("org/same", str(gguf))]
     assert isinstance(models[0]["config"], ModelConfig)
     assert models[0]["bytes"] == load_checkpoint(gguf).nbytes
+
+
+def test_the_hubs_cache_is_looked_through(monkeypatch, tmp_path):
+    """Of each model, the revision that was fetched last; data sets are no models."""
+
+    def repo(name, kind, *times):
+        revisions = [SimpleNamespace(last_modified=time, snapshot_path=tmp_path / str(time)) for time in times]
+        return SimpleNamespace(repo_id=name, repo_type=kind, revisions=revisions)
+
+    repos = [
+        repo("b/two", "model", 3, 9, 5),
+        repo("a/one", "model", 1),
+        repo("c/data", "dataset", 2),
+        repo("d/none", "model"),
+    ]
+    monkeypatch.setattr("huggingface_hub.scan_cache_dir", lambda: SimpleNamespace(repos=repos))
+    assert hub.cached_models() == [("a/one", tmp_path / "1"), ("b/two", tmp_path / "9")]
 
 
 def test_nothing_heavy_is_imported():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twofold.checkpoints import load_checkpoint
+from twofold.checkpoints import huggingface, load_checkpoint
 from twofold.checkpoints.huggingface import load_folder
 from twofold.conformance.strategies.checkpoints import CHATML, MERGES, SPECIAL_TOKENS
 from twofold.errors import TwofoldError
@@ -242,6 +242,14 @@ def test_pickle_is_refused(folder):
 def test_an_index_leads_nowhere_else(folder, weight_map, says):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(TwofoldError, match=says):
+        load_folder(folder)
+
+
+def test_headers_of_many_files_are_bounded_together(folder, monkeypatch):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors")
+    monkeypatch.setattr(huggingface, "MAX_BYTES", 3000)
+    with pytest.raises(TwofoldError, match="more than 3,000 bytes in all"):
         load_folder(folder)
 
 

@@ -7,8 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from twofold.checkpoints.gguf_model import load_gguf
-from twofold.checkpoints.gguf_tokenizer import PATTERNS, tokenizer_of
+from twofold.checkpoints.gguf_tokenizer import PATTERNS, eos_ids_of, tokenizer_of
 from twofold.conformance.strategies.checkpoints import (
+    CHATML,
     SPECIAL_TOKENS,
     byte_level_vocabulary,
     sentencepiece_vocabulary,
@@ -147,6 +148,7 @@ def test_special_tokens_in_a_text_are_taken_as_such():
     [
         ({"model": "bert"}, "a kind that is not known (bert; known are gpt2 and llama)"),
         ({"pre": "falcon"}, "a rule that is not known (falcon; known are gpt-2, smollm, llama-bpe"),
+        ({"pre": ["a list"]}, "a rule that is not known (None; known are"),
     ],
 )
 def test_a_tokenizer_of_another_kind_is_left_out_and_named(changes, says):
@@ -155,6 +157,23 @@ def test_a_tokenizer_of_another_kind_is_left_out_and_named(changes, says):
     tokenizer, why_not = tokenizer_of(metadata, 400)
     assert tokenizer is None
     assert says in why_not
+
+
+def test_a_family_with_one_rule_need_not_name_it():
+    vocabulary = {key: value for key, value in byte_level_vocabulary().items() if key != "pre"}
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
+    tokenizer, _ = tokenizer_of(metadata | {"general.architecture": "qwen2"}, 400)
+    assert tokenizer.encode("e\u0301 12") == made_of(vocabulary | {"pre": "qwen2"}).encode("é 12")
+    assert tokenizer_of(metadata | {"general.architecture": "llama"}, 400)[0] is None
+
+
+def test_a_turn_of_the_chat_template_ends_an_answer():
+    """Where the file names the end of text only."""
+    vocabulary = byte_level_vocabulary() | {"eos_token_id": 0}
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}
+    assert eos_ids_of(metadata) == (0,)
+    assert eos_ids_of(metadata | {"tokenizer.chat_template": CHATML}) == (0, 2)
+    assert eos_ids_of(metadata | {"tokenizer.ggml.eot_token_id": 3}) == (0, 3)
 
 
 def test_a_lone_surrogate_is_a_sentence():

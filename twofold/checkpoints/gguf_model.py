@@ -63,7 +63,7 @@ FIELDS = {
 BLOCK_FORMATS = {"Q4_0": "q4_0", "Q4_1": "q4_1", "Q8_0": "q8_0"}  # those that a layer computes with as they are
 
 
-def load_gguf(path: Path) -> Checkpoint:
+def load_gguf(path: Path, *, with_tokenizer: bool = True) -> Checkpoint:
     """The checkpoint in a GGUF file. Raises ``TwofoldError`` saying what is wrong with it."""
     file = GGUFFile(path)
     if scalars(file.metadata).get("split.count", 1) != 1:
@@ -86,8 +86,10 @@ def load_gguf(path: Path) -> Checkpoint:
             rows = unpermute_rows(rows.reshape(tensor.shape[0], -1), permuted[part]).reshape(rows.shape)
         return as_weight(rows, tensor) if as_is else as_floats(rows, tensor)
 
+    tokenizer, no_tokenizer = None, "its tokenizer was not asked for"
     try:
-        tokenizer, no_tokenizer = tokenizer_of(file.metadata, config.vocab_size)
+        if with_tokenizer:
+            tokenizer, no_tokenizer = tokenizer_of(file.metadata, config.vocab_size)
     except TwofoldError as error:
         raise TwofoldError(f"{path}: {error}") from None
     return Checkpoint(

@@ -20,6 +20,7 @@ MAX_ADDED_TOKENS = 1 << 16
 MAX_PIECE = 256  # characters
 MAX_PIECES_TEXT = 1 << 20  # characters of all pieces; Llama 2 has a fifth of that
 EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>")
 ROLES = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -48,6 +49,7 @@ PATTERNS = {
     "deepseek-r1-qwen": QWEN2,
     "tekken": TEKKEN,
 }
+OF_FAMILY = {"qwen2": "qwen2", "qwen3": "qwen2"}  # what old files leave out; those of Llama 3 are ambiguous
 TAKES_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word in the vocabulary needs no merges
 BEGINS_WITH_BOS = TAKES_WHOLE_WORDS  # where the file does not say
 
@@ -60,7 +62,7 @@ def tokenizer_of(metadata: Mapping[str, Any], vocab_size: int) -> tuple[Tokenize
         return None, "the file has no tokenizer"
     if kind not in ("gpt2", "llama"):
         return None, f"its tokenizer is of a kind that is not known ({shown(kind)}; known are gpt2 and llama)"
-    pre = single.get("tokenizer.ggml.pre", "gpt-2")
+    pre = single.get("tokenizer.ggml.pre", OF_FAMILY.get(str(single.get("general.architecture"))))
     if kind == "gpt2" and pre not in PATTERNS:
         return (
             None,
@@ -84,9 +86,15 @@ def tokenizer_of(metadata: Mapping[str, Any], vocab_size: int) -> tuple[Tokenize
 
 
 def eos_ids_of(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """End of text, end of turn, end of message: any of them ends an answer."""
-    ids = (metadata.get(f"tokenizer.ggml.{key}") for key in EOS_KEYS)
-    return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
+    """End of text, end of turn, end of message: any of them ends an answer.
+
+    Older files name the end of text only; then a control token that the chat template ends its turns with counts too.
+    """
+    ids = [metadata.get(f"tokenizer.ggml.{key}") for key in EOS_KEYS]
+    template, tokens = metadata.get("tokenizer.chat_template"), metadata.get("tokenizer.ggml.tokens")
+    if isinstance(template, str) and isinstance(tokens, list):
+        ids += [tokens.index(token) for token in TURN_ENDS if token in template and token in tokens]
+    return tuple(dict.fromkeys(i for i in ids if type(i) is int))
 
 
 def _list(metadata: Mapping[str, Any], key: str) -> list[str]:

@@ -34,11 +34,9 @@ def download(name: str) -> Path:
         raise TwofoldError(f"{name}: not in the hub's cache, and the hub cannot be reached (no network?)") from None
     except errors.HfHubHTTPError as error:
         raise TwofoldError(f"{name}: the hub refuses ({shown(error)})") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TwofoldError(
-                f"{name}: the disk is full; free some space and call again, it goes on from there"
-            ) from None
+    except Exception as error:  # the network's and the disk's, of whichever library the hub's own is built on
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TwofoldError(f"{name}: the disk is full; what was fetched so far is kept for the next call") from None
         raise TwofoldError(f"{name}: cannot be fetched ({shown(error)})") from None
 
 

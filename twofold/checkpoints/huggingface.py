@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from reference.model.config import ModelConfig
-from twofold.bounded import read_bytes, read_json_object, shown
+from twofold.bounded import MAX_BYTES, read_bytes, read_json_object, shown
 from twofold.checkpoints.checkpoint import Checkpoint, check_tensors
 from twofold.checkpoints.safetensors import SafetensorsFile
 from twofold.errors import TwofoldError
@@ -21,20 +21,15 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, OverflowError)  # what a config of odd types may cause
 
 
-def load_folder(path: Path) -> Checkpoint:
+def load_folder(path: Path, *, with_tokenizer: bool = True) -> Checkpoint:
     """The checkpoint in a folder. Raises ``TwofoldError`` saying what is wrong with it."""
     if not (path / "config.json").exists():
         adapter = (path / "adapter_config.json").exists()
         what = "a LoRA adapter, not a model (see --lora-modules)" if adapter else "not a model folder (no config.json)"
         raise TwofoldError(f"{path}: {what}")
     config = _config(path)
-    files = {file: SafetensorsFile(file) for file in weight_files(path)}
-    holder: dict[str, SafetensorsFile] = {}
-    for file in files.values():
-        for name in file.tensors:
-            if name in holder:
-                raise TwofoldError(f"{path}: tensor {shown(name)} is in {holder[name].path.name} and {file.path.name}")
-            holder[name] = file
+    files = weight_files(path)
+    holder = _holders(files)
     stored = {name: file.tensors[name] for name, file in holder.items()}
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     check_tensors(config, shapes, path)
@@ -42,7 +37,7 @@ def load_folder(path: Path) -> Checkpoint:
     def read(name: str, as_is: bool) -> np.ndarray:
         return holder[name].read(name)
 
-    tokenizer, no_tokenizer = _tokenizer(path)
+    tokenizer, no_tokenizer = _tokenizer(path) if with_tokenizer else (None, "its tokenizer was not asked for")
     return Checkpoint(
         name=path.name,
         path=path,
@@ -56,6 +51,22 @@ def load_folder(path: Path) -> Checkpoint:
         no_tokenizer=no_tokenizer,
         eos_token_ids=_eos_token_ids(path, config),
     )
+
+
+def _holders(paths: list[Path]) -> dict[str, SafetensorsFile]:
+    """Which file holds each tensor."""
+    holder: dict[str, SafetensorsFile] = {}
+    header_bytes = 0
+    for path in paths:
+        file = SafetensorsFile(path)
+        header_bytes += file.header_bytes
+        if header_bytes > MAX_BYTES:
+            raise TwofoldError(f"{path}: headers of more than {MAX_BYTES:,} bytes in all")
+        for name in file.tensors:
+            if name in holder:
+                raise TwofoldError(f"{path}: tensor {shown(name)} is in {holder[name].path.name} and {path.name}")
+            holder[name] = file
+    return holder
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -48,7 +48,7 @@ def resolve_model(name_or_path: str | Path | None = None, *, on_progress: fetch.
     )
 
 
-def load_path(path: Path) -> Checkpoint:
+def load_path(path: Path, *, with_tokenizer: bool = True) -> Checkpoint:
     """The checkpoint in a folder or a file, by what it is."""
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
@@ -57,13 +57,13 @@ def load_path(path: Path) -> Checkpoint:
                 raise TwofoldError(
                     f"{path}: several models; name one: {', '.join(shown(file.name) for file in ggufs[:5])}"
                 )
-            return load_gguf(ggufs[0])
-        return load_folder(path)
+            return load_gguf(ggufs[0], with_tokenizer=with_tokenizer)
+        return load_folder(path, with_tokenizer=with_tokenizer)
     if path.suffix.lower() in PICKLES:
         raise refuse_pickle(path)
     if path.suffix.lower() == ".safetensors":
         raise TwofoldError(f"{path}: weights alone; give the folder that also has their config.json")
-    return load_gguf(path)
+    return load_gguf(path, with_tokenizer=with_tokenizer)
 
 
 def list_local_models() -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ def list_local_models() -> list[dict[str, Any]]:
     found = []
     for name, path in [*own, *hub.cached_models()]:
         try:
-            checkpoint = load_path(path)
+            checkpoint = load_path(path, with_tokenizer=False)
         except TwofoldError:
             continue
         found.append({"name": name, "path": str(path), "bytes": checkpoint.nbytes, "config": checkpoint.config})

@@ -51,7 +51,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self.tensors = _read_header(path)
+        self.tensors, self.header_bytes = _read_header(path)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, in the type it is stored in (bf16 as ``ml_dtypes.bfloat16``)."""
@@ -72,7 +72,7 @@ class SafetensorsFile:
             raise TwofoldError(f"{self.path}: cannot be read ({error})") from None
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def _read_header(path: Path) -> tuple[dict[str, StoredTensor], int]:
     size = file_size(path)
     try:
         with path.open("rb") as file:
@@ -92,7 +92,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         raise TwofoldError(f"{path}: header: __metadata__ is not a map of strings")
     tensors = {name: _stored_tensor(entry, f"{path}: {shown(name)}") for name, entry in entries.items()}
     _check_layout(path, tensors, size - 8 - length)
-    return tensors
+    return tensors, length
 
 
 def _stored_tensor(entry: Any, where: str) -> StoredTensor:
