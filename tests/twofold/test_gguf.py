@@ -34,6 +34,7 @@ LLAMA31 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+GPT2 = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
 VOCABULARY = len(byte_level_vocabulary()["tokens"])
 
 
@@ -202,8 +203,8 @@ def test_rotary_scaling_is_read(tmp_path, metadata, expected):
         ({"{arch}.rope.scaling.type": "longrope"}, "rope.scaling.type"),
         ({"{arch}.rope.scaling.type": "linear", "{arch}.rope.scaling.factor": -1.0}, "factor"),
         ({"general.alignment": 24}, "general.alignment"),
-        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"] * 999}, "999 tokens for a vocabulary of"),
-        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": ["a b"]}, "'a b'"),
+        (GPT2 | {"tokenizer.ggml.tokens": ["a"] * 999}, "999 tokens for a vocabulary of"),
+        (GPT2 | {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": ["a b"]}, "'a b'"),
         ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["a"]}, "scores"),
     ],
 )
