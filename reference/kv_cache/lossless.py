@@ -7,7 +7,8 @@ wait outside the pool (swapped out, or a prefix kept for later) can be coded sma
 DFloat11 and ZipNN give each exponent a Huffman code, which gets close to its entropy (2.5 bits for normally
 distributed values) but makes the place of a value depend on all before it. Here a code has the same ``width`` for
 all values of a block, so every field's place is known and a GPU thread decodes its values alone; it costs about
-two thirds of a bit more. A code counts up from the block's ``base``; its last value is an *escape*, and the
+two thirds of a bit more. (Normally distributed bfloat16 comes to 0.70 of its size, SmolLM2's cache to 0.71; float16,
+whose exponent is shorter, to 0.89.) A code counts up from the block's ``base``; its last value is an *escape*, and the
 exponents of escaped values follow in order. Which of them belongs to a value is the number of escapes before it: a
 prefix count, which a warp gets from one ballot. (Pairs of index and exponent need no count, but at three bytes an
 exception instead of one the best width would be a bit larger.)
