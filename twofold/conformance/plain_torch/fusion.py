@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor as Array
 
+from twofold.conformance.plain_torch.kv_cache import write_kv
+
 
 def embedding(
     token_ids: Int[Array, " num_tokens"],
@@ -122,11 +124,7 @@ def rotary_write_kv(
     k_wide = k_wide if k_norm is None else _norm(op, k_wide, k_norm, eps)
     k_wide = _turn(op, k_wide, cos, sin, positions, interleaved)
 
-    block_size = k_cache.shape[1]
-    kept = slot_mapping >= 0
-    blocks, offsets = slot_mapping[kept] // block_size, slot_mapping[kept] % block_size
-    k_cache[blocks, offsets] = k_wide[kept].to(k.dtype).to(k_cache.dtype)
-    v_cache[blocks, offsets] = v[kept].to(v_cache.dtype)
+    write_kv(k_wide.to(k.dtype), v, k_cache, v_cache, slot_mapping)
     return _deliver(_turn(op, q_wide, cos, sin, positions, interleaved), q.dtype, out)
 
 
