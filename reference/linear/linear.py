@@ -14,7 +14,7 @@ from numpy import ndarray as Array
 
 from reference._checks import compute_dtype, deliver, require, require_float, require_out, require_shape
 
-FEW_TOKENS = 64  # up to here the result is smaller than what BLAS would copy of the weight
+FEW_TOKENS = 32  # up to here the result, which is then copied, is smaller than what BLAS would copy of the weight
 TILE_WEIGHTS = 1 << 17  # of a narrow weight widened at a time: 512 KiB of float32, which stay in a core's cache
 
 
@@ -56,9 +56,8 @@ def linear(
     if weight.dtype == compute:
         result = matmul_transposed(x.astype(compute, copy=False), weight, out if x.dtype == compute else None)
     else:
-        result = matmul_by_tiles(
-            x.astype(compute, copy=False), len(weight), lambda tile, rows: np.copyto(tile, weight[rows])
-        )
+        widen_rows = lambda tile, rows: np.copyto(tile, weight[rows])  # noqa: E731
+        result = matmul_by_tiles(x.astype(compute, copy=False), len(weight), widen_rows)
     return add_bias(result, bias, x.dtype, out)
 
 
@@ -68,7 +67,7 @@ def matmul_transposed(x: Array, weight: Array, out: Array | None = None) -> Arra
     One token: a matrix-vector product, which streams the weight. Many: a matrix product, in which BLAS first copies
     its second operand into panels; copying all of the weight for a few tokens would cost more than the product, so
     the few tokens are made the second operand: ``(weight @ x.T).T``. (OpenBLAS, two cores, 8 tokens, 576 to 3072
-    features: 0.95 ms instead of 1.4 ms; 49152: 16 ms instead of 26 ms. From 512 tokens on there is no difference.)
+    features: 0.95 ms instead of 1.4 ms; 49152: 16 ms instead of 26 ms. With 32 tokens there is little left of it.)
     """
     if not 1 < len(x) <= FEW_TOKENS:
         return np.matmul(x, weight.T, out=out)

@@ -114,7 +114,7 @@ def linear_int8(
     if group_size is None:
         return _linear_by_row("linear_int8", x, weight, weight_scale, bias, out)
     require(group_size > 0, "linear_int8", "group_size", "a positive number, or None", group_size)
-    _check_scales("linear_int8", "weight_scale", weight_scale, weight.shape, group_size)
+    _check_scales("linear_int8", weight_scale, weight.shape, group_size)
 
     fill = lambda tile, rows: np.copyto(tile, weight[rows, None])  # noqa: E731
     result = _linear_in_groups(
@@ -179,10 +179,8 @@ def matmul_int8(
     result = np.zeros((len(x), len(weight)), np.int32)
     for start in range(0, x.shape[1], EXACT_TERMS):
         part = slice(start, start + EXACT_TERMS)
-        codes = weight[:, part]
-        result += matmul_by_tiles(
-            x[:, part].astype(np.float32), len(weight), lambda tile, rows, codes=codes: np.copyto(tile, codes[rows])
-        ).astype(np.int32)
+        widen_rows = lambda tile, rows, part=part: np.copyto(tile, weight[rows, part])  # noqa: E731
+        result += matmul_by_tiles(x[:, part].astype(np.float32), len(weight), widen_rows).astype(np.int32)
     return result
 
 
@@ -318,7 +316,7 @@ def linear_int4(
     _require_dtype("linear_int4", weight, np.dtype(np.uint8))
     even = group_size > 0 and group_size % 2 == 0
     require(even, "linear_int4", "group_size", "a positive even number", group_size)
-    _check_scales("linear_int4", "weight_scale", weight_scale, x.shape[1:] and (len(weight), x.shape[1]), group_size)
+    _check_scales("linear_int4", weight_scale, (len(weight), x.shape[1]), group_size)
     if weight_min is not None:
         require_shape("linear_int4", "weight_min", weight_min, weight_scale.shape)
     compute = compute_dtype(x.dtype)
@@ -429,9 +427,9 @@ def _in_groups(parts: Array, num_groups: int, width: int) -> Array:
     return filled.reshape(*parts.shape[:-1], num_groups, width)
 
 
-def _check_scales(op: str, name: str, scale: Array, weight_shape: tuple[int, ...], group_size: int) -> None:
+def _check_scales(op: str, weight_scale: Array, weight_shape: tuple[int, ...], group_size: int) -> None:
     out_features, in_features = weight_shape
-    require_shape(op, name, scale, (out_features, -(-in_features // group_size)))
+    require_shape(op, "weight_scale", weight_scale, (out_features, -(-in_features // group_size)))
 
 
 def _require_dtype(op: str, weight: Array, dtype: np.dtype) -> None:
