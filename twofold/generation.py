@@ -129,7 +129,7 @@ class Generation:
     def _answer(self, i: int, index: int) -> Answer:
         if index not in self.answers[i]:
             stop = self.prompts[i].params.stop or ()
-            detokenizer = self.tokenizer.detokenizer() if self.tokenizer else None
+            detokenizer = self.tokenizer.detokenizer(continues=True) if self.tokenizer else None
             stream = TextStream(detokenizer, (stop,) if isinstance(stop, str) else stop)
             self.answers[i][index] = Answer(stream)
         return self.answers[i][index]
@@ -192,7 +192,10 @@ class Generation:
 
     def _decode(self, sample: engine_side.CompletionOutput) -> str:
         tokens = sample.token_ids[:-1] if sample.finish_reason is FinishReason.STOP else sample.token_ids
-        return self.tokenizer.decode(tokens) if self.tokenizer else ""
+        if self.tokenizer is None:
+            return ""
+        detokenizer = self.tokenizer.detokenizer(continues=True)
+        return detokenizer.push(tokens) + detokenizer.flush()
 
     def _places(self, token: int, place: TokenLogprobs) -> dict[int, Logprob]:
         entries: dict[int, tuple[float, Any]] = {token: (place.logprob, place.rank)}

@@ -248,10 +248,8 @@ class LLM:
         lora: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """The next message of one conversation, or of each of many."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        return self.generate(
-            [self.render(conversation, chat=True) for conversation in conversations], params, lora=lora
-        )  # type: ignore[arg-type]
+        many: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return self.generate([self.render(conversation, chat=True) for conversation in many], params, lora=lora)
 
     def beam_search(
         self,

@@ -42,6 +42,7 @@ def figure(width: float = 7.0, height: float = 3.4, columns: int = 1, **settings
     """A matplotlib figure and its axes, drawn as SVG, legible on a phone and on light or dark paper."""
     import matplotlib
     import matplotlib.pyplot as plt
+    from cycler import cycler
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     set_matplotlib_formats("svg")
@@ -52,7 +53,7 @@ def figure(width: float = 7.0, height: float = 3.4, columns: int = 1, **settings
             "svg.hashsalt": "twofold",
             "axes.spines.top": False,
             "axes.spines.right": False,
-            "axes.prop_cycle": matplotlib.cycler(color=["#26486f", "#c2571a", "#5a8f3d", "#8d5ba6", "#888888"]),
+            "axes.prop_cycle": cycler(color=["#26486f", "#c2571a", "#5a8f3d", "#8d5ba6", "#888888"]),
             "figure.constrained_layout.use": True,
         }
     )

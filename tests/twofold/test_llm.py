@@ -201,6 +201,32 @@ def test_plain_torch_gives_the_same_tokens(path, llm):
     assert [o.outputs[0].token_ids for o in on_torch] == [o.outputs[0].token_ids for o in expected]
 
 
+def test_a_folder_without_a_tokenizer_serves_token_ids(tmp_path):
+    """Token ids in, token ids out; what needs text says that there is none."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    bare = LLM(tmp_path)
+    (output,) = bare.generate({"prompt_token_ids": [3, 4, 5]}, GREEDY)
+    assert len(output.outputs[0].token_ids) == 12
+    assert output.outputs[0].text == ""
+    for attempt in (
+        lambda: bare.generate("text", GREEDY),
+        lambda: bare.chat([{"role": "user", "content": "text"}]),
+        lambda: bare.generate({"prompt_token_ids": [3]}, SamplingParams(stop="x")),
+    ):
+        with pytest.raises(TwofoldError, match="token"):
+            attempt()
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

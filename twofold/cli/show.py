@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 def progress() -> Iterator[Callable[[str, int, int | None], None]]:
     """A callback ``(what, done, total)`` that draws progress bars on stderr; silent when that is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[str, object] = {}
+        tasks: dict[str, TaskID] = {}
 
         def on_progress(what: str, done: int, total: int | None) -> None:
-            task = tasks.setdefault(what, None) or bars.add_task(what, total=total)
-            tasks[what] = task
-            bars.update(task, completed=done, total=total)  # type: ignore[arg-type]
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
 
         yield on_progress
 
