@@ -56,7 +56,7 @@ def test_scores_depend_on_distance(backend, call, shift):
 
 # ---- the tables -------------------------------------------------------------------------------------------------
 
-factors = st.sampled_from([1.0, 1.5, 4.0, 32.0])
+factors = st.sampled_from([0.5, 1.0, 1.5, 4.0, 32.0])
 originals = st.sampled_from([16, 2048, 8192])
 linear = st.fixed_dictionaries({"rope_type": st.just("linear"), "factor": factors})
 llama3 = st.fixed_dictionaries(
@@ -71,7 +71,7 @@ llama3 = st.fixed_dictionaries(
 yarn = st.fixed_dictionaries(
     {"rope_type": st.just("yarn"), "factor": factors, "original_max_position_embeddings": originals},
     optional={
-        "beta_fast": st.sampled_from([16.0, 32.0]),
+        "beta_fast": st.sampled_from([2.0, 16.0, 32.0]),
         "beta_slow": st.sampled_from([1.0, 2.0]),
         "truncate": st.booleans(),
         "attention_factor": st.sampled_from([0.8, 1.3]),
