@@ -21,6 +21,11 @@ def test_codes_are_the_nearest(backend, tokens):
     properties.codes_are_nearest(backend, tokens)
 
 
+@given(tokens=tokens("int4", dtypes=("float64",)))
+def test_codes_of_float64_are_the_nearest(tokens):
+    properties.codes_are_nearest(reference, tokens)
+
+
 @backends
 @given(tokens=tokens("int4"))
 def test_only_the_named_slots_change(backend, tokens):

@@ -1,5 +1,7 @@
 """Slots: write and gather by slot; copy and swap blocks, of any format."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -38,6 +40,19 @@ def test_chunked_is_whole(backend, data):
 @given(batch=st.sampled_from(FORMATS).flatmap(batches))
 def test_a_copy_of_a_block_is_a_deep_copy(backend, batch):
     properties.copied_blocks_are_deep_copies(backend, batch)
+
+
+@backends
+@given(batch=st.sampled_from(FORMATS).flatmap(batches))
+def test_float64_queries_compute_in_float64(backend, batch):
+    properties.attends_over_what_is_stored(backend, replace(batch, q=batch.q.astype(np.float64)))
+
+
+@backends
+@pytest.mark.parametrize("format", FORMATS)
+def test_slots_out_of_range_write_nothing(backend, format):
+    op, arguments = next(iter(valid_calls(format).items()))
+    properties.slots_out_of_range_write_nothing(backend, op, arguments)
 
 
 @backends

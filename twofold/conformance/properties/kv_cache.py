@@ -187,6 +187,24 @@ def only_named_slots_change(backend: Backend, tokens: Tokens) -> None:
         assert same_bits(after, before[name]), f"{name} changed where nobody wrote"
 
 
+def slots_out_of_range_write_nothing(backend: Backend, op: str, arguments: dict[str, Any]) -> None:
+    """A slot beyond the cache is refused, or skipped like -1: never written to some other place."""
+    mappings = [name for name in arguments if name.endswith("slot_mapping")]
+    written = {}
+    for slot in (-1, arguments["k_cache"].size):
+        spoiled = {name: np.concatenate([[slot], arguments[name][1:]]) for name in mappings}
+        call = placed(backend, arguments | spoiled)
+        try:
+            getattr(backend, op)(**call)
+        except ValueError:
+            assert slot != -1, f"{op} refused a slot of -1"
+            return
+        written[slot] = {name: np.array(backend.to_host(x)) for name, x in call.items() if name not in mappings}
+    skipped, beyond = written.values()
+    for name in skipped:
+        assert same_bits(skipped[name], beyond[name]), f"{op}: a slot out of range changed {name}"
+
+
 def only_sealed_groups_change(backend: Backend, batch: Batch) -> None:
     """KIVI: the window changes in the named slots, the quantized arrays in the groups that are complete."""
     cache = Cache(backend, batch.layout, seed=1)

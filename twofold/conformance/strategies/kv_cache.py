@@ -136,8 +136,9 @@ def values(rng: np.random.Generator, shape: tuple[int, ...], kind: str, dtype: s
         x = x * {"tiny": 1e-30, "subnormal scales": 1e-37, "huge": 3e37, "beyond float16": 1e5}[kind]
     elif kind == "one huge":
         x.reshape(-1)[: min(x.size, 1)] = 1e30
-    largest = float(ml_dtypes.finfo(FLOATS[dtype]).max)
-    return np.clip(x, -largest, largest).astype(FLOATS[dtype])
+    numbers = dtype_named(dtype)
+    largest = float(ml_dtypes.finfo(numbers).max)
+    return np.clip(x, -largest, largest).astype(numbers)
 
 
 # ---- tokens to write --------------------------------------------------------------------------------------------
@@ -163,13 +164,13 @@ class Tokens:
 
 
 @st.composite
-def tokens(draw, format: str, kinds: tuple[str, ...] = ORDINARY + EXTREME) -> Tokens:
+def tokens(draw, format: str, *, dtypes: tuple[str, ...] = tuple(FLOATS)) -> Tokens:
     """Tokens for slots anywhere in the cache, some of them skipped. (KIVI's come in order: see `batches`.)"""
     layout = draw(layouts(format))
     num_slots = layout.num_blocks * layout.block_size
     num_tokens = draw(st.integers(0, min(num_slots, 9)), label="num_tokens")
-    kind = draw(one_of(*kinds), label="kind")
-    dtype = draw(one_of(*FLOATS), label="dtype of k and v")
+    kind = draw(one_of(*ORDINARY, *EXTREME), label="kind")
+    dtype = draw(one_of(*dtypes), label="dtype of k and v")
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1), label="seed"))
     slots = rng.permutation(num_slots)[:num_tokens].astype(np.int64)
     slots[rng.random(num_tokens) < draw(one_of(0.0, 0.3, 1.0), label="share skipped")] = -1
