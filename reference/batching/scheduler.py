@@ -136,21 +136,23 @@ class Scheduler(Lifecycle):
         if self.space.has_windows:
             for seq in seqs:
                 self.space.release_past_window(seq)
-        work = self._wanted(plan, request, seqs)
-        if request.search and len(work) < len(seqs):
-            return  # beams are compared with each other: all in one step, or none
+        catching_up = request.search is not None and len(seqs) > 1 and any(seq.num_uncomputed > 1 for seq in seqs)
+        work = self._wanted(plan, request, seqs, but=1 if catching_up else 0)
+        if request.search and not catching_up and len(work) < len(seqs):
+            return  # beams are compared with each other: their last tokens go in one step, or none does
         for seq, num_new in self._fit(plan, request, work):
             self.space.append(seq, num_new)
             self._take(plan, seq, num_new)
 
-    def _wanted(self, plan: StepPlan, request: Request, seqs: list[Sequence]) -> Work:
-        """How many tokens of each sequence the budget allows: all that is uncomputed, and the drafts after it."""
+    def _wanted(self, plan: StepPlan, request: Request, seqs: list[Sequence], *, but: int = 0) -> Work:
+        """Tokens of each sequence that the budget allows: all that are uncomputed, ``but`` so many; and the drafts."""
         work = []
         left = self.config.max_num_batched_tokens - plan.num_tokens
         others = self.rows.num_used - len(plan.seqs) - len(seqs)  # at most so many have yet to get a token
         for seq in seqs:
-            # before the fork, only what all of them share
-            wanted = seq.num_uncomputed if request.forked else len(request.prompt_token_ids) - seq.num_computed
+            wanted = seq.num_uncomputed - but
+            if not request.forked:  # only what all of them share
+                wanted = len(request.prompt_token_ids) - seq.num_computed
             num_new = min(wanted, left)
             if num_new == wanted and seq.drafts:
                 num_new += max(0, min(len(seq.drafts), left - num_new - others))
