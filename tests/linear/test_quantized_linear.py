@@ -1,5 +1,6 @@
 """Linear layers with codes for weights."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -129,7 +130,10 @@ def test_float64_is_computed_in_float64(op):
     assert (np.abs(got - ref64) <= 1e-12 * magnitude).all(), f"off by {np.abs(got - ref64).max()}"
 
 
+FP8 = {"weight": np.ones((4, 6), ml_dtypes.float8_e4m3fn), "weight_scale": np.ones(4, np.float32)}
 GOOD = {
+    "linear_fp8": FP8,
+    "linear_fp8_fp8": FP8,
     "linear_int8": {"weight": np.ones((4, 6), np.int8), "weight_scale": np.ones(4, np.float32)},
     "linear_int8_int8": {"weight": np.ones((4, 6), np.int8), "weight_scale": np.ones(4, np.float32)},
     "linear_int4": {"weight": np.ones((4, 3), np.uint8), "weight_scale": np.ones((4, 2), np.float32), "group_size": 4},
@@ -141,7 +145,14 @@ BAD = [
     ("linear_int8", {"weight_scale": np.ones((4, 1), np.float32)}, "weight_scale"),
     ("linear_int8", {"weight_scale": np.ones((4, 3), np.float32), "group_size": 4}, "weight_scale"),
     ("linear_int8", {"group_size": 0}, "group_size"),
+    ("linear_int8", {"x": np.ones((2, 6), np.int8)}, "x"),
+    ("linear_int8", {"bias": np.ones(4, np.int8)}, "bias"),
+    ("linear_int8", {"out": np.ones((2, 4), np.float64)}, "out"),
     ("linear_int8_int8", {"weight": np.ones((4, 6), np.float32)}, "weight"),
+    ("linear_fp8", {"weight": np.ones((4, 6), np.float32)}, "weight"),
+    ("linear_fp8", {"weight_scale": np.ones((4, 1), np.float32)}, "weight_scale"),
+    ("linear_fp8_fp8", {"weight": np.ones((4, 6), np.int8)}, "weight"),
+    ("linear_fp8_fp8", {"weight_scale": np.ones(6, np.float32)}, "weight_scale"),
     ("linear_int8_int8", {"weight_scale": np.ones(6, np.float32)}, "weight_scale"),
     ("linear_int4", {"weight": np.ones((4, 6), np.uint8)}, "weight"),
     ("linear_int4", {"weight": np.ones((4, 3), np.int8)}, "weight"),
@@ -167,5 +178,8 @@ def test_unknown_formats_are_refused(backend):
     for op, options in (("quantize_rows", {}), ("pack_weight", {}), ("unpack_weight", {"out_features": 2})):
         with pytest.raises(ValueError, match=f"{op}: format: expected"):
             getattr(backend, op)(x, format="int3", **options)
+    for x_bad in (np.ones(3, np.float32), np.ones((2, 2), np.int8)):
+        with pytest.raises(ValueError, match="quantize_rows: x: expected"):
+            backend.quantize_rows(backend.from_host(x_bad), format="int8")
     with pytest.raises(ValueError, match="unpack_weight: packed: expected"):
         backend.unpack_weight(x, format="int8", out_features=3)
