@@ -1,5 +1,7 @@
 """Prompt look-up drafts what the slow search finds."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,6 +20,19 @@ both_backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids
 @settings(max_examples=200)
 def test_is_the_obvious_search(backend, case):
     history, lengths, options = case
+    properties.lookup_is_the_obvious_search(backend, history, lengths, **options)
+
+
+@both_backends
+@pytest.mark.parametrize(("min_ngram", "max_ngram"), [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4)])
+def test_every_short_history(backend, min_ngram, max_ngram):
+    """All histories of two tokens, up to six of them long."""
+    rows = [row for length in range(7) for row in product((0, 1), repeat=length)]
+    history = np.full((len(rows), 6), -7, np.int32)
+    for i, row in enumerate(rows):
+        history[i, : len(row)] = row
+    lengths = np.array([len(row) for row in rows], np.int32)
+    options = {"max_ngram": max_ngram, "min_ngram": min_ngram, "num_draft": 4}
     properties.lookup_is_the_obvious_search(backend, history, lengths, **options)
 
 

@@ -98,15 +98,15 @@ def test_filters_that_are_off_exclude_nothing(backend):
 )
 def test_filters_are_those_of_transformers(temperature, top_k, top_p, min_p):
     """On logits without ties their warpers, put in our order, keep the same tokens with the same probabilities."""
-    logits = np.random.default_rng(1).normal(scale=3, size=(8, 500)).astype(np.float32)
+    logits = np.random.default_rng(1).normal(scale=3, size=(4, 5000)).astype(np.float32)
     theirs = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     theirs += [MinPLogitsWarper(min_p)] if min_p else []
     theirs += [TopKLogitsWarper(top_k)] if top_k else []
     theirs += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    no_ids, scores = cast(Any, torch.zeros(8, 1, dtype=torch.long)), cast(Any, torch.from_numpy(logits.copy()))
+    no_ids, scores = cast(Any, torch.zeros(4, 1, dtype=torch.long)), cast(Any, torch.from_numpy(logits.copy()))
     expected = theirs(no_ids, scores).softmax(1).numpy()
     types = (np.float32, np.int32, np.float32, np.float32)
-    parameters = [np.full(8, x, t) for x, t in zip((temperature, top_k, top_p, min_p), types)]
+    parameters = [np.full(4, x, t) for x, t in zip((temperature, top_k, top_p, min_p), types)]
     ours = reference.filter_logits(logits, *parameters)
     probs = np.exp(ours) / np.exp(ours).sum(axis=1, keepdims=True)
     assert ((probs > 0) == (expected > 0)).all(), "other tokens are kept"
@@ -242,6 +242,15 @@ def test_names_the_row(backend):
     case = Sampling(logits, *(np.resize(x, 3) for x in list(GOOD_SAMPLING.values())[1:]))
     refuses(backend, "sample", "row 1", *case.args())
     refuses(backend, "log_probs", "row 1", logits, np.zeros(3, np.int64), num_top=1)
+    history = GOOD_PENALTIES["history"] + np.array([[0, 0, 0], [0, 0, 9]], np.int32)
+    refuses(backend, "penalize", "row 1", *(GOOD_PENALTIES | {"history": history}).values())
+
+
+@both_backends
+@pytest.mark.parametrize("argument", ["positions", "sample_indices"])
+def test_names_of_draws_are_checked_for_greedy_rows_too(backend, argument):
+    greedy = GOOD_SAMPLING | {"temperature": np.zeros(2, np.float32), argument: np.array([0, -1], np.int32)}
+    refuses(backend, "sample", argument, *greedy.values())
 
 
 GOOD_PENALTIES = {
@@ -270,7 +279,7 @@ BAD_PENALTIES = [
     ("bias_ids", [0, 1]),
     ("bias_ids", [[0, 5], [0, 1]]),
     ("bias_ids", [[0, 0], [0, 1]]),
-    ("bias_values", [[0.0, np.nan], [0, 0]]),
+    ("bias_values", [[np.nan, 0.0], [0, 0]]),
     ("bias_values", [[0.0, np.inf], [0, 0]]),
     ("bias_values", [[0.0], [0.0]]),
 ]

@@ -184,9 +184,9 @@ def penalties(draw) -> Penalties:
         logits,
         history,
         rng.integers(0, lengths + 1, num_rows).astype(np.int32),
-        floats(draw, [1.0, 1.3, 0.5, 100.0], num_rows, "repetition_penalty"),
-        floats(draw, [0.0, 0.4, -2.0], num_rows, "presence_penalty"),
-        floats(draw, [0.0, 0.3, -2.0], num_rows, "frequency_penalty"),
+        floats(draw, [1.0, 1.3, 0.5, 2.0, 100.0], num_rows, "repetition_penalty"),
+        floats(draw, [0.0, 0.4, 1.0, -2.0], num_rows, "presence_penalty"),
+        floats(draw, [0.0, 0.3, 1.0, -2.0], num_rows, "frequency_penalty"),
         bias_ids,
         bias_values,
     )
@@ -258,16 +258,17 @@ def draw_from(rng: np.random.Generator, probs: np.ndarray) -> np.ndarray:
 
 @st.composite
 def histories(draw) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Histories of few different tokens, so that much repeats; ragged, with garbage beyond their lengths."""
-    num_seqs = draw(st.integers(0, 4), label="num_seqs")
-    max_history = draw(st.integers(0, 24), label="max_history")
+    """Histories of few different tokens, so that much repeats, more than ``max_ngram`` too; ragged, with garbage beyond
+    their lengths."""
+    num_seqs = draw(st.sampled_from([2, 1, 4, 0]), label="num_seqs")
+    max_history = draw(st.sampled_from([24, 12, 3, 48, 1, 0]), label="max_history")
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1), label="seed"))
-    history = rng.integers(0, draw(st.sampled_from([1, 2, 4, 50]), label="tokens"), (num_seqs, max_history))
-    lengths = rng.integers(0, max_history + 1, num_seqs).astype(np.int32)
+    history = rng.integers(0, draw(st.sampled_from([2, 4, 1, 50]), label="tokens"), (num_seqs, max_history))
+    lengths = np.where(rng.random(num_seqs) < 0.3, max_history, rng.integers(0, max_history + 1, num_seqs))
     min_ngram = draw(st.integers(1, 3), label="min_ngram")
     options = {
         "min_ngram": min_ngram,
-        "max_ngram": min_ngram + draw(st.integers(0, 4), label="max_ngram - min_ngram"),
-        "num_draft": draw(st.integers(0, 5), label="num_draft"),
+        "max_ngram": min_ngram + draw(st.sampled_from([0, 1, 2, 5, 100]), label="max_ngram - min_ngram"),
+        "num_draft": draw(st.sampled_from([3, 1, 6, 0]), label="num_draft"),
     }
-    return with_strides(draw, history.astype(np.int32)), lengths, options
+    return with_strides(draw, history.astype(np.int32)), lengths.astype(np.int32), options
