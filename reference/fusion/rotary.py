@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Int, Int64
 from numpy import ndarray as Array
 
-from reference._checks import compute_dtype, deliver, require, require_float, require_out, require_shape
+from reference._checks import compute_dtype, require, require_float, require_out, require_shape
+from reference._cores import on_every_core, row_tiles
 from reference.fusion.rms_norm import rms_norm
 from reference.kv_cache.slots import write_kv
 
@@ -196,15 +197,21 @@ def _rotary(
 
 def _turn(x: Array, cos: Array, sin: Array, interleaved: bool, out: Array | None) -> Array:
     """(a, b) * (cos, cos) + (b, a) * (-sin, sin): each number and its partner, all pairs at once."""
-    values = x.astype(compute_dtype(x.dtype), copy=False)
-    width = cos.shape[-1]
-    pairs, rest = values[..., :width], values[..., width:]
-    first = slice(0, None, 2) if interleaved else slice(0, width // 2)
-    second = slice(1, None, 2) if interleaved else slice(width // 2, None)
-    turned = _by_pairs(pairs[..., second], pairs[..., first], interleaved)
-    turned *= sin
-    turned += pairs * cos
-    return deliver(np.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned, x.dtype, out)
+    width, compute = cos.shape[-1], compute_dtype(x.dtype)
+    first = slice(0, width, 2) if interleaved else slice(0, width // 2)
+    second = slice(1, width, 2) if interleaved else slice(width // 2, width)
+    out = np.empty(x.shape, x.dtype) if out is None else out
+
+    def turn_rows(rows: slice) -> None:
+        values = x[rows].astype(compute, copy=False)
+        turned = _by_pairs(values[..., second], values[..., first], interleaved)
+        turned *= sin[rows]
+        turned += values[..., :width] * cos[rows]
+        out[rows, :, :width] = turned
+        out[rows, :, width:] = values[..., width:]
+
+    on_every_core(turn_rows, row_tiles(len(x), x.shape[1] * x.shape[2]))
+    return out
 
 
 def _by_pairs(first: Array, second: Array, interleaved: bool) -> Array:

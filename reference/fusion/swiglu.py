@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray as Array
 
-from reference._checks import compute_dtype, deliver, require, require_float, require_out, require_shape
+from reference._checks import compute_dtype, require, require_float, require_out, require_shape
+from reference._cores import on_every_core, row_tiles
 from reference.fusion.linear_add import linear_add
 
 
@@ -46,15 +47,20 @@ def swiglu(
     half = width // 2
     require_out("swiglu", out, (num_tokens, half), gate_up.dtype)
     compute = compute_dtype(gate_up.dtype)
+    out = np.empty((num_tokens, half), gate_up.dtype) if out is None else out
 
-    gate, up = gate_up[:, :half].astype(compute, copy=False), gate_up[:, half:].astype(compute, copy=False)
-    gated = np.negative(gate, out=out if gate_up.dtype == compute else None)
-    with np.errstate(over="ignore"):  # e^-z is infinite only where silu(z) = z / inf is 0 in truth as well
-        np.exp(gated, out=gated)
-    gated += 1.0
-    np.divide(gate, gated, out=gated)
-    gated *= up
-    return gated if gated is out else deliver(gated, gate_up.dtype, out)
+    def gate_rows(rows: slice) -> None:
+        gate, up = gate_up[rows, :half].astype(compute, copy=False), gate_up[rows, half:].astype(compute, copy=False)
+        gated = np.negative(gate)
+        with np.errstate(over="ignore"):  # e^-z is infinite only where silu(z) = z / inf is 0 in truth as well
+            np.exp(gated, out=gated)
+        gated += 1.0
+        np.divide(gate, gated, out=gated)
+        gated *= up
+        out[rows] = gated
+
+    on_every_core(gate_rows, row_tiles(num_tokens, half))
+    return out
 
 
 def swiglu_linear_add(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -81,6 +81,10 @@ yarn = st.fixed_dictionaries(
 )
 
 
+EDGE = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 2.0, "beta_slow": 2.0, "truncate": False}
+
+
+@example(scaling=EDGE | {"original_max_position_embeddings": 2048}, base=10000.0, head_dim=64)
 @given(
     scaling=st.none() | linear | llama3 | yarn,
     base=st.sampled_from([100.0, 10000.0, 500000.0]),
