@@ -157,6 +157,45 @@ def test_what_cannot_be_served_is_named_and_leaves_nothing_behind(tensors, confi
     assert bank.add("good", GOOD, {}) == 0
 
 
+def test_an_adapter_added_between_steps_serves_the_next():
+    """And those that were there keep their numbers and their function."""
+    config, tensors = random_model("llama")
+    decoder, bank, tokens = (
+        Decoder(config, tensors, backend=reference),
+        AdapterBank(config, backend=reference),
+        [[5, 6, 7]],
+    )
+    for i in range(3):
+        adapter, options = random_adapter(config, rank=1 + i, seed=i)
+        assert bank.add(f"adapter {i}", adapter, options) == i
+        for j in range(i + 1):
+            adapter, _ = random_adapter(config, rank=1 + j, seed=j)
+            merged = Decoder(config, properties.merged(config, tensors, adapter, 2.0), backend=reference)
+            got = properties.paged_logits(decoder, tokens, [[3]], adapters=bank, adapter_of=[j])
+            properties.assert_same_logits(got, properties.paged_logits(merged, tokens, [[3]]), f"{j} of {i + 1}")
+
+
+def test_a_pattern_is_whole_words_of_a_layers_name():
+    """Not any end of it: "proj" is no module, and "q_proj" is not "k_proj"."""
+    config, bases = random_model("llama")[0], {}
+    for pattern in (
+        "proj",
+        "_proj",
+        "attn.q_proj",
+        "k_proj",
+        "q_proj",
+        "self_attn.q_proj",
+        "layers.0.self_attn.q_proj",
+    ):
+        bank = AdapterBank(config, backend=reference)
+        bank.add("a", GOOD, {"lora_alpha": 2, "alpha_pattern": {pattern: 20}})
+        base = bank.apply(np.zeros((1, 32)), np.ones((1, 32)), 0, ["self_attn.q_proj"], np.zeros(1, np.int32))
+        bases[pattern] = base[0, 0] / 64  # scaling 1 gives 64: ranks of 2, 32 features, all ones
+    matching = {pattern for pattern, factor in bases.items() if factor == 10}
+    assert matching == {"q_proj", "self_attn.q_proj", "layers.0.self_attn.q_proj"}
+    assert {factor for pattern, factor in bases.items() if pattern not in matching} == {1}
+
+
 def test_a_name_is_taken_once():
     bank = AdapterBank(random_model("llama")[0], backend=reference)
     bank.add("a", GOOD, {})

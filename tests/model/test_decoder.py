@@ -31,7 +31,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq
 LLAMA3 |= {"original_max_position_embeddings": 32}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 CHECKPOINTS = {
-    "llama 2": (transformers.LlamaConfig, {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+    "llama 2": (transformers.LlamaConfig, {"num_key_value_heads": 4, "rms_norm_eps": 0.03}),
     "llama 3": (transformers.LlamaConfig, {"rope_parameters": LLAMA3}),
     "llama, biases, linear scaling": (
         transformers.LlamaConfig,
@@ -61,7 +61,7 @@ CHECKPOINTS = {
         transformers.Qwen2Config,
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "tie_word_embeddings": True},
     ),
-    "qwen3": (transformers.Qwen3Config, {"head_dim": 24}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 24, "rms_norm_eps": 0.03}),
     "qwen3, biases, the first layer sliding": (
         transformers.Qwen3Config,
         {
