@@ -1,6 +1,7 @@
 """A model's config is read from Hugging Face's files as transformers reads them, and hostile ones are refused."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import transformers
@@ -196,3 +197,11 @@ def test_a_missing_count_of_kv_heads_is_only_the_old_llamas_way():
     assert ModelConfig.from_hf(without).num_kv_heads == 4
     with pytest.raises(ValueError, match="num_key_value_heads"):
         ModelConfig.from_hf(without | {"model_type": "mistral", "architectures": None})
+
+
+def test_a_config_made_by_hand_is_checked_alike():
+    """As for a GGUF, whose fields have other names."""
+    good = ModelConfig.from_hf(SMALL)
+    for field, bad in (("family", "gpt2"), ("num_layers", 0), ("sliding_layers", (True,)), ("vocab_size", 2**40)):
+        with pytest.raises(ValueError, match=f"ModelConfig: {field}"):
+            replace(good, **{field: bad})
