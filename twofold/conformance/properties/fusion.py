@@ -170,7 +170,8 @@ def fused_is_its_parts(backend: Backend, call: Call) -> None:
 
 
 def _parts(backend: Backend, call: Call) -> dict[str, np.ndarray]:
-    a, options = {name: np.array(array) for name, array in call.arrays.items()}, call.options
+    a = call.arrays | {name: np.array(call.arrays[name]) for name in call.mutates}  # in the same layout as for the op
+    options = call.options
     if call.op == "add_rms_norm":
         total = (widen32(a["x"]) + widen32(a["residual"])).astype(a["x"].dtype)
         return {"out": backend.rms_norm(total, a["weight"], **options), "residual_out": total}
