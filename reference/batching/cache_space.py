@@ -309,6 +309,7 @@ class CacheSpace:
                 swaps.append(Swap(key, index, [*block_of.values()], host_rows))
         for seq, of_seq in zip(request.live, tables):
             seq.tables, seq.host_rows = tuple(of_seq), []
+            seq.last_step = self._step  # which fills the blocks, whether it computes a token or not
             if seq.tables:
                 self.take_row(seq)
         return swaps

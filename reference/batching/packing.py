@@ -106,7 +106,7 @@ class Batch:
     Attributes:
         step: Counts the launched steps.
         copies: (source, target) blocks, one list a pool.
-        drops: Keys of swapped blocks that nobody will want again.
+        drops: Keys of swapped blocks that nobody will want again; one that is not there is no error.
         adapter_ids: None if no sequence of the step has an adapter.
         logit_rows: Token rows whose logits are wanted; one may be named several times.
     """

@@ -331,6 +331,8 @@ class Scheduler(Lifecycle):
 
     def fail_in_flight(self, error: str) -> list[RequestOutput]:
         """A step failed, and with it whatever is in the cache: running requests end, those that wait begin anew."""
+        for plan in self.in_flight:  # nobody knows how far it came: what it was to take from the host goes again
+            self.drops += [*plan.drops, *(swap.key for swap in plan.swaps_in)]
         self.in_flight.clear()
         self.space.step_resulted(self._num_steps - 1)
         self.space.forget_prefixes()
