@@ -1,6 +1,10 @@
 """Hypothesis profiles: `ci` repeats the same examples on every run; `explore` looks for new ones and remembers them."""
 
 import os
+
+# One thread for each of pytest's processes (`-n logical` starts one a core); before anything imports NumPy or torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest

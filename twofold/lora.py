@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from twofold.checkpoints.bounded import read_json_object
+from twofold.bounded import read_json_object
 from twofold.checkpoints.safetensors import SafetensorsFile
 from twofold.errors import TwofoldError
 
