@@ -53,9 +53,7 @@ def test_float64_to_float32_is_the_hardware_s(backend):
         with np.errstate(over="ignore"):
             expected = clipped.astype(np.float32)
         got = properties.call(backend, "cast", x, "float32", saturate=saturate)
-        assert properties.same_bits(got, expected), (
-            f"cast to float32, saturate={saturate}: not the processor's"
-        )
+        assert properties.same_bits(got, expected), f"cast to float32, saturate={saturate}: not the processor's"
 
 
 @both_backends
