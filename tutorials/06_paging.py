@@ -118,8 +118,8 @@ for top, name, table, color in ((5.2, "sequence A", (7, 1), "a"), (1.7, "sequenc
         axes.add_patch(Rectangle((x, top), 1.9, 1, fill=False, edgecolor=colors[color], lw=1.5))
         axes.text(x + 0.95, top + 0.48, str(block), ha="center", va="center", color="#333333")
         bend = {"arrowstyle": "->", "color": colors["shared" if index == 0 else color], "lw": 1.3}
-        rad = (-0.25 if top > 3 else 0.25) if index == 0 else 0
-        start = (x + 0.95, top + (1 if top > 3 else 0)) if index == 0 else (x + 1.9, top + 0.5)
+        rad = (-0.08 if top > 3 else 0.1) if index == 0 else 0
+        start = (x + 0.95, top) if index == 0 else (x + 1.9, top + 0.5)
         axes.annotate("", (10.9, 7 - block + 0.5), start, arrowprops=bend | {"connectionstyle": f"arc3,rad={rad}"})
 axes.text(13, 8.25, "the pool", ha="center", color="#666666")
 axes.text(16.4, 6.5, "A's last block", va="center", color=colors["a"], fontsize=9)
@@ -273,14 +273,15 @@ for column, step in enumerate(steps):
         arrow = {"arrowstyle": "->", "color": "#c2571a", "lw": 1.5, "connectionstyle": "arc3,rad=0.3"}
         axes.annotate("", (column, target), (column - 1, source), arrowprops=arrow)
 axes.plot([], [], color="#c2571a", label="copied")
-axes.set(xlabel="step", ylabel="block", title="three samples of one prompt")
+axes.set(xlabel="step", ylabel="block", title="three samples of one prompt", xlim=(-0.8, 24.5))
 axes.set_yticks(range(len(owners)))
 axes.legend(frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22))
 None
 
 # %% [markdown]
 # Is a copy what it should be? In the slots of the prompt, where nobody has written since, a copy and its source must agree
-# to the bit, in every layer. After them each sample wrote its own tokens.
+# to the bit, in every layer. After them each sample wrote its own tokens (alike only as
+# long as they drew the same ones).
 
 # %%
 (source, target), *_ = next(step["copies"][0] for step in steps if step["copies"][0])
