@@ -149,7 +149,7 @@ def rotary(
 
     Args:
         q: Queries.
-        k: Keys.
+        k: Keys, of the same dtype.
         cos: From ``rotary_tables``.
         sin: From ``rotary_tables``.
         positions: Each token's place in its sequence; a row of the tables.
@@ -157,7 +157,7 @@ def rotary(
             2i + 1 (True, as in the paper). A model is trained with one; the other gives nonsense quietly.
 
     Returns:
-        The turned q and k, each in its own dtype. Features past 2 * ``half_dim`` pass through unturned.
+        The turned q and k, in their dtype. Features past 2 * ``half_dim`` pass through unturned.
 
     Raises:
         ValueError: If shapes disagree or a position has no row.
@@ -183,7 +183,8 @@ def _rotary(
     require_shape(op, "cos", cos, (None, None))
     require_shape(op, "sin", sin, cos.shape)
     require_float(op, "q", q)
-    require_float(op, "k", k)
+    if k.dtype != q.dtype:
+        require(False, op, "k", f"the dtype of q, {q.dtype}", k.dtype)
     require_out(op, out, q.shape, q.dtype)
     max_positions, half_dim = cos.shape
     if 2 * half_dim > head_dim:
@@ -192,26 +193,23 @@ def _rotary(
         require(False, op, "positions", f"from 0 to {max_positions - 1}", positions)
     cos, sin = cos[positions][:, None, :], sin[positions][:, None, :]  # the same for every head
     cos, sin = _by_pairs(cos, cos, interleaved), _by_pairs(-sin, sin, interleaved)
-    return _turn(q, cos, sin, interleaved, out), _turn(k, cos, sin, interleaved, None)
-
-
-def _turn(x: Array, cos: Array, sin: Array, interleaved: bool, out: Array | None) -> Array:
-    """(a, b) * (cos, cos) + (b, a) * (-sin, sin): each number and its partner, all pairs at once."""
-    width, compute = cos.shape[-1], compute_dtype(x.dtype)
-    first = slice(0, width, 2) if interleaved else slice(0, width // 2)
-    second = slice(1, width, 2) if interleaved else slice(width // 2, width)
-    out = np.empty(x.shape, x.dtype) if out is None else out
+    width, num_heads, compute = 2 * half_dim, q.shape[1], compute_dtype(q.dtype)
+    first = slice(0, width, 2) if interleaved else slice(0, half_dim)
+    second = slice(1, width, 2) if interleaved else slice(half_dim, width)
+    q_out, k_out = np.empty(q.shape, q.dtype) if out is None else out, np.empty(k.shape, k.dtype)
 
     def turn_rows(rows: slice) -> None:
-        values = x[rows].astype(compute, copy=False)
-        turned = _by_pairs(values[..., second], values[..., first], interleaved)
-        turned *= sin[rows]
-        turned += values[..., :width] * cos[rows]
-        out[rows, :, :width] = turned
-        out[rows, :, width:] = values[..., width:]
+        """(a, b) * (cos, cos) + (b, a) * (-sin, sin): each number and its partner, all pairs of all heads at once."""
+        heads = np.concatenate([q[rows], k[rows]], axis=1).astype(compute, copy=False)
+        partners = _by_pairs(heads[..., second], heads[..., first], interleaved)
+        partners *= sin[rows]
+        turned = heads[..., :width]  # a view: what lies past it stays
+        turned *= cos[rows]
+        turned += partners
+        q_out[rows], k_out[rows] = heads[:, :num_heads], heads[:, num_heads:]
 
-    on_every_core(turn_rows, row_tiles(len(x), x.shape[1] * x.shape[2]))
-    return out
+    on_every_core(turn_rows, row_tiles(num_tokens, (num_heads + k.shape[1]) * head_dim))
+    return q_out, k_out
 
 
 def _by_pairs(first: Array, second: Array, interleaved: bool) -> Array:

@@ -56,8 +56,7 @@ def swiglu(
             np.exp(gated, out=gated)
         gated += 1.0
         np.divide(gate, gated, out=gated)
-        gated *= up
-        out[rows] = gated
+        np.multiply(gated, up, out=out[rows], casting="unsafe")  # rounded, where out is narrower
 
     on_every_core(gate_rows, row_tiles(num_tokens, half))
     return out
