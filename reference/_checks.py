@@ -18,7 +18,11 @@ def require(condition: Any, op: str, argument: str, expected: str, got: Any) -> 
 
 def require_shape(op: str, argument: str, array: np.ndarray, shape: tuple[int | None, ...]) -> None:
     """``array`` must have ``shape``; None allows any length on that axis."""
-    if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape)):
+    fits = array.ndim == len(shape)
+    for want, have in zip(shape, array.shape):  # a loop: this runs a thousand times in a step of a model
+        if want is not None and want != have:
+            fits = False
+    if not fits:
         wanted = ", ".join("*" if n is None else str(n) for n in shape)
         require(False, op, argument, f"shape [{wanted}]", list(array.shape))
 
