@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
@@ -60,7 +60,6 @@ def test_normal_is_its_formula(backend, named):
 @both_backends
 @every_draw
 @given(named=inputs.draws(), fewer=st.integers(0, 131))
-@settings(max_examples=100)
 def test_draws_do_not_depend_on_company(backend, op, named, fewer):
     properties.draws_do_not_depend_on_company(backend, op, named, fewer)
 

@@ -188,7 +188,7 @@ def frequencies_follow(counts: np.ndarray, probs: np.ndarray, what: str) -> None
     assert statistic < limit, f"{what}: chi-square {statistic:.1f} > {limit:.1f}: {counts} for {counts.sum() * probs}"
 
 
-def draws_follow_the_softmax(backend: Backend, row: Filtering, varied: str, num_draws: int = 3000) -> None:
+def draws_follow_the_softmax(backend: Backend, row: Filtering, varied: str, num_draws: int = 2000) -> None:
     """Over many seeds, positions or sample indices, tokens come as often as the softmax of the filtered row says."""
     case = row.rows(np.zeros(num_draws, int))
     zeros, counter = np.zeros(num_draws, int), np.arange(num_draws)
