@@ -1,5 +1,8 @@
 """The decoder is one function of a sequence, however it is cut, batched, placed and stored; on every backend."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +10,7 @@ from hypothesis import strategies as st
 import reference
 from reference.linear.weight import WEIGHT_FORMATS
 from reference.model.config import FAMILIES
-from reference.model.decoder import Decoder
+from reference.model.decoder import Decoder, overlay
 from twofold.conformance import plain_torch
 from twofold.conformance.properties import model as properties
 from twofold.conformance.strategies.model import models, random_adapter, random_model, token_steps
@@ -41,6 +44,42 @@ def test_rounded_weights_are_their_values(backend, format):
     """Every format whose activations stay as they are."""
     model = random_model("qwen2", seed=4, hidden_size=64, intermediate_size=128, num_heads=8)
     properties.rounded_weights_are_their_values(backend, model, format, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("format", "op", "codes"), [("w8a8", "linear_int8_int8", "int8"), ("fp8a8", "linear_fp8_fp8", "float8_e4m3fn")]
+)
+def test_rounded_activations_are_their_values(format, op, codes):
+    """Formats that round activations per token give what a float layer makes of the rounded numbers."""
+
+    def by_values(x, weight, weight_scale, bias=None, *, out=None):
+        rounded, scale = reference.quantize_rows(x, format=codes)
+        values, matrix = (a.astype(np.float32) * s[:, None] for a, s in ((rounded, scale), (weight, weight_scale)))
+        return reference.linear(values, matrix, bias, out=out)
+
+    model = random_model("qwen2", seed=4, hidden_size=64, num_heads=8)
+    backends = (reference, overlay(SimpleNamespace(**{op: by_values}), reference))
+    got, expected = (
+        properties.paged_logits(Decoder(*model, backend=backend, weight_format=format), [TOKENS], [[13]])
+        for backend in backends
+    )
+    properties.assert_same_logits(got, expected, format)
+    floats = properties.paged_logits(Decoder(*model, backend=reference), [TOKENS], [[13]])
+    assert properties.relative_error(got[0], floats[0]) > 1e-3, f"{format} was not used"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kv_format", ["int8", "fp8", "int4"])
+def test_chunked_is_whole_in_a_quantized_cache(backend, kv_format):
+    """A chunk's own keys are read back from the cache like those before it, so cuts do not show."""
+    decoder = Decoder(*random_model("qwen3", seed=7, head_dim=16), backend=backend)
+    got, expected = (
+        properties.paged_logits(decoder, [TOKENS, TOKENS[4:]], steps, kv_format=kv_format, block_size=8)
+        for steps in ([[5, 2], [7, 0], [1, 7]], [[13, 9]])
+    )
+    properties.assert_same_logits(got, expected, kv_format)
+    floats = properties.paged_logits(decoder, [TOKENS], [[13]])
+    assert properties.relative_error(got[0], floats[0]) > 1e-4, f"{kv_format} was not used"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
