@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from reference.batching.engine import Engine, StepOutput
 from reference.batching.packing import Batch
-from reference.batching.request import FinishReason, Request, RequestOutput, SequenceOutput, Status
+from reference.batching.request import FinishReason, Request, RequestOutput, SamplingParams, SequenceOutput, Status
 from reference.kv_cache.block_pool import RELEASED
 from twofold.conformance.strategies.batching import (
     FakeDrafter,
@@ -63,6 +63,16 @@ class Scheduling(RuleBasedStateMachine):
             self.requests[request.request_id] = request
         except ValueError:
             assert self.owners(0) == before, "a refused request holds memory"
+
+    @precondition(lambda self: self.gained)
+    @rule(data=st.data(), n=st.integers(1, 2))
+    def go_on(self, data, n):
+        """A conversation: somebody's prompt and what one of its samples has said so far, as a new prompt."""
+        request_id, index = data.draw(st.sampled_from(sorted(self.gained)), label="sample")
+        first = self.requests[request_id]
+        prompt = first.prompt_token_ids + self.gained[request_id, index] + [9]
+        params = SamplingParams(n=n, max_tokens=3, seed=1)
+        self.add_one(Request(f"r{len(self.requests)}", prompt, params, first.adapter, first.cache_salt))
 
     @precondition(lambda self: self.engine.has_unfinished())
     @rule(count=st.integers(1, 8))
