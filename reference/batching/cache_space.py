@@ -15,8 +15,9 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
 from reference.batching.config import EngineConfig
-from reference.batching.packing import RunningRows, Swap
+from reference.batching.plan import Swap
 from reference.batching.request import Request, Sequence, Status
+from reference.batching.running_rows import RunningRows
 from reference.kv_cache.block_pool import RELEASED, BlockPool
 from reference.kv_cache.block_table import BlockTable
 from reference.kv_cache.prefix_cache import PrefixCache, block_keys, match_pools

@@ -14,9 +14,11 @@ import numpy as np
 
 from reference.batching.cache_space import CacheSpace
 from reference.batching.config import EngineConfig
-from reference.batching.packing import RunningRows, StepPlan, pack
+from reference.batching.packing import pack
+from reference.batching.plan import StepPlan
 from reference.batching.request import Sequence
 from reference.batching.runner import Runner, StepResult
+from reference.batching.running_rows import RunningRows
 
 
 def _room(seq: Sequence, num_drafts: int) -> int:

@@ -9,7 +9,6 @@ from collections import deque
 from reference.batching.beams import BeamSearch
 from reference.batching.cache_space import CacheSpace
 from reference.batching.config import EngineConfig
-from reference.batching.packing import RunningRows
 from reference.batching.request import (
     CompletionOutput,
     FinishReason,
@@ -21,6 +20,7 @@ from reference.batching.request import (
     StepOutput,
     TokenLogprobs,
 )
+from reference.batching.running_rows import RunningRows
 
 
 class Lifecycle:

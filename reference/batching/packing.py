@@ -8,7 +8,6 @@ arrays, changed where they change. So packing a step is a dozen gathers, whateve
 rebuilt, and no loop runs over tokens.
 """
 
-from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -16,23 +15,9 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 from numpy import ndarray as Array
 
-from reference.batching.request import Request, Sequence
-
-
-@dataclass(frozen=True)
-class Swap:
-    """Blocks of one pool on their way to the host or back.
-
-    Attributes:
-        key: Names what the host keeps, from the way out until it is dropped.
-        block_ids: In the pool.
-        host_rows: Which of the rows kept under ``key`` they are, as many as ``block_ids``.
-    """
-
-    key: int
-    pool: int
-    block_ids: list[int]
-    host_rows: list[int]
+from reference.batching.plan import StepPlan, Swap
+from reference.batching.request import Sequence
+from reference.batching.running_rows import RunningRows
 
 
 @dataclass
@@ -132,147 +117,6 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens that the model computes in this step; 0 for a step that only moves blocks."""
         return len(self.token_ids)
-
-
-@dataclass
-class StepPlan:
-    """What the scheduler chose for one step: which sequences, how many tokens of each, and what their logits are for.
-
-    Attributes:
-        num_new: Tokens of each sequence.
-        sources: Of each sequence, where the step before draws the token that is still in flight.
-        drawn, samples: Of each drawn row the sequence's place in ``seqs``, and the sample index.
-        verified: Places of the sequences whose drafts are verified.
-        drafts: Their drafts, by place.
-        beams: Beam searches, each with the places of its beams.
-        admitted, preempted: Ids of the requests.
-        seq_lens, logit_owner: Tokens of each sequence after the step; of each logit row the place. Filled by `pack`.
-    """
-
-    step: int
-    seqs: list[Sequence] = field(default_factory=list)
-    num_new: list[int] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
-    num_tokens: int = 0
-    drawn: list[int] = field(default_factory=list)
-    samples: list[int] = field(default_factory=list)
-    verified: list[int] = field(default_factory=list)
-    drafts: dict[int, list[int]] = field(default_factory=dict)
-    beams: list[tuple[Request, list[int]]] = field(default_factory=list)
-    swaps_out: list[Swap] = field(default_factory=list)
-    swaps_in: list[Swap] = field(default_factory=list)
-    drops: list[int] = field(default_factory=list)
-    copies: tuple[list[tuple[int, int]], ...] = ()
-    admitted: list[str] = field(default_factory=list)
-    preempted: list[str] = field(default_factory=list)
-    seq_lens: Int32[Array, " num_seqs"] = field(default_factory=lambda: np.zeros(0, np.int32))
-    logit_owner: Int64[Array, " num_rows"] = field(default_factory=lambda: np.zeros(0, np.int64))
-
-    def add(self, seq: Sequence, num_new: int) -> int:
-        """Put a sequence into the step; its place."""
-        place = len(self.seqs)
-        self.seqs.append(seq)
-        self.num_new.append(num_new)
-        self.sources.append(seq.source)
-        self.num_tokens += num_new
-        return place
-
-    def inherit(self, unlaunched: "StepPlan | None") -> None:
-        """What a plan that came to nothing did nevertheless."""
-        if unlaunched is not None:
-            self.admitted = unlaunched.admitted + self.admitted
-            self.preempted = unlaunched.preempted + self.preempted
-
-    def add_beam(self, request: Request, place: int) -> None:
-        """One more beam of the search that is being scheduled."""
-        if not self.beams or self.beams[-1][0] is not request:
-            self.beams.append((request, []))
-        self.beams[-1][1].append(place)
-
-    def filled_a_block(self, block_size: int) -> list[int]:
-        """Places of the sequences that completed a block in this step."""
-        before = self.seq_lens - np.array(self.num_new, np.int32)
-        return np.flatnonzero(self.seq_lens // block_size > before // block_size).tolist()
-
-
-class RunningRows:
-    """A row of arrays for each running sequence.
-
-    Attributes:
-        token_ids: By position; drafts stand after the known tokens. What is past them is left over from before.
-        block_tables: One array a pool; -1 where there is no block.
-    """
-
-    def __init__(self, max_rows: int, max_model_len: int, block_size: int, num_pools: int):
-        self.block_size = block_size
-        # zeros, not empty or full: pages of memory that nobody touches are never made real
-        self.token_ids = np.zeros((max_rows, max_model_len), np.int32)
-        blocks = -(-max_model_len // block_size)
-        self.block_tables = [np.full((max_rows, blocks), -1, np.int32) for _ in range(num_pools)]
-        self.prompt_lens = np.zeros(max_rows, np.int32)
-        self.temperature = np.zeros(max_rows, np.float32)
-        self.top_k = np.zeros(max_rows, np.int32)
-        self.top_p = np.ones(max_rows, np.float32)
-        self.min_p = np.zeros(max_rows, np.float32)
-        self.seeds = np.zeros(max_rows, np.int64)
-        self.adapter_ids = np.full(max_rows, -1, np.int32)
-        self.penalized = np.zeros(max_rows, bool)
-        self.repetition_penalty = np.ones(max_rows, np.float32)
-        self.presence_penalty = np.zeros(max_rows, np.float32)
-        self.frequency_penalty = np.zeros(max_rows, np.float32)
-        self.logit_bias: list[Mapping[int, float]] = [{}] * max_rows
-        self.num_top = np.full(max_rows, -1, np.int32)
-        self._free = list(range(max_rows - 1, -1, -1))
-
-    @property
-    def num_used(self) -> int:
-        """Sequences that run."""
-        return len(self.prompt_lens) - len(self._free)
-
-    def claim(self, seq: Sequence) -> None:
-        """Give a sequence a row, with its tokens and parameters; its block tables are empty."""
-        row = seq.row = self._free.pop()
-        params = seq.request.params
-        self.token_ids[row, : len(seq.token_ids)] = seq.token_ids
-        self.prompt_lens[row] = len(seq.request.prompt_token_ids)
-        self.temperature[row] = params.temperature
-        self.top_k[row] = max(params.top_k, 0)
-        self.top_p[row] = params.top_p
-        self.min_p[row] = params.min_p
-        self.seeds[row] = seq.request.seed
-        self.adapter_ids[row] = seq.request.adapter_id
-        self.penalized[row] = params.has_penalties
-        self.repetition_penalty[row] = params.repetition_penalty
-        self.presence_penalty[row] = params.presence_penalty
-        self.frequency_penalty[row] = params.frequency_penalty
-        self.logit_bias[row] = params.logit_bias or {}
-        self.num_top[row] = -1 if params.logprobs is None else params.logprobs
-
-    def give_up(self, seq: Sequence) -> None:
-        """The sequence stops running: its row is anybody's."""
-        for table in self.block_tables:
-            table[seq.row] = -1
-        self._free.append(seq.row)
-        seq.row = -1
-
-    def write_blocks(self, seq: Sequence, pool: int, first: int = 0) -> None:
-        """The sequence's block table changed from its ``first`` block on."""
-        block_ids = seq.tables[pool].block_ids
-        row = self.block_tables[pool][seq.row]
-        row[first : len(block_ids)] = block_ids[first:]
-        row[len(block_ids) :] = -1
-
-    def write_tokens(self, seq: Sequence, count: int) -> None:
-        """The sequence's last ``count`` tokens are new; nothing to do if it does not run."""
-        if seq.row >= 0:
-            end = len(seq.token_ids)
-            for position in range(end - count, end):
-                self.token_ids[seq.row, position] = seq.token_ids[position]
-
-    def write_drafts(self, seq: Sequence) -> None:
-        """The sequence's drafts, behind its tokens."""
-        end = len(seq.token_ids)
-        self.token_ids[seq.row, end : end + len(seq.drafts)] = seq.drafts
 
 
 def pack(plan: StepPlan, rows: RunningRows) -> Batch:

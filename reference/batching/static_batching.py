@@ -12,7 +12,7 @@ padded batches of old went on to reserve. And nothing is padded: prompts of diff
 import math
 
 from reference.batching.config import EngineConfig
-from reference.batching.packing import StepPlan
+from reference.batching.plan import StepPlan
 from reference.batching.request import Request, RequestOutput, Sequence
 from reference.batching.scheduler import Scheduler
 

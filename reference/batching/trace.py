@@ -42,7 +42,7 @@ from typing import IO, Any
 
 from reference.batching.config import EngineConfig
 from reference.batching.metrics import StepRecord
-from reference.batching.packing import StepPlan, Swap
+from reference.batching.plan import StepPlan, Swap
 from reference.batching.request import Request, RequestOutput, StepOutput
 from reference.batching.scheduler import Scheduler
 

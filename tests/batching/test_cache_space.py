@@ -4,8 +4,8 @@ import pytest
 
 from reference.batching.cache_space import CacheSpace
 from reference.batching.config import EngineConfig
-from reference.batching.packing import RunningRows
 from reference.batching.request import Request, SamplingParams, Sequence
+from reference.batching.running_rows import RunningRows
 
 
 def make_space(**settings) -> CacheSpace:
