@@ -108,7 +108,8 @@ class Engine:
                 raise ValueError(f"{name}: {what}: token {unknown[0]} is not in the vocabulary of {size}")
         if (params.logprobs or 0) > size:
             raise ValueError(f"{name}: logprobs: expected at most the vocabulary's {size}, got {params.logprobs}")
-        if request.num_beams * (2 + len(params.stop_token_ids) + len(self.config.eos_token_ids)) > size:
+        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self.config.eos_token_ids)}
+        if request.num_beams * max(2, 1 + len(stop_ids)) > size:  # the candidates of a step
             raise ValueError(f"{name}: num_beams: {request.num_beams} are too many for a vocabulary of {size}")
 
     def has_unfinished(self) -> bool:

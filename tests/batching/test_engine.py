@@ -182,6 +182,7 @@ def test_adapters_and_salts_do_not_share_prefixes():
         (Request("r", [5] * 45, SamplingParams()), "never hold"),
         (Request("r", [5], SamplingParams(n=9)), "max_num_seqs"),
         (Request("r", [5], num_beams=7), "beams"),
+        (Request("r", [5], SamplingParams(stop_token_ids=list(range(20))), num_beams=3), "too many for a vocabulary"),
         (Request("r", [5, 61], SamplingParams()), "vocabulary"),
         (Request("r", [5], SamplingParams(logit_bias={99: 1.0})), "vocabulary"),
         (Request("r", [5], SamplingParams(logprobs=62)), "logprobs"),
