@@ -84,9 +84,9 @@ class Batch:
     It names sequences, not values still in flight: where ``token_ids`` is -1 the token is the one drawn in row
     ``token_sources`` of the step before.
 
-    The order within a step, which is also what makes it safe to hand out memory early: ``swaps_out``, ``swaps_in``,
-    ``drops``, ``copies``, then the model. A block may be the target of a swap in and the source of a copy at once (a
-    sequence that comes back shares its last block with a fork), never the other way round.
+    The order within a step: ``swaps_out``, ``swaps_in``, ``drops``, ``copies``, then the model. Swaps in come before
+    copies: of two forks that come back from the host and share their last block, one copies it in the same step. Beyond
+    that the lists do not touch each other: what a step reads is nobody else's before its result has been read.
 
     Attributes:
         step: Counts the launched steps.

@@ -31,6 +31,23 @@ class Scheduler(ResultReader):
 
     Args:
         speculative: Drafts are proposed between the steps (`drafting`): sequences wait for their results.
+
+    Example:
+        >>> import numpy as np
+        >>> from reference.batching.runner import StepResult
+        >>> config = EngineConfig(num_blocks=8, max_model_len=16, block_size=4, max_num_batched_tokens=4)
+        >>> scheduler = Scheduler(config)
+        >>> scheduler.add(Request("a", [5, 6, 7, 8, 9, 10]))
+        >>> batch = scheduler.schedule()                         # a chunk of the prompt: nothing is drawn yet
+        >>> batch.token_ids, batch.slot_mappings[0], batch.logit_rows
+        (array([5, 6, 7, 8], dtype=int32), array([0, 1, 2, 3]), array([], dtype=int32))
+        >>> scheduler.update(StepResult(token_ids=np.array([], np.int64))).sequences
+        []
+        >>> batch = scheduler.schedule()                         # the rest of it
+        >>> batch.positions, batch.block_tables[0], batch.logit_rows
+        (array([4, 5], dtype=int32), array([[0, 1]], dtype=int32), array([1], dtype=int32))
+        >>> scheduler.update(StepResult(token_ids=np.array([42]))).sequences[0].new_token_ids
+        [42]
     """
 
     may_idle = False
