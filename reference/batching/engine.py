@@ -187,9 +187,10 @@ class Engine:
         return StepOutput()
 
     def _note_peak(self) -> None:
-        pool = self.scheduler.space.pools[0]
-        if pool.num_used > self.metrics.peak_blocks:
-            self.metrics.peak = self.scheduler.usage()
+        metrics, num_used = self.metrics, self.scheduler.space.pools[0].num_used
+        metrics.peak_blocks = max(metrics.peak_blocks, num_used)
+        if not metrics.peak or num_used > 1.01 * metrics.peak[0].used:  # looking at all tables has its price
+            metrics.peak = self.scheduler.usage()
 
     def stream(self, request: Request) -> Iterator[SequenceOutput | RequestOutput]:
         """Add a request, and yield what its sequences gain and then its `RequestOutput`.

@@ -111,7 +111,12 @@ class StepRecord:
 
 @dataclass(slots=True)
 class EngineMetrics:
-    """Sums over the steps of an engine; the usage of each pool when the first had the most blocks in use."""
+    """Sums over the steps of an engine, and its peak.
+
+    Attributes:
+        peak_blocks: The most blocks of the first pool that were in use at once.
+        peak: How each pool was used then, or when it was within a hundredth of it.
+    """
 
     num_steps: int = 0
     num_tokens: int = 0
@@ -121,6 +126,7 @@ class EngineMetrics:
     launch_time: float = 0.0
     wait_time: float = 0.0
     update_time: float = 0.0
+    peak_blocks: int = 0
     peak: list[PoolUsage] = field(default_factory=list)
 
     def add(self, record: StepRecord) -> None:
@@ -137,11 +143,6 @@ class EngineMetrics:
         return (self.schedule_time + self.update_time) / max(1, self.num_steps)
 
     @property
-    def peak_blocks(self) -> int:
-        """The most blocks of the first pool that were in use at once."""
-        return self.peak[0].used if self.peak else 0
-
-    @property
     def empty_share(self) -> float:
-        """The share of token slots that were empty then."""
+        """The share of token slots that were empty at the peak."""
         return self.peak[0].empty_slots / self.peak[0].slots if self.peak and self.peak[0].slots else 0.0
