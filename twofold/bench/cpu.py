@@ -227,8 +227,9 @@ def run(model: str | None, *, rounds: int = 5) -> Iterator[tuple[str, dict[str, 
     yield "start to first token", startup(model)
     yield "engine's own work, 256 sequences", engine_overhead()
     llm = LLM(model, max_num_seqs=64)
-    yield "continuous against static batching", continuous_against_static(llm)
     peer = Peer(llm)
     for batch in (1, 8):
         yield f"decode, batch {batch}", decode(llm, peer, batch, rounds=rounds)
     yield "first token, 512 prompt tokens", first_token(llm, peer, rounds=rounds)
+    del peer
+    yield "continuous against static batching", continuous_against_static(llm)

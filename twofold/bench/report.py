@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib import metadata
@@ -45,7 +44,6 @@ def save(path: Path, command: str, results: Mapping[str, Any]) -> None:
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps({**provenance(command), "results": results}, indent=1) + "\n")
     unfinished.replace(path)
-    print(f"written: {path}", file=sys.stderr)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
