@@ -73,7 +73,7 @@ show(Scheduler.schedule)
 
 # %% [markdown]
 # Who is running goes on. Those who decode come first, a token each, and after them the prompts that are half computed. A
-# sequence that decodes is the common case and has a short way (`_decode_in_place`); the rest goes through `_schedule`.
+# sequence that decodes is the common case and has a short way (`_decode_one`); the rest goes through `_schedule`.
 
 # %%
 show(Scheduler._go_on)

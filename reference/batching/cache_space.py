@@ -74,8 +74,9 @@ class CacheSpace:
 
     # Room.
 
-    def append_in_place(self, seq: Sequence) -> bool:
-        """Room for one more token where its last blocks have it: decoding, most of the time. False: nothing done."""
+    def append_one(self, seq: Sequence) -> bool:
+        """Blocks for one more token, if there is room; False: nothing done. Most of the time it goes into the last
+        block as it is."""
         for table in seq.tables:
             if table.append_one() is None:
                 break
@@ -85,7 +86,12 @@ class CacheSpace:
             return True
         for earlier in seq.tables[: seq.tables.index(table)]:
             earlier.num_tokens -= 1
-        return False
+        if self.has_windows:
+            self.release_past_window(seq)
+        if any(table.blocks_needed(1) > table.pool.num_free for table in seq.tables):
+            return False
+        self.append(seq, 1)
+        return True
 
     def has_room(self, work: Work) -> bool:
         """Do the free blocks suffice for all of it?"""
@@ -166,7 +172,7 @@ class CacheSpace:
         """Blocks for the next tokens of a running sequence. There must be room."""
         for index, table in enumerate(seq.tables):
             first = table.num_tokens // self.block_size
-            _, copies = table.append(num_new)
+            copies = table.extend(num_new)
             self.copies[index].extend(copies)
             self._copied_by[index].update((source, self._step) for source, _ in copies)
             self.rows.write_blocks(seq, index, first)

@@ -68,6 +68,17 @@ class StepPlan:
         self.num_tokens += num_new
         return place
 
+    def add_drawn(self, seq: Sequence) -> None:
+        """Put a sequence into the step that computes one token, its last, and draws the next."""
+        self.drawn.append(len(self.seqs))
+        self.samples.append(seq.sample_index)
+        self.seqs.append(seq)
+        self.num_new.append(1)
+        self.sources.append(seq.source)
+        self.num_tokens += 1
+        seq.source = len(self.drawn) - 1
+        seq.num_pending += 1
+
     def inherit(self, unlaunched: "StepPlan | None") -> None:
         """What a plan that came to nothing did nevertheless."""
         if unlaunched is not None:

@@ -87,9 +87,11 @@ class Scheduler(ResultReader):
         for request in tuple(self.running):
             if request.status is not Status.RUNNING:
                 continue  # preempted just now, for an older one
-            if request.is_plain and self._decode_in_place(plan, request.live[0]):
+            if request.is_plain and self._decode_one(plan, request.live[0]):
                 continue
-            seqs = [seq for seq in self._ready(request) if not self._decode_in_place(plan, seq)]
+            seqs = self._ready(request)
+            if request.forked and not (request.search or self.speculative):
+                seqs = [seq for seq in seqs if not self._decode_one(plan, seq)]
             if any(seq.num_uncomputed > 1 for seq in seqs):
                 prompts.append((request, seqs))
             elif seqs:
@@ -98,24 +100,17 @@ class Scheduler(ResultReader):
             if request.status is Status.RUNNING:
                 self._schedule(plan, request, seqs)
 
-    def _decode_in_place(self, plan: StepPlan, seq: Sequence) -> bool:
-        """The common case, in short: a sequence decodes one token, into a block that it has."""
-        request, num_tokens = seq.request, len(seq.token_ids) + seq.num_pending
+    def _decode_one(self, plan: StepPlan, seq: Sequence) -> bool:
+        """The common case, in short: a sequence decodes one token, and there is room for it."""
+        num_tokens = len(seq.token_ids) + seq.num_pending
         if (
             num_tokens - seq.num_computed != 1
-            or num_tokens >= request.limit
-            or seq.drafts
-            or request.search
-            or not request.forked
+            or num_tokens >= seq.request.limit
             or plan.num_tokens >= self.config.max_num_batched_tokens
-            or not self.space.append_in_place(seq)
+            or not self.space.append_one(seq)
         ):
             return False
-        plan.drawn.append(len(plan.seqs))
-        plan.samples.append(seq.sample_index)
-        plan.add(seq, 1)
-        seq.source = len(plan.drawn) - 1
-        seq.num_pending += 1
+        plan.add_drawn(seq)
         return True
 
     def _ready(self, request: Request) -> list[Sequence]:

@@ -74,6 +74,12 @@ class BlockTable:
         Raises:
             OutOfBlocks: If the pool has too few; nothing is changed.
         """
+        start = self.num_tokens
+        copies = self.extend(num_new_tokens)
+        return self.slots(start, self.num_tokens), copies
+
+    def extend(self, num_new_tokens: int) -> list[tuple[int, int]]:
+        """As ``append``, for who finds the slots otherwise (as `pack` does for a whole batch): the copies alone."""
         if num_new_tokens < 0:
             raise ValueError(f"BlockTable.append: num_new_tokens: expected 0 or more, got {num_new_tokens}")
         fresh = self.pool.allocate(self.blocks_needed(num_new_tokens))
@@ -86,9 +92,8 @@ class BlockTable:
         elif num_new_tokens and self._writes_last() and self.pool.published[self.block_ids[-1]]:
             self.pool.forget([self.block_ids[-1]])  # ours alone: what its key promises is about to be overwritten
         self.block_ids += fresh
-        start = self.num_tokens
         self.num_tokens += num_new_tokens
-        return self.slots(start, self.num_tokens), copies
+        return copies
 
     def append_one(self) -> int | None:
         """The slot of one more token if it fits into the last block as it is, else None and nothing is changed.

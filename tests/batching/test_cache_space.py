@@ -55,10 +55,12 @@ def test_a_token_has_room_in_both_pools_or_in_none():
     space.begin_step(0)
     seq = opened(space, 5)
     space.pools[1].share([seq.tables[1].block_ids[-1]])  # somebody shares the window's block only
-    assert not space.append_in_place(seq)
+    taken = space.pools[1].allocate(space.pools[1].num_free)
+    assert not space.append_one(seq)
     assert [table.num_tokens for table in seq.tables] == [5, 5]
     assert seq.num_computed == 5
-    space.append(seq, 1)
+    space.pools[1].release(taken)
+    assert space.append_one(seq)
     assert [table.num_tokens for table in seq.tables] == [6, 6]
     assert [len(copies) for copies in space.copies] == [0, 1]
 
