@@ -1,21 +1,63 @@
-"""Hypothesis profiles: `ci` repeats the same examples on every run; `explore` looks for new ones and remembers them."""
+"""Backends and Hypothesis profiles.
+
+A test that takes ``backend`` runs on every backend: the reference, plain torch, and `fast`, natively where there is a
+GPU and in Triton's interpreter elsewhere. ``TWOFOLD_BACKENDS=fast`` leaves only some of them.
+
+`ci` repeats the same examples on every run; `explore` looks for new ones and remembers them.
+"""
 
 import os
 
 # One thread for each of pytest's processes (`-n logical` starts one a core); before anything imports NumPy or torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TWOFOLD_CHECK", "1")  # look at values in device memory too
 
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
-import reference  # noqa: F401  first: pytest, importing reference/linear/*.py for doctests, would put it over the op
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports fast
+
+import fast
+import reference  # first: pytest, importing reference/linear/*.py for doctests, would put it over the op
+from twofold.conformance import plain_torch
+
+BACKENDS = {"reference": reference, "plain_torch": plain_torch, "fast": fast}
+CHOSEN = os.environ.get("TWOFOLD_BACKENDS", ",".join(BACKENDS)).split(",")
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("ci", max_examples=50, derandomize=True, database=None, print_blob=True, **_common)
 settings.register_profile("explore", max_examples=500, print_blob=True, **_common)
 settings.load_profile(os.environ.get("TWOFOLD_PROFILE", "ci"))
+
+# The interpreter takes milliseconds for one program of a kernel, so there a property gets this many examples at most.
+INTERPRETED_EXAMPLES = 25
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``backend``, and does not say which, takes all of them."""
+    chosen_itself = any("backend" in str(mark.args[:1]) for mark in metafunc.definition.iter_markers("parametrize"))
+    if "backend" in metafunc.fixturenames and not chosen_itself:
+        metafunc.parametrize("backend", [BACKENDS[name] for name in CHOSEN], ids=CHOSEN)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Fewer examples where a kernel is interpreted. (Hypothesis keeps a test's settings on its function.)"""
+    test, name = getattr(item, "obj", None), "_hypothesis_internal_use_settings"
+    asked = getattr(test, name, None)
+    interpreted = not HAS_GPU and getattr(item, "callspec", None) and item.callspec.params.get("backend") is fast
+    if asked is None or not interpreted:
+        return (yield)
+    setattr(test, name, settings(asked, max_examples=min(asked.max_examples, INTERPRETED_EXAMPLES)))
+    try:
+        return (yield)
+    finally:
+        setattr(test, name, asked)
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 
+import fast
 import reference
 from twofold.conformance import plain_torch
 from twofold.conformance.properties import parity
 
-BACKENDS = {"plain_torch": plain_torch}
+BACKENDS = {"plain_torch": plain_torch, "fast": fast}
 backends = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 ops = pytest.mark.parametrize("name", reference.__all__)
 

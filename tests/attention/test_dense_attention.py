@@ -4,19 +4,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given
 from torch.nn.attention.bias import causal_lower_right
 
-import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import attention as properties
 from twofold.conformance.strategies.attention import PackedCase, packed_cases
 from twofold.conformance.tolerance import assert_within, attention_bound
 
-backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 one_sequence = packed_cases(min_seqs=1, max_seqs=1)
 
 
@@ -99,14 +95,12 @@ def test_oracle_is_transformers_with_a_cap(case):
     assert_oracle(case, out[0].numpy(), "float32")
 
 
-@backends
 @given(case=packed_cases())
 def test_matches_the_oracle(backend, case):
     """Every element is within the rule, over ragged lengths, head ratios, options, dtypes and strides."""
     properties.dense_matches_oracle(backend, case)
 
 
-@backends
 @given(case=one_sequence)
 def test_arguments_are_unchanged(backend, case):
     """No argument is written to."""
@@ -116,14 +110,12 @@ def test_arguments_are_unchanged(backend, case):
     properties.arguments_are_unchanged(backend, "dense_attention", arguments, options)
 
 
-@backends
 @given(case=one_sequence)
 def test_out_is_honoured(backend, case):
     """The result goes to ``out``, all of it and nothing beside it."""
     properties.dense_honours_out(backend, case)
 
 
-@backends
 def test_refuses_bad_shapes(backend):
     """A wrong shape, dtype or option raises a ValueError that names the argument."""
     properties.refuses_bad_shapes(backend, "dense_attention")

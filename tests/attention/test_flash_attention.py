@@ -7,21 +7,16 @@ from hypothesis import strategies as st
 
 import reference
 from reference.attention import flash_attention as module
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import attention as properties
 from twofold.conformance.strategies.attention import packed_cases
 
-backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 
-
-@backends
 @given(case=packed_cases())
 def test_matches_the_oracle(backend, case):
     """Output and lse are within the rule, over packed sequences with more, fewer or no keys."""
     properties.flash_matches_oracle(backend, case)
 
 
-@backends
 @settings(max_examples=200)
 @given(case=packed_cases())
 def test_equals_dense(backend, case):
@@ -77,7 +72,6 @@ def test_a_query_without_keys():
     assert (lse == sinks).all(), f"with a sink: expected {sinks}, got {lse}"
 
 
-@backends
 @given(case=packed_cases())
 def test_arguments_are_unchanged(backend, case):
     """No argument is written to."""
@@ -85,20 +79,17 @@ def test_arguments_are_unchanged(backend, case):
     properties.arguments_are_unchanged(backend, "flash_attention", case.arguments(backend), options)
 
 
-@backends
 @given(case=packed_cases())
 def test_out_is_honoured(backend, case):
     """The output goes to ``out``, all of it and nothing beside it."""
     properties.flash_honours_out(backend, case)
 
 
-@backends
 def test_refuses_bad_shapes(backend):
     """A wrong shape, dtype or option raises a ValueError that names the argument."""
     properties.refuses_bad_shapes(backend, "flash_attention")
 
 
-@backends
 def test_refuses_bad_values(backend):
     """Offsets that are none raise a ValueError that names the argument."""
     properties.refuses_bad_values(backend, "flash_attention")

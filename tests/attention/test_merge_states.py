@@ -1,25 +1,18 @@
 """Merging the parts of an attention gives the attention."""
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import attention as properties
 from twofold.conformance.strategies.attention import states_cases
 
-backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 
-
-@backends
 @given(case=states_cases())
 def test_matches_the_oracle(backend, case):
     """The merged output and lse are the weighted mean and the log of the sum; parts without keys are not read."""
     properties.merge_matches_oracle(backend, case)
 
 
-@backends
 @settings(max_examples=200)
 @given(case=states_cases(), cut=st.integers(0, 4))
 def test_merging_in_two_steps_changes_nothing(backend, case, cut):
@@ -27,7 +20,6 @@ def test_merging_in_two_steps_changes_nothing(backend, case, cut):
     properties.merging_in_two_steps_changes_nothing(backend, case, cut)
 
 
-@backends
 @settings(max_examples=200)
 @given(case=states_cases())
 def test_merging_in_any_order_changes_nothing(backend, case):
@@ -35,21 +27,18 @@ def test_merging_in_any_order_changes_nothing(backend, case):
     properties.merging_in_any_order_changes_nothing(backend, case)
 
 
-@backends
 @given(case=states_cases())
 def test_arguments_are_unchanged(backend, case):
     """No argument is written to."""
     properties.arguments_are_unchanged(backend, "merge_states", case.arguments(backend), {})
 
 
-@backends
 @given(case=states_cases(dtypes=["float32", "float64"]), dtype=st.sampled_from(["bfloat16", "float16", "float32"]))
 def test_out_is_honoured(backend, case, dtype):
     """The output goes to ``out``, in the dtype that ``out`` has, and nothing beside it is written."""
     properties.merge_honours_out(backend, case, dtype)
 
 
-@backends
 def test_refuses_bad_shapes(backend):
     """A wrong shape or dtype raises a ValueError that names the argument."""
     properties.refuses_bad_shapes(backend, "merge_states")

@@ -6,37 +6,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import attention as properties
 from twofold.conformance.strategies.attention import COUNTED_FEATURES, paged_cases
 
-backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 laws = settings(max_examples=200)
 
 
-@backends
 @given(case=paged_cases())
 def test_matches_the_oracle(backend, case):
     """Every element is within the rule, whatever lies in slots that nobody owns."""
     properties.paged_matches_oracle(backend, case)
 
 
-@backends
 @given(case=paged_cases())
 def test_merged_split_matches_the_oracle(backend, case):
     """Attention over ranges of tokens, merged (a sink as one more part), is within the rule."""
     properties.merged_split_matches_oracle(backend, case)
 
 
-@backends
 @given(case=paged_cases())
 def test_split_parts_are_partial(backend, case):
     """The number of parts follows from shapes, and a part without keys is (0, -inf)."""
     properties.split_parts_are_partial(backend, case)
 
 
-@backends
 @laws
 @given(case=paged_cases())
 def test_paged_equals_dense(backend, case):
@@ -44,7 +37,6 @@ def test_paged_equals_dense(backend, case):
     properties.paged_equals_dense(backend, case)
 
 
-@backends
 @laws
 @given(case=paged_cases())
 def test_split_equals_whole(backend, case):
@@ -52,7 +44,6 @@ def test_split_equals_whole(backend, case):
     properties.split_equals_whole(backend, case)
 
 
-@backends
 @laws
 @given(case=paged_cases(), cut=st.integers(0, 40))
 def test_chunked_equals_whole(backend, case, cut):
@@ -60,7 +51,6 @@ def test_chunked_equals_whole(backend, case, cut):
     properties.chunked_equals_whole(backend, case, cut)
 
 
-@backends
 @laws
 @given(case=paged_cases())
 def test_alone_equals_batched(backend, case):
@@ -68,7 +58,6 @@ def test_alone_equals_batched(backend, case):
     properties.alone_equals_batched(backend, case)
 
 
-@backends
 @given(case=paged_cases())
 def test_arguments_are_unchanged(backend, case):
     """No argument is written to, poison included."""
@@ -79,21 +68,18 @@ def test_arguments_are_unchanged(backend, case):
     properties.arguments_are_unchanged(backend, "split_paged_attention", arguments, options)
 
 
-@backends
 @given(case=paged_cases())
 def test_out_is_honoured(backend, case):
     """The result goes to ``out``, all of it (padded rows too) and nothing beside it."""
     properties.paged_honours_out(backend, case)
 
 
-@backends
 @pytest.mark.parametrize("op", ["paged_attention", "split_paged_attention"])
 def test_refuses_bad_shapes(backend, op):
     """A wrong shape, dtype or option raises a ValueError that names the argument."""
     properties.refuses_bad_shapes(backend, op)
 
 
-@backends
 @pytest.mark.parametrize("op", ["paged_attention", "split_paged_attention"])
 def test_refuses_bad_values(backend, op):
     """A block id, a length or an offset out of range, or a hole that a query sees, raises a ValueError."""

@@ -5,20 +5,15 @@ import pytest
 from hypothesis import given
 
 import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import fusion as properties
 from twofold.conformance.strategies.fusion import embedding_calls
 
-BACKENDS = [reference, plain_torch]
 
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=embedding_calls())
 def test_matches_the_oracle(backend, call):
     properties.matches_the_oracle(backend, call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=embedding_calls())
 def test_writes_only_where_it_says(backend, call):
     properties.writes_only_where_it_says(backend, call)

@@ -5,15 +5,12 @@ import pytest
 from hypothesis import given, settings
 
 import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import fusion as properties
 from twofold.conformance.strategies.fusion import linear_add_calls
 
-BACKENDS = [reference, plain_torch]
 calls = linear_add_calls().filter(lambda call: call.op == "linear_add")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=calls)
 def test_matches_the_oracle(backend, call):
     properties.matches_the_oracle(backend, call)
@@ -25,7 +22,6 @@ def test_fused_is_its_parts(call):
     properties.fused_is_its_parts(reference, call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=calls)
 def test_writes_only_where_it_says(backend, call):
     properties.writes_only_where_it_says(backend, call)

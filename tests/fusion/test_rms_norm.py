@@ -5,14 +5,10 @@ import pytest
 from hypothesis import given, settings
 
 import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import fusion as properties
 from twofold.conformance.strategies.fusion import norm_calls
 
-BACKENDS = [reference, plain_torch]
 
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=norm_calls())
 def test_matches_the_oracle(backend, call):
     properties.matches_the_oracle(backend, call)
@@ -24,14 +20,12 @@ def test_fused_is_its_parts(call):
     properties.fused_is_its_parts(reference, call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=norm_calls())
 def test_writes_only_where_it_says(backend, call):
     properties.writes_only_where_it_says(backend, call)
     properties.honours_out(backend, call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_of_zeros_stays_zeros(backend):
     """eps keeps it from dividing nothing by nothing."""
     zeros, ones = (backend.from_host(np.full(shape, value, np.float32)) for shape, value in (((2, 4), 0), ((4,), 1)))

@@ -13,15 +13,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import reference
 from reference.fusion.rotary import rotary_tables
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import fusion as properties
 from twofold.conformance.strategies.fusion import rotary_calls
 
-BACKENDS = [reference, plain_torch]
 turns = rotary_calls("rotary")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=rotary_calls())
 def test_matches_the_oracle(backend, call):
     properties.matches_the_oracle(backend, call)
@@ -33,21 +30,18 @@ def test_fused_is_its_parts(call):
     properties.fused_is_its_parts(reference, call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=rotary_calls())
 def test_writes_only_where_it_says(backend, call):
     properties.writes_only_where_it_says(backend, call)
     properties.honours_out(backend, call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=200)
 @given(call=turns)
 def test_rotation_keeps_lengths(backend, call):
     properties.rotation_keeps_lengths(backend, call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=200)
 @given(call=turns.filter(lambda call: call.arrays["q"].shape[1] == call.arrays["k"].shape[1]), shift=st.integers(0, 99))
 def test_scores_depend_on_distance(backend, call, shift):

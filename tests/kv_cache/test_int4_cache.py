@@ -6,15 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import kv_cache as properties
 from twofold.conformance.strategies.kv_cache import batches, cuts, tokens, valid_calls
 
-backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 CALLS = valid_calls("int4")
 
 
-@backends
 @settings(max_examples=100)
 @given(tokens=tokens("int4"))
 def test_codes_are_the_nearest(backend, tokens):
@@ -26,33 +23,28 @@ def test_codes_of_float64_are_the_nearest(tokens):
     properties.codes_are_nearest(reference, tokens)
 
 
-@backends
 @given(tokens=tokens("int4"))
 def test_only_the_named_slots_change(backend, tokens):
     properties.only_named_slots_change(backend, tokens)
 
 
-@backends
 @settings(max_examples=100)
 @given(batch=batches("int4"))
 def test_attends_over_what_is_stored(backend, batch):
     properties.attends_over_what_is_stored(backend, batch)
 
 
-@backends
 @given(batch=batches("int4"))
 def test_unowned_slots_do_not_matter(backend, batch):
     properties.unowned_slots_do_not_matter(backend, batch)
 
 
-@backends
 @settings(max_examples=100)
 @given(batch=batches("int4"))
 def test_padding_of_the_table_does_not_matter(backend, batch):
     properties.padding_of_the_table_does_not_matter(backend, batch)
 
 
-@backends
 @settings(max_examples=200)
 @given(data=st.data())
 def test_chunked_is_whole(backend, data):
@@ -63,7 +55,6 @@ def test_chunked_is_whole(backend, data):
 # ---- the door ---------------------------------------------------------------------------------------------------
 
 
-@backends
 @pytest.mark.parametrize("op", CALLS)
 def test_the_door_names_what_is_wrong(backend, op):
     properties.refuses_wrong_arrays(backend, op, CALLS[op])

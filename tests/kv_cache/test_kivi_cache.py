@@ -9,16 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import kv_cache as properties
 from twofold.conformance.strategies.attention import COUNTED_FEATURES
 from twofold.conformance.strategies.kv_cache import EXTREME, ORDINARY, batches, cuts, valid_calls, values
 
-backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 CALLS = valid_calls("kivi")
 
 
-@backends
 @settings(max_examples=100)
 @given(batch=batches("kivi", share=False), kind=st.sampled_from(ORDINARY + EXTREME))
 def test_sealed_codes_are_the_nearest(backend, batch, kind):
@@ -27,33 +24,28 @@ def test_sealed_codes_are_the_nearest(backend, batch, kind):
     properties.sealed_codes_are_nearest(backend, replace(batch, packed=packed))
 
 
-@backends
 @given(batch=batches("kivi"))
 def test_only_sealed_groups_change(backend, batch):
     properties.only_sealed_groups_change(backend, batch)
 
 
-@backends
 @settings(max_examples=100)
 @given(batch=batches("kivi"))
 def test_attends_over_what_is_stored(backend, batch):
     properties.attends_over_what_is_stored(backend, batch)
 
 
-@backends
 @given(batch=batches("kivi"))
 def test_unowned_slots_do_not_matter(backend, batch):
     properties.unowned_slots_do_not_matter(backend, batch)
 
 
-@backends
 @settings(max_examples=100)
 @given(batch=batches("kivi"))
 def test_released_blocks_do_not_matter(backend, batch):
     properties.padding_of_the_table_does_not_matter(backend, batch)
 
 
-@backends
 @settings(max_examples=200)
 @given(data=st.data())
 def test_chunked_is_whole(backend, data):
@@ -61,14 +53,12 @@ def test_chunked_is_whole(backend, data):
     properties.chunked_is_whole(backend, batch, [data.draw(cuts(int(n))) for n in batch.seq_lens])
 
 
-@backends
 @settings(max_examples=200)
 @given(batch=batches("kivi"))
 def test_a_window_as_long_as_the_sequence_is_plain_attention(backend, batch):
     properties.wide_window_is_plain(backend, batch)
 
 
-@backends
 @settings(max_examples=200)
 @given(data=st.data())
 def test_what_is_written_again_is_sealed_again(backend, data):
@@ -95,7 +85,6 @@ def test_the_batches_have_what_matters():
 # ---- the door ---------------------------------------------------------------------------------------------------
 
 
-@backends
 @pytest.mark.parametrize("op", CALLS)
 def test_the_door_names_what_is_wrong(backend, op):
     properties.refuses_wrong_arrays(backend, op, CALLS[op])

@@ -9,11 +9,9 @@ from twofold.conformance import plain_torch
 from twofold.conformance.properties import kv_cache as properties
 from twofold.conformance.strategies.kv_cache import FLOATS, words
 
-backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 formats = pytest.mark.parametrize("format", ["bfloat16", "float16"])
 
 
-@backends
 @settings(max_examples=200)
 @given(case=words())
 def test_every_word_comes_back(backend, case):
@@ -25,7 +23,6 @@ def test_plain_torch_makes_the_same_bytes(case):
     properties.lossless_codes_are_the_oracles(plain_torch, reference, *case)
 
 
-@backends
 @formats
 @pytest.mark.parametrize("order", ["ascending", "shuffled"])
 def test_every_pattern_comes_back(backend, format, order):
@@ -75,7 +72,6 @@ CALLS = {
 }
 
 
-@backends
 @pytest.mark.parametrize(
     ("op", "changed"),
     [

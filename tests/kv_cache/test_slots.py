@@ -8,26 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import kv_cache as properties
 from twofold.conformance.strategies.kv_cache import FORMATS, batches, cuts, pools, tokens, valid_calls
 
-backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 
-
-@backends
 @given(tokens=tokens("plain"))
 def test_what_is_written_is_gathered(backend, tokens):
     properties.written_is_gathered(backend, tokens)
 
 
-@backends
 @given(tokens=tokens("plain"))
 def test_only_the_named_slots_change(backend, tokens):
     properties.only_named_slots_change(backend, tokens)
 
 
-@backends
 @settings(max_examples=200)
 @given(data=st.data())
 def test_chunked_is_whole(backend, data):
@@ -35,33 +29,28 @@ def test_chunked_is_whole(backend, data):
     properties.chunked_is_whole(backend, batch, [data.draw(cuts(int(n))) for n in batch.seq_lens])
 
 
-@backends
 @settings(max_examples=200)
 @given(batch=st.sampled_from(FORMATS).flatmap(batches))
 def test_a_copy_of_a_block_is_a_deep_copy(backend, batch):
     properties.copied_blocks_are_deep_copies(backend, batch)
 
 
-@backends
 @given(batch=st.sampled_from(FORMATS).flatmap(batches))
 def test_float64_queries_compute_in_float64(backend, batch):
     properties.attends_over_what_is_stored(backend, replace(batch, q=batch.q.astype(np.float64)))
 
 
-@backends
 @pytest.mark.parametrize("format", FORMATS)
 def test_slots_out_of_range_write_nothing(backend, format):
     op, arguments = next(iter(valid_calls(format).items()))
     properties.slots_out_of_range_write_nothing(backend, op, arguments)
 
 
-@backends
 @given(copy=pools())
 def test_copies_move_only_their_targets(backend, copy):
     properties.copies_move_only_their_targets(backend, *copy)
 
 
-@backends
 @given(copy=pools())
 def test_swapped_blocks_come_back_elsewhere(backend, copy):
     properties.swapped_blocks_come_back(backend, *copy)
@@ -86,7 +75,6 @@ JUST_ANOTHER_CALL = {
 }
 
 
-@backends
 @pytest.mark.parametrize("op", CALLS)
 def test_the_door_names_what_is_wrong(backend, op):
     properties.refuses_wrong_arrays(backend, op, CALLS[op], JUST_ANOTHER_CALL.get(op, ()))

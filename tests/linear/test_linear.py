@@ -5,23 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import linear as properties
 from twofold.conformance.properties.fusion import writes_only_where_it_says
 from twofold.conformance.strategies.linear import linear_calls
 
-BACKENDS = [reference, plain_torch]
 calls = linear_calls("linear")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=calls)
 def test_matches_the_oracle(backend, call):
     properties.matches_the_oracle(backend, call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=200)
 @given(call=calls, data=st.data())
 def test_tokens_do_not_depend_on_company(backend, call, data):
@@ -29,14 +24,12 @@ def test_tokens_do_not_depend_on_company(backend, call, data):
     properties.tokens_do_not_depend_on_company(backend, call, keep if len(call.arrays["x"]) else [])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=calls)
 def test_writes_only_where_it_says(backend, call):
     writes_only_where_it_says(backend, call)
     properties.honours_out(backend, call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_tokens", [1, 3, 80])
 def test_float64_is_computed_in_float64(backend, num_tokens):
     """Sums of integers far beyond float32's 2**24 are exact."""
@@ -57,7 +50,6 @@ BAD = {
 INTEGERS = {"x": np.ones((2, 3), int), "weight": np.ones((4, 3), np.int8), "bias": np.ones(4, int)}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("named", "bad"), [*BAD.items(), *INTEGERS.items()])
 def test_the_door_says_what_is_wrong(backend, named, bad):
     good = {"x": np.ones((2, 3)), "weight": np.ones((4, 3)), "bias": np.ones(4), "out": np.ones((2, 4))}

@@ -12,22 +12,17 @@ from hypothesis import strategies as st
 
 import reference
 from reference.linear.weight import Weight
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import linear as properties
 from twofold.conformance.properties.fusion import run, writes_only_where_it_says
 from twofold.conformance.strategies.linear import lora_calls
 from twofold.conformance.tolerance import assert_within, matmul_bound
 
-BACKENDS = [reference, plain_torch]
 
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=lora_calls())
 def test_matches_the_oracle(backend, call):
     properties.lora_matches_the_oracle(backend, call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=200)
 @given(call=lora_calls(), seed=st.integers(0, 2**32 - 1))
 def test_lora_is_merged(backend, call, seed):
@@ -36,7 +31,6 @@ def test_lora_is_merged(backend, call, seed):
     properties.lora_is_merged(backend, call, weight)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=200)
 @given(call=lora_calls(), data=st.data())
 def test_a_token_alone_is_a_token_in_any_batch(backend, call, data):
@@ -45,14 +39,12 @@ def test_a_token_alone_is_a_token_in_any_batch(backend, call, data):
     properties.tokens_do_not_depend_on_company(backend, call, keep)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=lora_calls())
 def test_writes_only_where_it_says(backend, call):
     writes_only_where_it_says(backend, call)
     properties.honours_out(backend, call, alias="base")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=lora_calls(), extra=st.integers(1, 5))
 def test_rank_is_padded_with_zeros(backend, call, extra):
     """More rows and columns of zeros change nothing, within rounding."""
@@ -82,7 +74,6 @@ def factors_of(layer: Any) -> tuple[np.ndarray, np.ndarray, float]:
     return a.detach().numpy(), b.detach().numpy(), layer.scaling["default"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_a_batch_of_adapters_gives_what_peft_gives_for_each(backend, use_rslora):
     """Adapters of ranks 2, 8 and 5, a token without one among them, over one base layer."""
@@ -168,7 +159,6 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("named", "bad"), BAD)
 def test_the_door_says_what_is_wrong(backend, named, bad):
     with pytest.raises(ValueError, match=f"lora: {named}: expected"):

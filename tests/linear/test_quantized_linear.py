@@ -8,16 +8,13 @@ from hypothesis import strategies as st
 
 import reference
 from reference.linear.quantized_linear import matmul_int8
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import linear as properties
 from twofold.conformance.properties.fusion import writes_only_where_it_says
 from twofold.conformance.strategies.linear import LINEAR_OPS, activations, int8_matrices, linear_calls
 
-BACKENDS = [reference, plain_torch]
 OPS = [op for op in LINEAR_OPS if op not in ("linear", "sparse_linear")]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPS)
 @given(data=st.data())
 def test_matches_the_oracle(backend, op, data):
@@ -32,7 +29,6 @@ def test_tokens_do_not_depend_on_company(call, data):
     properties.tokens_do_not_depend_on_company(reference, call, keep)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", OPS)
 @settings(max_examples=25)
 @given(data=st.data())
@@ -42,7 +38,6 @@ def test_writes_only_where_it_says(backend, op, data):
     properties.honours_out(backend, call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_tokens", [1, 5])
 @pytest.mark.parametrize("op", ["linear_int8", "linear_int4"])
 def test_a_feature_without_numbers_touches_no_other(backend, op, num_tokens):
@@ -61,13 +56,11 @@ def test_a_feature_without_numbers_touches_no_other(backend, op, num_tokens):
     assert np.isnan(got[:, poisoned]).all(), "a number made of NaN"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(x=activations(), format=st.sampled_from(["int8", "float8_e4m3fn"]))
 def test_quantizes_rows(backend, x, format):
     properties.quantizes_rows(backend, x, format)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("format", ["int8", "float8_e4m3fn"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_not_finite_stays_so_and_touches_no_other(backend, format, poison):
@@ -84,7 +77,6 @@ def test_a_row_that_is_not_finite_stays_so_and_touches_no_other(backend, format,
     np.testing.assert_allclose(got[[0, 2]], x[[0, 2]], atol=0.01, err_msg="the other rows")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=200)
 @given(matrices=int8_matrices())
 def test_int8_sums_are_exact(backend, matrices):
@@ -102,7 +94,6 @@ def test_matmul_int8_is_int64_arithmetic(matrices):
     assert np.array_equal(got, want), f"off by {np.abs(got - want).max()}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", properties.LAYOUTS)
 @pytest.mark.parametrize("shape", [(0, 4), (1, 1), (7, 96)])
 def test_unpacks_what_it_packed(backend, layout, shape):
@@ -163,7 +154,6 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("op", "bad", "named"), BAD)
 def test_the_door_says_what_is_wrong(backend, op, bad, named):
     arguments = {"x": np.ones((2, 6), np.float32)} | GOOD[op] | bad
@@ -172,7 +162,6 @@ def test_the_door_says_what_is_wrong(backend, op, bad, named):
         getattr(backend, op)(**place)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_unknown_formats_are_refused(backend):
     x = backend.from_host(np.ones((2, 2), np.float32))
     for op, options in (("quantize_rows", {}), ("pack_weight", {}), ("unpack_weight", {"out_features": 2})):

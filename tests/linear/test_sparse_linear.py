@@ -7,22 +7,18 @@ from hypothesis import strategies as st
 
 import reference
 from reference.linear.pruning import compress_24, magnitude_score, mask_24
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import linear as properties
 from twofold.conformance.properties.fusion import writes_only_where_it_says
 from twofold.conformance.strategies.linear import float_matrices, linear_calls
 
-BACKENDS = [reference, plain_torch]
 calls = linear_calls("sparse_linear")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=calls)
 def test_matches_the_oracle(backend, call):
     properties.matches_the_oracle(backend, call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(call=calls)
 def test_writes_only_where_it_says(backend, call):
     writes_only_where_it_says(backend, call)
@@ -37,7 +33,6 @@ def test_tokens_do_not_depend_on_company(call, data):
     properties.tokens_do_not_depend_on_company(reference, call, keep)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=200)
 @given(weight=float_matrices(multiple=4))
 def test_it_is_the_dense_layer_with_zeros(backend, weight):
@@ -61,7 +56,6 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("named", BAD)
 def test_the_door_says_what_is_wrong(backend, named):
     arguments = {"x": np.ones((2, 8), np.float32)} | GOOD | BAD[named]
@@ -69,7 +63,6 @@ def test_the_door_says_what_is_wrong(backend, named):
         backend.sparse_linear(**{name: backend.from_host(array) for name, array in arguments.items()})
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("byte", [0x00, 0x45, 0xF4, 0x41])
 def test_places_that_do_not_ascend_are_refused(backend, byte):
     x, indices = np.ones((2, 8), np.float32), np.full((3, 1), byte, np.uint8)
@@ -77,7 +70,6 @@ def test_places_that_do_not_ascend_are_refused(backend, byte):
         backend.sparse_linear(*(backend.from_host(a) for a in (x, GOOD["values"], indices)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_half_a_group_is_refused(backend):
     arrays = np.ones((2, 6), np.float32), np.ones((3, 3), np.float32), np.full((3, 1), 4, np.uint8)
     with pytest.raises(ValueError, match="sparse_linear: values: expected"):

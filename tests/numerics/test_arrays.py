@@ -7,26 +7,20 @@ from hypothesis import strategies as st
 
 import reference
 from reference.numerics.arrays import dtype_named
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import numerics as properties
 from twofold.conformance.strategies import numerics as inputs
 
-both_backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 
-
-@both_backends
 @given(x=inputs.host_arrays())
 def test_survives_the_trip(backend, x):
     properties.survives_the_trip(backend, x)
 
 
-@both_backends
 @given(case=inputs.rounding_inputs(), dtype=st.sampled_from((*inputs.FLOAT_DTYPES, *inputs.NARROW_FORMATS)))
 def test_converts_on_the_way(backend, case, dtype):
     properties.converts_on_the_way(backend, case[0], dtype)
 
 
-@both_backends
 @given(
     shape=st.lists(st.integers(0, 3), max_size=3).map(tuple),
     dtype=st.sampled_from([d for d in inputs.ARRAY_DTYPES if d != "bool"]),
@@ -35,7 +29,6 @@ def test_empty_is_as_asked(backend, shape, dtype):
     properties.empty_is_as_asked(backend, shape, dtype)
 
 
-@both_backends
 @given(x=inputs.host_arrays(min_axes=1), data=st.data())
 def test_takes_rows(backend, x, data):
     some = st.lists(st.integers(0, len(x) - 1), max_size=5) if len(x) else st.just([])
@@ -43,7 +36,6 @@ def test_takes_rows(backend, x, data):
     properties.takes_rows(backend, x, np.array(data.draw(some, label="rows"), dtype))
 
 
-@both_backends
 @given(
     num_rows=st.integers(0, 3),
     dtype=st.sampled_from([d for d in inputs.ARRAY_DTYPES if d != "bool"]),
@@ -59,13 +51,11 @@ def test_bitcast_is_a_view(backend, num_rows, dtype, before, values, after):
     properties.bitcast_is_a_view(backend, pool, size * before, size * (before + values), dtype)
 
 
-@both_backends
 def test_a_single_row_needs_no_stride(backend):
     """Where there is no second row, its distance does not matter."""
     properties.bitcast_is_a_view(backend, np.arange(7, dtype=np.uint8)[None], 0, 4, "float32")
 
 
-@both_backends
 def test_refuses_what_is_no_array_of_this_kind(backend):
     bytes_ = np.zeros((2, 8), np.uint8)
     properties.refuses(backend, "bitcast", "x", bytes_.astype(np.int8), "float16")

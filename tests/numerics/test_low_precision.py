@@ -5,28 +5,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import numerics as properties
 from twofold.conformance.strategies import numerics as inputs
 
-both_backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 narrow_formats = pytest.mark.parametrize("format", inputs.NARROW_FORMATS)
 
 
-@both_backends
 @narrow_formats
 def test_every_16_bit_value_rounds_as_in_ml_dtypes(backend, format):
     properties.rounds_like_ml_dtypes(backend, inputs.every_16_bit_value(), format)
 
 
-@both_backends
 @narrow_formats
 def test_everything_around_every_value_rounds_as_in_ml_dtypes(backend, format):
     properties.rounds_like_ml_dtypes(backend, inputs.around_every_value(format, "float32"), format)
 
 
-@both_backends
 @narrow_formats
 @pytest.mark.parametrize("saturate", [False, True])
 def test_float64_is_rounded_once(backend, format, saturate):
@@ -34,14 +28,12 @@ def test_float64_is_rounded_once(backend, format, saturate):
     properties.rounds_to_nearest_even(backend, inputs.around_every_value(format, "float64"), format, saturate)
 
 
-@both_backends
 @given(case=inputs.rounding_inputs(), saturate=st.booleans())
 def test_rounds_to_nearest_even(backend, case, saturate):
     x, format = case
     properties.rounds_to_nearest_even(backend, x, format, saturate)
 
 
-@both_backends
 def test_float64_to_float32_is_the_hardware_s(backend):
     """From below float32's subnormals to beyond its largest value, rounding is what the processor does."""
     rng = np.random.default_rng(0)
@@ -56,7 +48,6 @@ def test_float64_to_float32_is_the_hardware_s(backend):
         assert properties.same_bits(got, expected), f"cast to float32, saturate={saturate}: not the processor's"
 
 
-@both_backends
 @narrow_formats
 def test_the_way_back_to_float32_is_exact(backend, format):
     """Every pattern of a narrow format, infinities and NaNs too, is the same number in float32, saturating or not."""
@@ -68,7 +59,6 @@ def test_the_way_back_to_float32_is_exact(backend, format):
             np.testing.assert_array_equal(back, x.astype(np.float32), err_msg=f"{format} to float32", strict=True)
 
 
-@both_backends
 def test_what_is_rounded_already_is_a_copy(backend):
     """A result never shares memory with x, not even when there is nothing to round."""
     x = backend.from_host(np.ones(3, np.float32))
@@ -77,14 +67,12 @@ def test_what_is_rounded_already_is_a_copy(backend):
     assert backend.to_host(x).tolist() == [1, 1, 1], "a write to the result reached x"
 
 
-@both_backends
 def test_out_may_be_x(backend):
     x = backend.from_host(np.array([1.0625, 500.0], np.float32))
     rounded = backend.round_to(x, "float8_e4m3fn", out=x)
     assert backend.to_host(rounded).tolist() == [1.0, 448.0], "round_to in place"
 
 
-@both_backends
 @pytest.mark.parametrize("op", ["round_to", "cast"])
 def test_refuses_what_is_not_a_float_or_a_format(backend, op):
     x = np.ones(3, np.float32)

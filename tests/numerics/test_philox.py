@@ -9,11 +9,9 @@ from hypothesis import strategies as st
 
 import reference
 from reference.numerics.philox import gumbel_at
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import numerics as properties
 from twofold.conformance.strategies import numerics as inputs
 
-both_backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 every_draw = pytest.mark.parametrize("op", ["random_uniform", "random_gumbel", "random_normal"])
 
 # From Random123's known-answer tests (`kat_vectors`, "philox4x32 10"): counter, key, result.
@@ -24,7 +22,6 @@ KNOWN_ANSWERS = [
 ]
 
 
-@both_backends
 def test_gives_the_published_answers(backend):
     counter, key, expected = (
         np.array([[int(word, 16) for word in row.split()] for row in column], np.uint32)
@@ -33,38 +30,32 @@ def test_gives_the_published_answers(backend):
     assert properties.call(backend, "philox_4x32", counter, key).tolist() == expected.tolist(), "not Philox 4x32-10"
 
 
-@both_backends
 @given(case=inputs.counters())
 def test_is_the_cipher_of_the_paper(backend, case):
     properties.philox_is_philox(backend, *case)
 
 
-@both_backends
 @given(named=inputs.draws())
 def test_uniform_words_are_the_counters(backend, named):
     properties.uniform_words_are_the_counters(backend, named)
 
 
-@both_backends
 @given(named=inputs.draws())
 def test_gumbel_is_its_formula(backend, named):
     properties.gumbel_is_its_formula(backend, named)
 
 
-@both_backends
 @given(named=inputs.draws())
 def test_normal_is_its_formula(backend, named):
     properties.normal_is_its_formula(backend, named)
 
 
-@both_backends
 @every_draw
 @given(named=inputs.draws(), fewer=st.integers(0, 131))
 def test_draws_do_not_depend_on_company(backend, op, named, fewer):
     properties.draws_do_not_depend_on_company(backend, op, named, fewer)
 
 
-@both_backends
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
 def test_purposes_never_collide(backend, seed):
     properties.purposes_never_collide(backend, seed, num_positions=40, num_samples=4)
@@ -77,7 +68,6 @@ LAWS = {  # distribution function, mean, variance
 }
 
 
-@both_backends
 @every_draw
 @pytest.mark.parametrize("varied", ["seeds", "positions", "sample_indices"])
 def test_has_the_law(backend, op, varied):
@@ -98,7 +88,6 @@ def test_gumbel_at_some_columns_is_those_columns(named, data):
     assert properties.same_bits(got, row[columns]), f"gumbel_at {columns}"
 
 
-@both_backends
 @every_draw
 def test_refuses_what_names_no_draw(backend, op):
     rows, float_rows, one = np.arange(2), np.ones(2), np.arange(1)
@@ -114,7 +103,6 @@ def test_refuses_what_names_no_draw(backend, op):
     properties.refuses(backend, op, "num_draws", rows, rows, rows, purpose=0, num_draws=-1)
 
 
-@both_backends
 def test_philox_refuses_other_words(backend):
     counter, key = np.zeros((2, 4), np.uint32), np.zeros((2, 2), np.uint32)
     properties.refuses(backend, "philox_4x32", "counter", counter[:, :3], key)

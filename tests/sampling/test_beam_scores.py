@@ -1,32 +1,24 @@
 """Beam search, one step: the best continuations, and no better one left out."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 
-import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import sampling as properties
 from twofold.conformance.properties.numerics import refuses
 from twofold.conformance.strategies import sampling as inputs
 
-both_backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 
-
-@both_backends
 @given(case=inputs.beams())
 @settings(max_examples=100)
 def test_beams_are_the_best(backend, case):
     properties.beams_are_the_best(backend, case)
 
 
-@both_backends
 @given(case=inputs.beams())
 def test_groups_do_not_depend_on_company(backend, case):
     properties.groups_do_not_depend_on_company(backend, case)
 
 
-@both_backends
 def test_refuses_bad_beams(backend):
     logits, scores, cu_beams = np.zeros((3, 4), np.float32), np.zeros(3, np.float32), np.array([0, 1, 3], np.int32)
     nan, inf = scores + np.nan, scores + np.inf

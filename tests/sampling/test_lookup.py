@@ -6,16 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import sampling as properties
 from twofold.conformance.properties.numerics import refuses
 from twofold.conformance.strategies import sampling as inputs
 
-both_backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 
-
-@both_backends
 @given(case=inputs.histories())
 @settings(max_examples=200)
 def test_is_the_obvious_search(backend, case):
@@ -23,7 +18,6 @@ def test_is_the_obvious_search(backend, case):
     properties.lookup_is_the_obvious_search(backend, history, lengths, **options)
 
 
-@both_backends
 @pytest.mark.parametrize(("min_ngram", "max_ngram"), [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4)])
 def test_every_short_history(backend, min_ngram, max_ngram):
     """All histories of two tokens, up to six of them long."""
@@ -36,7 +30,6 @@ def test_every_short_history(backend, min_ngram, max_ngram):
     properties.lookup_is_the_obvious_search(backend, history, lengths, **options)
 
 
-@both_backends
 def test_refuses_bad_histories(backend):
     history, lengths = np.zeros((2, 5), np.int32), np.array([5, 0], np.int32)
     good = {"max_ngram": 3, "num_draft": 2}

@@ -17,13 +17,10 @@ from transformers.generation.logits_process import (
 )
 
 import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import sampling as properties
 from twofold.conformance.properties.numerics import call, refuses
 from twofold.conformance.strategies import sampling as inputs
 from twofold.conformance.strategies.sampling import Filtering, Penalties, Sampling
-
-both_backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 
 
 def one_row(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -34,19 +31,16 @@ def one_row(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 # ---- penalize ---------------------------------------------------------------------------------------------------
 
 
-@both_backends
 @given(case=inputs.penalties())
 def test_penalties_are_the_equations(backend, case):
     properties.penalties_are_the_equations(backend, case)
 
 
-@both_backends
 @given(case=inputs.penalties())
 def test_penalties_do_not_depend_on_company(backend, case):
     properties.rows_do_not_depend_on_company(backend, "penalize", case)
 
 
-@both_backends
 @given(case=inputs.penalties())
 def test_penalties_write_to_out(backend, case):
     properties.writes_to_out(backend, "penalize", case)
@@ -66,26 +60,22 @@ def test_repetition_is_as_in_transformers():
 # ---- filter_logits ----------------------------------------------------------------------------------------------
 
 
-@both_backends
 @given(case=inputs.filterings())
 @settings(max_examples=100)
 def test_filters_keep_what_they_say(backend, case):
     properties.filters_keep_what_they_say(backend, case)
 
 
-@both_backends
 @given(case=inputs.filterings())
 def test_filters_do_not_depend_on_company(backend, case):
     properties.rows_do_not_depend_on_company(backend, "filter_logits", case)
 
 
-@both_backends
 @given(case=inputs.filterings())
 def test_filters_write_to_out(backend, case):
     properties.writes_to_out(backend, "filter_logits", case)
 
 
-@both_backends
 def test_filters_that_are_off_exclude_nothing(backend):
     """Not even tokens so unlikely that adding them changes no sum."""
     case = one_row(np.linspace(0, -80, 50))
@@ -116,28 +106,24 @@ def test_filters_are_those_of_transformers(temperature, top_k, top_p, min_p):
 # ---- sample -----------------------------------------------------------------------------------------------------
 
 
-@both_backends
 @given(case=inputs.samplings())
 @settings(max_examples=100)
 def test_sample_is_the_noisy_maximum(backend, case):
     properties.sample_is_the_noisy_maximum(backend, case)
 
 
-@both_backends
 @given(case=inputs.samplings())
 @settings(max_examples=200)
 def test_a_row_alone_draws_as_in_any_batch(backend, case):
     properties.rows_do_not_depend_on_company(backend, "sample", case)
 
 
-@both_backends
 @given(case=inputs.samplings())
 @settings(max_examples=200)
 def test_top_k_1_is_greedy(backend, case):
     properties.top_k_1_is_greedy(backend, case)
 
 
-@both_backends
 @given(case=inputs.samplings())
 @settings(max_examples=200)
 def test_cold_is_greedy(backend, case):
@@ -150,7 +136,6 @@ LOGITS = [2.0, 0.0, 1.0, 1.0, -np.inf, -3.0, 0.5, 1.5, -1.0, -0.5]
 PEAKED = [5.0] + [0.0] * 150  # a rare token among very rare ones
 
 
-@both_backends
 @pytest.mark.parametrize(
     ("row", "varied"),
     [
@@ -177,7 +162,6 @@ def log_prob_cases(draw):
     return logits, token_ids, draw(st.sampled_from([0, 1, min(5, last + 1), last + 1]), label="num_top")
 
 
-@both_backends
 @given(case=log_prob_cases())
 def test_log_probs_are_the_logarithms(backend, case):
     properties.log_probs_are_the_logarithms(backend, *case)
@@ -218,7 +202,6 @@ BAD_SAMPLING = [
 ]
 
 
-@both_backends
 @pytest.mark.parametrize(("argument", "values"), BAD_SAMPLING)
 def test_refuses_bad_sampling(backend, argument, values):
     bad = GOOD_SAMPLING | {argument: np.array(values, GOOD_SAMPLING[argument].dtype)}
@@ -227,7 +210,6 @@ def test_refuses_bad_sampling(backend, argument, values):
         refuses(backend, "filter_logits", argument, *list(bad.values())[:5])
 
 
-@both_backends
 @pytest.mark.parametrize("argument", list(GOOD_SAMPLING))
 def test_refuses_other_dtypes(backend, argument):
     good = GOOD_SAMPLING[argument]
@@ -235,7 +217,6 @@ def test_refuses_other_dtypes(backend, argument):
     refuses(backend, "sample", argument, *(GOOD_SAMPLING | {argument: other}).values())
 
 
-@both_backends
 def test_names_the_row(backend):
     logits = np.zeros((3, 4), np.float32)
     logits[1] = -np.inf
@@ -246,7 +227,6 @@ def test_names_the_row(backend):
     refuses(backend, "penalize", "row 1", *(GOOD_PENALTIES | {"history": history}).values())
 
 
-@both_backends
 @pytest.mark.parametrize("argument", ["positions", "sample_indices"])
 def test_names_of_draws_are_checked_for_greedy_rows_too(backend, argument):
     greedy = GOOD_SAMPLING | {"temperature": np.zeros(2, np.float32), argument: np.array([0, -1], np.int32)}
@@ -285,14 +265,12 @@ BAD_PENALTIES = [
 ]
 
 
-@both_backends
 @pytest.mark.parametrize(("argument", "values"), BAD_PENALTIES)
 def test_refuses_bad_penalties(backend, argument, values):
     bad = GOOD_PENALTIES | {argument: np.array(values, GOOD_PENALTIES[argument].dtype)}
     refuses(backend, "penalize", argument, *bad.values())
 
 
-@both_backends
 @pytest.mark.parametrize("argument", list(GOOD_PENALTIES))
 def test_penalize_refuses_other_dtypes(backend, argument):
     good = GOOD_PENALTIES[argument]
@@ -300,7 +278,6 @@ def test_penalize_refuses_other_dtypes(backend, argument):
     refuses(backend, "penalize", argument, *(GOOD_PENALTIES | {argument: other}).values())
 
 
-@both_backends
 def test_log_probs_refuses_bad_ids_and_counts(backend):
     logits, ids = np.zeros((2, 5), np.float32), np.zeros(2, np.int64)
     refuses(backend, "log_probs", "token_ids", logits, ids - 1, num_top=1)
@@ -311,7 +288,6 @@ def test_log_probs_refuses_bad_ids_and_counts(backend):
     refuses(backend, "log_probs", "num_top", logits, ids, num_top=-1)
 
 
-@both_backends
 def test_a_history_of_nothing_changes_nothing(backend):
     """No history columns, no biases, penalties on: the logits come back."""
     logits = np.array([[1.0, -2.0]], np.float32)
@@ -320,7 +296,6 @@ def test_a_history_of_nothing_changes_nothing(backend):
     assert call(backend, "penalize", *case.args()).tolist() == logits.tolist(), "penalize without a history"
 
 
-@both_backends
 def test_refuses_a_wrong_out(backend):
     cases = (("filter_logits", list(GOOD_SAMPLING.values())[:5]), ("penalize", list(GOOD_PENALTIES.values())))
     for op, arrays in cases:

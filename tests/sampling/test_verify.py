@@ -4,51 +4,41 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-import reference
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import sampling as properties
 from twofold.conformance.properties.numerics import call, refuses
 from twofold.conformance.strategies import sampling as inputs
 
-both_backends = pytest.mark.parametrize("backend", [reference, plain_torch], ids=["reference", "plain_torch"])
 
-
-@both_backends
 @given(case=inputs.drafted())
 @settings(max_examples=100)
 def test_is_rejection_sampling(backend, case):
     properties.verify_is_rejection_sampling(backend, case)
 
 
-@both_backends
 @given(case=inputs.drafted(targets=("one-hot",)))
 @settings(max_examples=200)
 def test_speculative_is_greedy_with_one_hot_targets(backend, case):
     properties.greedy_targets_accept_the_greedy_prefix(backend, case)
 
 
-@both_backends
 @given(case=inputs.drafted())
 @settings(max_examples=200)
 def test_own_drafts_are_all_accepted(backend, case):
     properties.own_drafts_are_all_accepted(backend, case)
 
 
-@both_backends
 @given(case=inputs.samplings())
 @settings(max_examples=200)
 def test_without_drafts_it_is_sample(backend, case):
     properties.without_drafts_is_sample(backend, case)
 
 
-@both_backends
 @given(case=inputs.drafted())
 @settings(max_examples=200)
 def test_sequences_do_not_depend_on_company(backend, case):
     properties.sequences_do_not_depend_on_company(backend, case)
 
 
-@both_backends
 @pytest.mark.parametrize(
     ("targets", "drafts"),
     [
@@ -72,7 +62,6 @@ def test_what_comes_out_is_the_target(backend, targets, drafts):
     properties.what_comes_out_is_the_target(backend, target, draft, lambda offset, n: tokens[offset])
 
 
-@both_backends
 def test_equal_but_for_rounding_still_gives_a_token(backend):
     """Where the target is everywhere a little less than the draft, a rejection leaves no residual: the target draws."""
     num_seqs = 3000
@@ -85,7 +74,6 @@ def test_equal_but_for_rounding_still_gives_a_token(backend):
     assert set(tokens[rejected].tolist()) == {0, 1}, f"tokens {tokens[rejected]} of two that are equally likely"
 
 
-@both_backends
 def test_refuses_bad_drafts(backend):
     good = {
         "target_probs": np.full((5, 4), 0.25, np.float32),

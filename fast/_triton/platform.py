@@ -1,0 +1,55 @@
+"""Where kernels run: natively on a GPU, or one program after another in Triton's interpreter on a CPU.
+
+Set ``TRITON_INTERPRET=1`` before `fast` is imported to have the interpreter: `triton.jit` looks when it decorates.
+"""
+
+import os
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from reference._checks import require
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = tl.constexpr(INTERPRETING)  # for kernels: what only the interpreter gets wrong is mended under it
+
+# Compiling for a GPU that is not here (kernels are inspected, never launched) needs tensors on the CPU to pass.
+COMPILE_ONLY = os.environ.get("TWOFOLD_COMPILE_ONLY", "0") == "1"
+
+
+def default_device() -> str:
+    """Where ``from_host`` and ``empty`` put an array by default: the current GPU, or the CPU when interpreting."""
+    return "cpu" if INTERPRETING or not torch.cuda.is_available() else "cuda"
+
+
+def require_runnable(op: str, argument: str, array: torch.Tensor) -> None:
+    """Raise ``ValueError`` if no kernel can run where this array is."""
+    if array.device.type != "cuda":
+        allowed = INTERPRETING or COMPILE_ONLY
+        require(allowed, op, argument, "a tensor on a GPU (on a CPU, set TRITON_INTERPRET=1)", f"one on {array.device}")
+    elif array.dtype == torch.bfloat16:
+        capable = device_properties(array.device.index).major >= 8
+        require(capable, op, argument, "a GPU with bfloat16 (compute capability 8.0 or above)", _name(array.device))
+
+
+@cache
+def device_properties(index: int | None = None):
+    """Of the GPU with this index (None: the current one): ``multi_processor_count``, ``L2_cache_size``, ``major``..."""
+    return torch.cuda.get_device_properties(index)
+
+
+def num_processors(array: torch.Tensor) -> int:
+    """Streaming multiprocessors of the GPU the array is on; two in the interpreter, so that grids stay small there."""
+    if COMPILE_ONLY:
+        return 132
+    return 2 if array.device.type != "cuda" else device_properties(array.device.index).multi_processor_count
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+cdiv = triton.cdiv
+next_power_of_2 = triton.next_power_of_2

@@ -1,0 +1,37 @@
+"""fp8_cache, in Triton. What the technique is for: `reference/kv_cache/fp8_cache.py`."""
+
+from jaxtyping import Float, Float32, Int32, Int64
+from torch import Tensor as Array
+
+
+def write_kv_fp8(
+    k: Float[Array, "num_tokens num_kv_heads head_dim"],
+    v: Float[Array, "num_tokens num_kv_heads head_dim"],
+    k_cache: Float[Array, "num_blocks block_size num_kv_heads head_dim"],
+    v_cache: Float[Array, "num_blocks block_size num_kv_heads head_dim"],
+    k_scale: Float32[Array, "num_blocks block_size num_kv_heads"],
+    v_scale: Float32[Array, "num_blocks block_size num_kv_heads"],
+    slot_mapping: Int64[Array, " num_tokens"],
+) -> None:
+    """Same contract as `reference.kv_cache.fp8_cache.write_kv_fp8`."""
+    raise NotImplementedError("write_kv_fp8")
+
+
+def paged_attention_fp8(
+    q: Float[Array, "num_tokens num_heads head_dim"],
+    k_cache: Float[Array, "num_blocks block_size num_kv_heads head_dim"],
+    v_cache: Float[Array, "num_blocks block_size num_kv_heads head_dim"],
+    k_scale: Float32[Array, "num_blocks block_size num_kv_heads"],
+    v_scale: Float32[Array, "num_blocks block_size num_kv_heads"],
+    block_table: Int32[Array, "num_seqs max_blocks_per_seq"],
+    seq_lens: Int32[Array, " num_seqs"],
+    cu_seqlens_q: Int32[Array, " num_seqs_plus_1"],
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Float[Array, " num_heads"] | None = None,
+    logit_cap: float | None = None,
+    out: Float[Array, "num_tokens num_heads head_dim"] | None = None,
+) -> Float[Array, "num_tokens num_heads head_dim"]:
+    """Same contract as `reference.kv_cache.fp8_cache.paged_attention_fp8`."""
+    raise NotImplementedError("paged_attention_fp8")

@@ -1,0 +1,41 @@
+"""int4_cache, in Triton. What the technique is for: `reference/kv_cache/int4_cache.py`."""
+
+from jaxtyping import Float, Float16, Int32, Int64, UInt8
+from torch import Tensor as Array
+
+
+def write_kv_int4(
+    k: Float[Array, "num_tokens num_kv_heads head_dim"],
+    v: Float[Array, "num_tokens num_kv_heads head_dim"],
+    k_cache: UInt8[Array, "num_blocks block_size num_kv_heads half_head_dim"],
+    v_cache: UInt8[Array, "num_blocks block_size num_kv_heads half_head_dim"],
+    k_scale: Float16[Array, "num_blocks block_size num_kv_heads num_groups"],
+    k_zero: Float16[Array, "num_blocks block_size num_kv_heads num_groups"],
+    v_scale: Float16[Array, "num_blocks block_size num_kv_heads num_groups"],
+    v_zero: Float16[Array, "num_blocks block_size num_kv_heads num_groups"],
+    slot_mapping: Int64[Array, " num_tokens"],
+) -> None:
+    """Same contract as `reference.kv_cache.int4_cache.write_kv_int4`."""
+    raise NotImplementedError("write_kv_int4")
+
+
+def paged_attention_int4(
+    q: Float[Array, "num_tokens num_heads head_dim"],
+    k_cache: UInt8[Array, "num_blocks block_size num_kv_heads half_head_dim"],
+    v_cache: UInt8[Array, "num_blocks block_size num_kv_heads half_head_dim"],
+    k_scale: Float16[Array, "num_blocks block_size num_kv_heads num_groups"],
+    k_zero: Float16[Array, "num_blocks block_size num_kv_heads num_groups"],
+    v_scale: Float16[Array, "num_blocks block_size num_kv_heads num_groups"],
+    v_zero: Float16[Array, "num_blocks block_size num_kv_heads num_groups"],
+    block_table: Int32[Array, "num_seqs max_blocks_per_seq"],
+    seq_lens: Int32[Array, " num_seqs"],
+    cu_seqlens_q: Int32[Array, " num_seqs_plus_1"],
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Float[Array, " num_heads"] | None = None,
+    logit_cap: float | None = None,
+    out: Float[Array, "num_tokens num_heads head_dim"] | None = None,
+) -> Float[Array, "num_tokens num_heads head_dim"]:
+    """Same contract as `reference.kv_cache.int4_cache.paged_attention_int4`."""
+    raise NotImplementedError("paged_attention_int4")

@@ -1,0 +1,18 @@
+"""What a backend says of itself, beside having the interface's names."""
+
+from typing import Any
+
+from hypothesis import assume
+
+FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def float_dtypes(backend: Any) -> tuple[str, ...]:
+    """The dtypes of activations that a backend computes with: its ``FLOAT_DTYPES``; all of them if it has none."""
+    return tuple(getattr(backend, "FLOAT_DTYPES", FLOAT_DTYPES))
+
+
+def assume_supported(backend: Any, *dtypes: Any) -> None:
+    """In a property: discard the example if it is about floats that the backend does not compute with."""
+    names = {str(getattr(dtype, "name", dtype)) for dtype in dtypes}
+    assume(not (names & set(FLOAT_DTYPES)) - set(float_dtypes(backend)))
