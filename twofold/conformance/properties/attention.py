@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from reference.numerics.arrays import dtype_named
+from twofold.conformance.backends import assume_supported
 from twofold.conformance.strategies.attention import AttentionCase, PackedCase, PagedCase, StatesCase, offsets
 from twofold.conformance.tolerance import (
     assert_within,
@@ -108,11 +109,13 @@ def assert_same(case: AttentionCase, got: np.ndarray, expected: np.ndarray, base
 
 def dense_matches_oracle(backend: Backend, case: AttentionCase) -> None:
     """Dense attention is the oracle's, element by element."""
+    assume_supported(backend, *case.dtypes)
     assert_out(backend, case, dense_of, "dense_attention")
 
 
 def flash_matches_oracle(backend: Backend, case: PackedCase) -> None:
     """Tiled attention over packed sequences is the oracle's, and so is its ``lse``."""
+    assume_supported(backend, *case.dtypes)
     assert_out(backend, case, lambda backend, case: flash_of(backend, case)[0], "flash_attention: out")
     oracle, (_, lse) = case.oracle, flash_of(backend, case)
     expected = "float64" if case.dtype == "float64" else "float32"
@@ -126,16 +129,19 @@ def flash_matches_oracle(backend: Backend, case: PackedCase) -> None:
 
 def paged_matches_oracle(backend: Backend, case: PagedCase) -> None:
     """Attention through the block table is the oracle's attention over each sequence's own tokens."""
+    assume_supported(backend, *case.dtypes)
     assert_out(backend, case, paged_of, "paged_attention")
 
 
 def merged_split_matches_oracle(backend: Backend, case: PagedCase) -> None:
     """Attention over ranges of tokens, merged, is the oracle's attention over all of them."""
+    assume_supported(backend, *case.dtypes)
     assert_out(backend, case, merged_split_of, "split_paged_attention, merged")
 
 
 def split_parts_are_partial(backend: Backend, case: PagedCase) -> None:
     """There are as many parts as the shapes say, in float32 or float64, and a part without keys is (0, -inf)."""
+    assume_supported(backend, *case.dtypes)
     options = case.options(backend)
     options.pop("sinks", None)
     parts = backend.split_paged_attention(*case.arguments(backend), split_size=case.split_size, **options)
@@ -158,6 +164,7 @@ def split_parts_are_partial(backend: Backend, case: PagedCase) -> None:
 
 def merge_matches_oracle(backend: Backend, case: StatesCase) -> None:
     """Merged states are the weighted mean of the parts, and poison in a part without keys is not read."""
+    assume_supported(backend, *case.dtypes)
     got, lse = map(backend.to_host, backend.merge_states(*case.arguments(backend)))
     dtype = "float64" if case.out_parts.dtype == np.float64 else "float32"
     assert (got.dtype, lse.dtype.name) == (case.out_parts.dtype, dtype), f"merge_states: got {got.dtype}, {lse.dtype}"
@@ -190,24 +197,28 @@ def lse_size(case: StatesCase) -> np.ndarray:
 
 def flash_equals_dense(backend: Backend, case: PackedCase) -> None:
     """Packing sequences and tiling their keys changes nothing."""
+    assume_supported(backend, *case.dtypes)
     baseline = flash_of(plain_torch(), case)[0]
     assert_same(case, flash_of(backend, case)[0], dense_of(backend, case), baseline, "flash against dense")
 
 
 def paged_equals_dense(backend: Backend, case: PagedCase) -> None:
     """Where keys and values lie changes nothing."""
+    assume_supported(backend, *case.dtypes)
     expected = dense_of(backend, case)
     assert_same(case, paged_of(backend, case), expected, paged_of(plain_torch(), case), "paged against dense")
 
 
 def split_equals_whole(backend: Backend, case: PagedCase) -> None:
     """Attention over ranges of tokens, merged, is attention over all of them."""
+    assume_supported(backend, *case.dtypes)
     got, expected = merged_split_of(backend, case), paged_of(backend, case)
     assert_same(case, got, expected, paged_of(plain_torch(), case), "split against whole")
 
 
 def chunked_equals_whole(backend: Backend, case: PagedCase, cut: int) -> None:
     """The same queries in two steps, the earlier ones while the later tokens were not there, change nothing."""
+    assume_supported(backend, *case.dtypes)
     firsts = [(cut + seq) % (n + 1) for seq, n in enumerate(case.query_lens)]
     early = [replace(s, q=s.q[:n], k=s.k[: len(s.k) - len(s.q) + n]) for s, n in zip(case.sequences, firsts)]
     late = [replace(s, q=s.q[n:]) for s, n in zip(case.sequences, firsts)]
@@ -223,6 +234,7 @@ def chunked_equals_whole(backend: Backend, case: PagedCase, cut: int) -> None:
 
 def alone_equals_batched(backend: Backend, case: PagedCase) -> None:
     """What a sequence is batched with changes nothing."""
+    assume_supported(backend, *case.dtypes)
     batched, baseline = paged_of(backend, case), paged_of(plain_torch(), case)
     for seq, rows in sequence_rows(case):
         one = slice(seq, seq + 1)
@@ -235,6 +247,7 @@ def alone_equals_batched(backend: Backend, case: PagedCase) -> None:
 
 def merging_in_two_steps_changes_nothing(backend: Backend, case: StatesCase, cut: int) -> None:
     """Merging is associative: some of the parts first, then the rest."""
+    assume_supported(backend, *case.dtypes)
     whole = backend.to_host(backend.merge_states(*case.arguments(backend))[0])
     cut = cut % len(case.out_parts)
     groups = [StatesCase(case.out_parts[s], case.lse_parts[s]) for s in (slice(0, cut), slice(cut, None))]
@@ -246,6 +259,7 @@ def merging_in_two_steps_changes_nothing(backend: Backend, case: StatesCase, cut
 
 def merging_in_any_order_changes_nothing(backend: Backend, case: StatesCase) -> None:
     """Merging is commutative."""
+    assume_supported(backend, *case.dtypes)
     whole = backend.to_host(backend.merge_states(*case.arguments(backend))[0])
     reverse = StatesCase(case.out_parts[::-1].copy(), case.lse_parts[::-1].copy())
     got = backend.to_host(backend.merge_states(*reverse.arguments(backend))[0])
@@ -270,6 +284,7 @@ def sequence_rows(case: AttentionCase) -> Iterator[tuple[int, slice]]:
 def arguments_are_unchanged(backend: Backend, op: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """The op leaves every argument as it was, bit for bit, poison included."""
     arrays = [*arguments, *(x for x in options.values() if hasattr(x, "shape"))]
+    assume_supported(backend, *(str(x.dtype).removeprefix("torch.") for x in arrays))
     before = [np.array(backend.to_host(x)).tobytes() for x in arrays]
     getattr(backend, op)(*arguments, **options)
     for index, (x, content) in enumerate(zip(arrays, before)):
@@ -300,6 +315,7 @@ def out_is_honoured(
 
 def dense_honours_out(backend: Backend, case: AttentionCase) -> None:
     """``dense_attention`` of the case's one sequence writes to ``out``."""
+    assume_supported(backend, *case.dtypes)
     (s,) = case.sequences
     arguments = case.q(backend), backend.from_host(s.k), backend.from_host(s.v)
     options = case.options(backend) | {"causal": case.causal}
@@ -313,6 +329,7 @@ def dense_honours_out(backend: Backend, case: AttentionCase) -> None:
 
 def flash_honours_out(backend: Backend, case: PackedCase) -> None:
     """``flash_attention`` writes its output to ``out``."""
+    assume_supported(backend, *case.dtypes)
     arguments, options = case.arguments(backend), case.options(backend) | {"causal": case.causal}
     bound = out_bound(case, flash_of(plain_torch(), case)[0])
 
@@ -324,6 +341,7 @@ def flash_honours_out(backend: Backend, case: PackedCase) -> None:
 
 def paged_honours_out(backend: Backend, case: PagedCase) -> None:
     """``paged_attention`` writes to ``out``, the rows of padded sequences too."""
+    assume_supported(backend, *case.dtypes)
     arguments, options = case.arguments(backend), case.options(backend)
     bound = out_bound(case, paged_of(plain_torch(), case))
 
@@ -335,6 +353,7 @@ def paged_honours_out(backend: Backend, case: PagedCase) -> None:
 
 def merge_honours_out(backend: Backend, case: StatesCase, dtype: str) -> None:
     """``merge_states`` writes its output to ``out``, rounded to the dtype that ``out`` has."""
+    assume_supported(backend, *case.dtypes)
     expected, _, magnitude = merge_in_float64(case)
     bound = attention_bound(expected, magnitude, lse_size(case), dtype)
 

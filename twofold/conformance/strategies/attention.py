@@ -68,6 +68,11 @@ class AttentionCase:
     features: frozenset[str] = field(default_factory=frozenset)
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Of all its arrays of floats."""
+        return (self.dtype,)
+
+    @property
     def query_lens(self) -> list[int]:
         return [len(s.q) for s in self.sequences]
 
@@ -292,6 +297,10 @@ class PagedCase(AttentionCase):
     split_size: int
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        return self.dtype, self.pool.dtype.name
+
+    @property
     def block_size(self) -> int:
         return self.pool.shape[3]
 
@@ -457,6 +466,10 @@ class StatesCase:
 
     out_parts: np.ndarray
     lse_parts: np.ndarray
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return (self.out_parts.dtype.name,)
 
     def arguments(self, backend: Any) -> tuple[Any, Any]:
         return backend.from_host(self.out_parts), backend.from_host(self.lse_parts)
