@@ -9,11 +9,32 @@ from fast._triton.platform import INTERPRETED
 @triton.jit
 def to_dtype(x, dtype: tl.constexpr):
     """float32 to ``dtype``, to nearest, ties to even; float8 saturates at its largest number."""
-    if INTERPRETED and dtype == tl.bfloat16:
+    if dtype == tl.float8e4nv or dtype == tl.float8e5:
+        y = to_float8(x, dtype, True)
+    elif INTERPRETED and dtype == tl.bfloat16:
         y = round_to_bfloat16(x)
     else:
         y = x.to(dtype)
     return y
+
+
+@triton.jit
+def to_dtype_saturating(x, dtype: tl.constexpr):
+    """Like ``to_dtype``; what lies beyond the largest number of ``dtype``, infinities too, becomes that number."""
+    if dtype == tl.float16:
+        x = clamp(x, 65504.0)
+    elif dtype == tl.bfloat16:
+        x = clamp(x, 3.3895313892515355e38)
+    elif dtype == tl.float32:
+        x = clamp(x, 3.4028234663852886e38)
+    return to_dtype(x, dtype)
+
+
+@triton.jit
+def clamp(x, largest):
+    """Into ``-largest`` to ``largest``; NaN stays NaN."""
+    x = tl.where(x > largest, largest, x)
+    return tl.where(x < -largest, -largest, x)
 
 
 @triton.jit
@@ -23,6 +44,62 @@ def round_to_bfloat16(x):
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     rounded = tl.where(x == x, rounded, (bits >> 16) | 0x40)  # NaN stays NaN
     return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def to_float8(x, dtype: tl.constexpr, SATURATE: tl.constexpr):
+    """float32 to float8e4nv (e4m3fn) or float8e5 (e5m2), ties to even; NaN stays NaN.
+
+    Beyond the largest number lies, saturating, that number (infinities too); otherwise NaN for e4m3fn, which has no
+    infinity, and infinity for e5m2, from where a value rounds past the largest.
+    """
+    if INTERPRETED:
+        y = _float8_codes(x, dtype, SATURATE).to(dtype, bitcast=True)
+    elif SATURATE:
+        y = x.to(dtype)  # the GPU's conversion saturates
+    else:
+        codes = x.to(dtype).to(tl.uint8, bitcast=True)
+        if dtype == tl.float8e4nv:
+            codes = tl.where(tl.abs(x) > 464.0, 0x7F, codes)  # 464 lies between 448, which is even, and 480
+        else:
+            infinity = tl.where(x < 0, 0xFC, 0x7C)
+            codes = tl.where(tl.abs(x) >= 61440.0, infinity, codes)  # between 57344, which is odd, and 65536
+        y = codes.to(tl.uint8).to(dtype, bitcast=True)
+    return y
+
+
+@triton.jit
+def _float8_codes(x, dtype: tl.constexpr, SATURATE: tl.constexpr):
+    """The bits of ``x`` in float8, by integers: for the interpreter, whose conversion neither rounds nor saturates."""
+    FRACTION: tl.constexpr = 3 if dtype == tl.float8e4nv else 2
+    BIAS: tl.constexpr = 7 if dtype == tl.float8e4nv else 15
+    LARGEST: tl.constexpr = 0x7E if dtype == tl.float8e4nv else 0x7B
+    OVERFLOW: tl.constexpr = LARGEST if SATURATE else LARGEST + 1  # the code of NaN, or of infinity
+    CUT: tl.constexpr = 23 - FRACTION  # fraction bits that go
+    bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + ((1 << (CUT - 1)) - 1) + ((size >> CUT) & 1)) >> CUT).to(tl.int32) - ((127 - BIAS) << FRACTION)
+    # Adding a number whose last place is float8's smallest step makes the adder round to that step.
+    STEP: tl.constexpr = (127 + (1 - BIAS - FRACTION) + 23) << 23
+    step = tl.full(x.shape, STEP, tl.uint32)
+    small = (size.to(tl.float32, bitcast=True) + step.to(tl.float32, bitcast=True)).to(tl.uint32, bitcast=True) - step
+    codes = tl.where(size < ((128 - BIAS) << 23), small.to(tl.int32), normal)
+    codes = tl.where(codes > LARGEST, OVERFLOW, codes)
+    codes = tl.where(x == x, codes, 0x7F)
+    return (codes | ((bits >> 31) << 7).to(tl.int32)).to(tl.uint8)
+
+
+@triton.jit
+def to_float32(x):
+    """Any narrower float as float32, exactly; the interpreter knows neither infinities nor NaN in float8."""
+    y = x.to(tl.float32)
+    if INTERPRETED and x.dtype == tl.float8e4nv:
+        y = tl.where((x.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F, float("nan"), y)
+    elif INTERPRETED and x.dtype == tl.float8e5:
+        y = tl.where(
+            tl.abs(y) > 65535.0, tl.where((x.to(tl.uint8, bitcast=True) & 3) > 0, float("nan"), y * float("inf")), y
+        )
+    return y
 
 
 @triton.jit
