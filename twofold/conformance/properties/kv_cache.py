@@ -14,6 +14,7 @@ import numpy as np
 from numpy import ndarray as Array
 
 from reference.numerics.arrays import dtype_named
+from twofold.conformance.backends import assume_supported
 from twofold.conformance.strategies.kv_cache import Batch, Layout, Tokens, garbage
 from twofold.conformance.tolerance import (
     AttentionOracle,
@@ -236,6 +237,7 @@ only at a tie, and there both neighbours are as near."""
 def codes_are_nearest(backend: Backend, tokens: Tokens) -> None:
     """Scales are what the docstring says, codes are the nearest to value / scale except at ties, and so every stored
     value is within half a step of what was written."""
+    assume_supported(backend, tokens.packed.dtype)
     cache = Cache(backend, tokens.layout)
     cache.write(tokens)
     arrays, layout = cache.arrays(), tokens.layout
@@ -415,6 +417,7 @@ def flushed_weights(batch: Batch) -> float:
 def attends_over_what_is_stored(backend: Backend, batch: Batch) -> None:
     """Attention over a cache is attention over the values that its codes stand for (KIVI: over a query's own mixture
     of those and the window's), padded sequences included."""
+    assume_supported(backend, batch.q.dtype)
     cache = written_cache(backend, batch)
     attention_is_right(backend, batch, cache.attend(batch), cache.arrays(), f"attention over {batch.layout.format}")
 
