@@ -48,13 +48,16 @@ def round_to_bfloat16(x):
 
 @triton.jit
 def to_float8(x, dtype: tl.constexpr, SATURATE: tl.constexpr):
-    """float32 to float8e4nv (e4m3fn) or float8e5 (e5m2), ties to even; NaN stays NaN.
+    """float32 (nothing else) to float8e4nv (e4m3fn) or float8e5 (e5m2), ties to even; NaN stays NaN.
 
     Beyond the largest number lies, saturating, that number (infinities too); otherwise NaN for e4m3fn, which has no
     infinity, and infinity for e5m2, from where a value rounds past the largest.
     """
     if INTERPRETED:
-        y = _float8_codes(x, dtype, SATURATE).to(dtype, bitcast=True)
+        if dtype == tl.float8e4nv:
+            y = _float8_codes(x, 3, 7, 0x7E, SATURATE).to(dtype, bitcast=True)
+        else:
+            y = _float8_codes(x, 2, 15, 0x7B, SATURATE).to(dtype, bitcast=True)
     elif SATURATE:
         y = x.to(dtype)  # the GPU's conversion saturates
     else:
@@ -69,22 +72,18 @@ def to_float8(x, dtype: tl.constexpr, SATURATE: tl.constexpr):
 
 
 @triton.jit
-def _float8_codes(x, dtype: tl.constexpr, SATURATE: tl.constexpr):
+def _float8_codes(x, FRACTION: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr, SATURATE: tl.constexpr):
     """The bits of ``x`` in float8, by integers: for the interpreter, whose conversion neither rounds nor saturates."""
-    FRACTION: tl.constexpr = 3 if dtype == tl.float8e4nv else 2
-    BIAS: tl.constexpr = 7 if dtype == tl.float8e4nv else 15
-    LARGEST: tl.constexpr = 0x7E if dtype == tl.float8e4nv else 0x7B
-    OVERFLOW: tl.constexpr = LARGEST if SATURATE else LARGEST + 1  # the code of NaN, or of infinity
-    CUT: tl.constexpr = 23 - FRACTION  # fraction bits that go
+    cut = 23 - FRACTION  # fraction bits that go
     bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
     size = bits & 0x7FFFFFFF
-    normal = ((size + ((1 << (CUT - 1)) - 1) + ((size >> CUT) & 1)) >> CUT).to(tl.int32) - ((127 - BIAS) << FRACTION)
-    # Adding a number whose last place is float8's smallest step makes the adder round to that step.
-    STEP: tl.constexpr = (127 + (1 - BIAS - FRACTION) + 23) << 23
-    step = tl.full(x.shape, STEP, tl.uint32)
+    half = (1 << (cut - 1)) - 1 + ((size >> cut) & 1)  # less what makes a tie go to even
+    normal = ((size + half) >> cut).to(tl.int32) - ((127 - BIAS) << FRACTION)
+    # Below the smallest normal number: adding one whose last place is float8's smallest step rounds to that step.
+    step = tl.full(x.shape, (127 + (1 - BIAS - FRACTION) + 23) << 23, tl.uint32)
     small = (size.to(tl.float32, bitcast=True) + step.to(tl.float32, bitcast=True)).to(tl.uint32, bitcast=True) - step
     codes = tl.where(size < ((128 - BIAS) << 23), small.to(tl.int32), normal)
-    codes = tl.where(codes > LARGEST, OVERFLOW, codes)
+    codes = tl.where(codes > LARGEST, LARGEST if SATURATE else LARGEST + 1, codes)  # after it: NaN, or infinity
     codes = tl.where(x == x, codes, 0x7F)
     return (codes | ((bits >> 31) << 7).to(tl.int32)).to(tl.uint8)
 
@@ -96,9 +95,8 @@ def to_float32(x):
     if INTERPRETED and x.dtype == tl.float8e4nv:
         y = tl.where((x.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F, float("nan"), y)
     elif INTERPRETED and x.dtype == tl.float8e5:
-        y = tl.where(
-            tl.abs(y) > 65535.0, tl.where((x.to(tl.uint8, bitcast=True) & 3) > 0, float("nan"), y * float("inf")), y
-        )
+        beyond = tl.where((x.to(tl.uint8, bitcast=True) & 3) > 0, float("nan"), y * float("inf"))
+        y = tl.where(tl.abs(y) > 65535.0, beyond, y)
     return y
 
 
