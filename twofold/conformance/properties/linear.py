@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from reference.linear.weight import Weight
+from twofold.conformance.backends import assume_supported
 from twofold.conformance.properties.fusion import Backend, run
 from twofold.conformance.strategies.fusion import Call, widen
 from twofold.conformance.tolerance import assert_within, baseline_error, matmul_baseline_bound, matmul_bound
@@ -80,6 +81,7 @@ def oracle(backend: Backend, call: Call) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def matches_the_oracle(backend: Backend, call: Call) -> None:
     """Every element is a sum of the dequantized weights times the activations, within the tolerance rule."""
+    assume_supported(backend, *(array.dtype for array in call.arrays.values()))
     got = run(backend, call)["out"]
     assert got.dtype == call.arrays["x"].dtype, f"{call.op}: expected {call.arrays['x'].dtype}, got {got.dtype}"
     ref64, bound = expected(backend, call)
@@ -101,6 +103,7 @@ def expected(backend: Backend, call: Call) -> tuple[np.ndarray, np.ndarray]:
 def tokens_do_not_depend_on_company(backend: Backend, call: Call, keep: Sequence[int]) -> None:
     """A token gives the same whether it is alone, among others, or among others that are NaN; exactly so where the
     arithmetic is exact."""
+    assume_supported(backend, *(array.dtype for array in call.arrays.values()))
     per_token = [name for name in ("base", "x", "adapter_ids") if name in call.arrays]
     chosen = np.array(keep, np.intp)
     poisoned = {name: np.array(call.arrays[name]) for name in per_token if name != "adapter_ids"}
@@ -121,6 +124,7 @@ def tokens_do_not_depend_on_company(backend: Backend, call: Call, keep: Sequence
 
 def honours_out(backend: Backend, call: Call, alias: str | None = None) -> None:
     """The result goes where ``out`` says, which began as NaN (or is the argument that it may be), and is returned."""
+    assume_supported(backend, *(array.dtype for array in call.arrays.values()))
     want = run(backend, call)["out"]
     for out in (np.full(want.shape, np.nan, want.dtype), np.array(call.arrays[alias]) if alias else None):
         if out is None:
@@ -139,6 +143,7 @@ def honours_out(backend: Backend, call: Call, alias: str | None = None) -> None:
 
 def quantizes_rows(backend: Backend, x: np.ndarray, format: str) -> None:
     """The largest of a row becomes 127 (or 448), and every code is a nearest one, with half a step to spare at ties."""
+    assume_supported(backend, x.dtype)
     codes, scale = backend.quantize_rows(backend.from_host(x), format=format)
     codes, scale = backend.to_host(codes), backend.to_host(scale)
     assert (codes.dtype.name, scale.dtype.name) == (format, "float32"), f"{codes.dtype}, {scale.dtype}"
@@ -202,6 +207,7 @@ def lora_expected(call: Call) -> tuple[np.ndarray, np.ndarray]:
 
 def lora_matches_the_oracle(backend: Backend, call: Call) -> None:
     """Each token gets its own adapter's part; one without an adapter is returned bit for bit."""
+    assume_supported(backend, *(array.dtype for array in call.arrays.values()))
     got = run(backend, call)["out"]
     assert got.dtype == call.arrays["base"].dtype, f"lora: got {got.dtype}"
     assert_within(got, *lora_expected(call), "lora", ("token", "feature"))
@@ -212,6 +218,7 @@ def lora_matches_the_oracle(backend: Backend, call: Call) -> None:
 
 def lora_is_merged(backend: Backend, call: Call, weight: np.ndarray) -> None:
     """LoRA over a layer is the layer with the adapter added to its weight, token by token."""
+    assume_supported(backend, *(array.dtype for array in call.arrays.values()))
     a = {name: array if array.dtype.kind == "i" else array.astype(np.float32) for name, array in call.arrays.items()}
     base = run(backend, Call("linear", {"x": a["x"], "weight": weight}))["out"]
     got = run(backend, replace(call, arrays=a | {"base": base}))["out"]
@@ -231,6 +238,7 @@ def lora_is_merged(backend: Backend, call: Call, weight: np.ndarray) -> None:
 
 def weight_computes_with_its_numbers(backend: Backend, weight: Weight, x: np.ndarray) -> None:
     """``linear`` is a matrix product with what ``dequantize`` says, activations rounded first where the format does."""
+    assume_supported(backend, x.dtype)
     x64, w64 = widen(x), widen(weight.dequantize())
     rounds = {"linear_int8_int8": "int8", "linear_fp8_fp8": "float8_e4m3fn"}.get(weight.format.op)
     if rounds:
@@ -255,6 +263,7 @@ def _size(weight: Weight) -> np.ndarray:
 def fused_is_its_parts(backend: Backend, weight: Weight, x: np.ndarray, norm: np.ndarray, residual: np.ndarray) -> None:
     """What a `Weight` fuses, or composes, equals its parts one after another, to the backend's own rounding; also
     when it is written over the residual."""
+    assume_supported(backend, x.dtype)
     place = backend.from_host
     gate_up = np.concatenate([x, x[:, ::-1]], axis=1)
     normed = backend.rms_norm(place(x), place(norm), eps=1e-5)
