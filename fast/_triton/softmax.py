@@ -7,7 +7,7 @@ same multiply-add that subtracts ``top``, so ``top`` is in base 2 as well and a 
 
 The order of a kernel: ``scores = dot(q, k)``, ``cap_scores`` if there is a cap (then ``scale_log2`` is ``LOG2E``),
 ``hide`` in tiles that the mask cuts, ``update``, ``acc = acc * rescale[:, None]``, ``acc = dot(weights, v, acc)``;
-in the end ``finish``.
+in the end ``finish``. It begins with ``empty`` or ``empty_with_sink``.
 """
 
 import torch
@@ -31,7 +31,7 @@ def tanh(x):
     """To float32's precision, small x included; libdevice's does not run in the interpreter."""
     square = x * x
     series = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
-    e = tl.exp2(-2 * LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
     quotient = (1 - e) / (1 + e)  # cancels for small x, hence the series
     return tl.where(square < 1 / 16, series, tl.where(x < 0, -quotient, quotient))
 
@@ -60,8 +60,15 @@ def hide(scores, queries, keys, num_keys, window, CAUSAL: tl.constexpr, WINDOWED
 
 @triton.jit
 def empty(TILE_Q: tl.constexpr):
-    """(top, total) before any key. With a sink they start as (sink * LOG2E, 1): a key that brought no value."""
+    """(top, total) before any key."""
     return tl.full([TILE_Q], float("-inf"), tl.float32), tl.zeros([TILE_Q], tl.float32)
+
+
+@triton.jit
+def empty_with_sink(sink, TILE_Q: tl.constexpr):
+    """(top, total) before any key but the sink, one that brings no value; ``sink`` is a scalar, or one a row."""
+    top = tl.zeros([TILE_Q], tl.float32) + sink.to(tl.float32) * LOG2E
+    return top, tl.where(top == float("-inf"), 0.0, 1.0)
 
 
 @triton.jit
@@ -77,4 +84,5 @@ def update(scores, top, total, scale_log2):
 @triton.jit
 def finish(top, total):
     """What to multiply ``acc`` with, and the natural lse; 0 / 1 and -inf for a row without keys."""
-    return 1.0 / tl.where(total > 0, total, 1.0), (top + tl.log2(total)) * LN2
+    total = tl.where(total > 0, total, 1.0)
+    return 1.0 / total, (top + tl.log2(total)) * LN2
