@@ -129,9 +129,13 @@ def continuous_against_static(llm: LLM, *, slots: int = 8, num_requests: int = 4
 
     config = replace(llm.engine.config, max_num_seqs=slots, enable_prefix_caching=False)
     runner = llm.engine.runner
-    static, num_static_steps = drain(Engine(config, runner, scheduler=StaticScheduler(config)), requests("static"))
-    continuous, num_steps = drain(Engine(config, runner), requests("continuous"))
-    from_lengths = static_steps(lengths, slots) / continuous_steps(lengths, slots)
+    engines = Engine(config, runner, scheduler=StaticScheduler(config)), Engine(config, runner)
+    for engine, way in zip(engines, ("static", "continuous")):
+        for request in requests(way):
+            engine.add(request)
+    steps = static_steps(lengths, slots), continuous_steps(lengths, slots)
+    (static, num_static_steps), (continuous, num_steps) = drain_together(engines, steps)
+    from_lengths = steps[0] / steps[1]
     return {
         "static_s": static,
         "continuous_s": continuous,
@@ -143,15 +147,20 @@ def continuous_against_static(llm: LLM, *, slots: int = 8, num_requests: int = 4
     }
 
 
-def drain(engine: Engine, requests: list[Request]) -> tuple[float, int]:
-    """Seconds and steps until all of them have ended."""
-    start, num_steps = time.perf_counter(), 0
-    for request in requests:
-        engine.add(request)
-    while engine.has_unfinished():
-        engine.step()
-        num_steps += 1
-    return time.perf_counter() - start, num_steps
+def drain_together(engines: tuple[Engine, ...], expected_steps: tuple[int, ...]) -> list[tuple[float, int]]:
+    """Seconds and steps of each until all requests have ended, a step of one and a step of another in turn.
+
+    Who has done less of what is expected of it goes next, so that all end at about the same time: whatever else the
+    machine does meanwhile costs them alike.
+    """
+    seconds, steps = [0.0] * len(engines), [0] * len(engines)
+    while unfinished := [i for i, engine in enumerate(engines) if engine.has_unfinished()]:
+        i = min(unfinished, key=lambda i: steps[i] / expected_steps[i])
+        start = time.perf_counter()
+        engines[i].step()
+        seconds[i] += time.perf_counter() - start
+        steps[i] += 1
+    return list(zip(seconds, steps))
 
 
 def static_steps(lengths: list[int], slots: int) -> int:
