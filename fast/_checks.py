@@ -6,12 +6,14 @@ With ``TWOFOLD_CHECK=1`` (the tests set it) values are looked at too, and a wron
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fast._triton.platform import require_runnable
-from reference._checks import require, require_shape
+from reference._checks import require
+from reference._checks import require_shape as _require_shape
 
 __all__ = [
     "checking_values",
@@ -30,6 +32,11 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
 
 
+def require_shape(op: str, argument: str, array: torch.Tensor, shape: Sequence[int | None]) -> None:
+    """``array`` must have ``shape``; None allows any length on that axis."""
+    _require_shape(op, argument, array, tuple(shape))  # type: ignore[reportArgumentType]
+
+
 def require_float(op: str, argument: str, array: torch.Tensor) -> None:
     """``array`` must hold float32, float16 or bfloat16, where a kernel can run."""
     require(array.dtype in FLOATS, op, argument, "float32, float16 or bfloat16", dtype_name(array.dtype))
@@ -44,13 +51,13 @@ def require_dtype(op: str, argument: str, array: torch.Tensor, *dtypes: torch.dt
 def require_integers(op: str, argument: str, array: torch.Tensor, shape: tuple[int | None, ...]) -> None:
     """``array`` must hold int32 or int64 and have ``shape``."""
     require(array.dtype in INTEGERS, op, argument, "integers (int32 or int64)", dtype_name(array.dtype))
-    require_shape(op, argument, array, shape)  # type: ignore[reportArgumentType]
+    require_shape(op, argument, array, shape)
 
 
 def require_out(op: str, out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """``out``, if given, must be able to take the result as it is."""
     if out is not None:
-        require_shape(op, "out", out, tuple(shape))  # type: ignore[reportArgumentType]
+        require_shape(op, "out", out, shape)
         require(out.dtype == dtype, op, "out", f"dtype {dtype_name(dtype)}", dtype_name(out.dtype))
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fast
 import reference
 from twofold.conformance.backends import float_dtypes
 from twofold.conformance.properties import kv_cache as properties
@@ -44,7 +45,8 @@ def test_float64_queries_compute_in_float64(backend, batch):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_slots_out_of_range_write_nothing(backend, format):
+def test_slots_out_of_range_write_nothing(backend, format, monkeypatch):
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")  # as an engine runs: `fast` does not look, and skips them
     op, arguments = next(iter(valid_calls(format).items()))
     properties.slots_out_of_range_write_nothing(backend, op, arguments)
 
@@ -99,5 +101,23 @@ def test_the_door_names_what_is_wrong(backend, op):
         ("swap_in", {"block_ids": np.array([1, -1])}),
     ],
 )
-def test_the_reference_checks_ids_too(op, changed):
-    properties.refuses(reference, op, CALLS[op], **changed)
+@pytest.mark.parametrize("checking", [reference, fast], ids=["reference", "fast"])
+def test_ids_are_checked_too(checking, op, changed):
+    properties.refuses(checking, op, CALLS[op], **changed)
+
+
+@pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1])
+def test_ids_out_of_range_move_nothing(bad, monkeypatch):
+    """Where values are not looked at, as in an engine; only what came from no block is 0."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")
+    host = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    pool, good, ids = (fast.from_host(x) for x in (host.copy(), np.array([1, 3]), np.array([0, bad])))
+    fast.copy_blocks(pool, good, ids)
+    fast.copy_blocks(pool, ids, good)
+    rows = fast.swap_out(pool, ids)
+    fast.swap_in(rows + 1, pool, ids)
+    host[0] = host[1]
+    assert np.array_equal(fast.to_host(rows), [host[0], np.zeros(6)])
+    host[0] += 1
+    host[1] = host[0] - 1
+    assert np.array_equal(fast.to_host(pool), host)
