@@ -1,7 +1,10 @@
 """fp8_cache, in Triton. What the technique is for: `reference/kv_cache/fp8_cache.py`."""
 
+import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor as Array
+
+from fast.kv_cache._symmetric import write_symmetric
 
 
 def write_kv_fp8(
@@ -14,7 +17,8 @@ def write_kv_fp8(
     slot_mapping: Int64[Array, " num_tokens"],
 ) -> None:
     """Same contract as `reference.kv_cache.fp8_cache.write_kv_fp8`."""
-    raise NotImplementedError("write_kv_fp8")
+    arrays = k, v, k_cache, v_cache, k_scale, v_scale, slot_mapping
+    write_symmetric("write_kv_fp8", *arrays, codes=torch.float8_e4m3fn, largest_code=448.0)
 
 
 def paged_attention_fp8(
