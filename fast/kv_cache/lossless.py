@@ -1,18 +1,358 @@
-"""lossless, in Triton. What the technique is for: `reference/kv_cache/lossless.py`."""
+"""Lossless coding of bf16 and fp16 blocks, in Triton. The format: `reference/kv_cache/lossless.py`.
 
+A block is many tiles wide, and what a tile writes depends on all of them: the width and the base on how often each
+exponent occurs in the block, the place of its exceptions on how many the tiles before it have. So coding takes three
+kernels: tiles count exponents; a program for each block chooses, and adds up the escapes before each tile; tiles
+write. Decoding takes two: tiles count escapes, then read. All of it is integers, so the bytes are the reference's.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+import torch
+import triton
+import triton.language as tl
 from jaxtyping import Int64, UInt8, UInt16
 from torch import Tensor as Array
+
+from fast._checks import (
+    checking_values,
+    require,
+    require_dtype,
+    require_integers,
+    require_same_device,
+    require_shape,
+    require_values,
+)
+from fast._triton.platform import cdiv, next_power_of_2, require_runnable
+from reference.kv_cache.lossless import HEADER_BYTES, WORD_FORMATS, WordFormat
+
+MAX_TILE = 4096  # values that one program codes: 16 a thread; its 256 counters are an eighth of what it reads
+NUM_WARPS = 8
+TILE_TILES = 16  # tiles whose counters are added up at once
+
+HEADER = tl.constexpr(HEADER_BYTES)
+
+
+# ---- coding -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _count_kernel(
+    words_ptr,  # [num_blocks, num_values]
+    counts_ptr,  # [num_blocks, num_tiles, NUM_EXPONENTS]
+    stride_words_block, stride_words_value,
+    num_values,
+    num_tiles,
+    FRACTION_BITS: tl.constexpr,
+    NUM_EXPONENTS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """How often each exponent occurs in a tile."""
+    block, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    value = tile * TILE + tl.arange(0, TILE)
+    inside = value < num_values
+    words = tl.load(words_ptr + block * stride_words_block + value * stride_words_value, mask=inside, other=0)
+    exponents = ((words.to(tl.int32) & 0xFFFF) >> FRACTION_BITS) & (NUM_EXPONENTS - 1)
+    counts = tl.histogram(exponents, NUM_EXPONENTS)
+    exponent = tl.arange(0, NUM_EXPONENTS)
+    outside = TILE - tl.minimum(num_values - tile * TILE, TILE)  # they were read as 0
+    counts -= tl.where(exponent == 0, outside, 0)
+    tl.store(counts_ptr + (block * num_tiles + tile) * NUM_EXPONENTS + exponent, counts)
+
+
+@triton.jit
+def _choose_kernel(
+    counts_ptr,  # [num_blocks, num_tiles, NUM_EXPONENTS]
+    choices_ptr,  # [num_blocks, 2]: width and base
+    sizes_ptr,  # [num_blocks]
+    escapes_before_ptr,  # [num_blocks, num_tiles]
+    num_values,
+    num_tiles,
+    EXPONENT_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    TILE_TILES: tl.constexpr,
+):
+    """The width and base that make a block smallest, its size, and how many escapes come before each tile."""
+    NUM_EXPONENTS: tl.constexpr = 2**EXPONENT_BITS
+    block = tl.program_id(0).to(tl.int64)
+    exponent = tl.arange(0, NUM_EXPONENTS)
+    rows = tl.arange(0, TILE_TILES)
+    counts_of_block = counts_ptr + block * num_tiles * NUM_EXPONENTS
+    counts = tl.zeros([NUM_EXPONENTS], tl.int32)
+    for first in range(0, num_tiles, TILE_TILES):
+        some = counts_of_block + (first + rows)[:, None] * NUM_EXPONENTS + exponent[None, :]
+        counts += tl.sum(tl.load(some, mask=(first + rows < num_tiles)[:, None], other=0), 0)
+    up_to = tl.cumsum(counts, 0)
+    below = up_to - counts
+
+    width, base, size = 0, 0, HEADER + 2 * num_values
+    for w in tl.static_range(1, EXPONENT_BITS):
+        span = 2**w - 1
+        covered = tl.gather(up_to, tl.minimum(exponent + span - 1, NUM_EXPONENTS - 1), 0) - below
+        covered = tl.where(exponent <= NUM_EXPONENTS - span, covered, -1)
+        best = tl.max(covered, 0)
+        coded = HEADER + num_values + (HIGH_BITS + w) * ((num_values + 7) // 8) + num_values - best
+        better = coded < size
+        width = tl.where(better, w, width)
+        base = tl.where(better, tl.argmax(covered, 0, tie_break_left=True), base)
+        size = tl.where(better, coded, size)
+    tl.store(choices_ptr + block * 2, width)
+    tl.store(choices_ptr + block * 2 + 1, base)
+    tl.store(sizes_ptr + block, size.to(tl.int64))
+
+    escapes = (exponent < base) | (exponent >= base + (1 << width) - 1)
+    before = 0
+    for first in range(0, num_tiles, TILE_TILES):
+        in_block = first + rows < num_tiles
+        some = counts_of_block + (first + rows)[:, None] * NUM_EXPONENTS + exponent[None, :]
+        of_tiles = tl.sum(tl.load(some, mask=in_block[:, None] & escapes[None, :], other=0), 1)
+        of_earlier = before + tl.cumsum(of_tiles, 0) - of_tiles
+        tl.store(escapes_before_ptr + block * num_tiles + first + rows, of_earlier, mask=in_block)
+        before += tl.sum(of_tiles, 0)
+
+
+@triton.jit
+def _encode_kernel(
+    words_ptr,  # [num_blocks, num_values]
+    choices_ptr,  # [num_blocks, 2]
+    escapes_before_ptr,  # [num_blocks, num_tiles]
+    codes_ptr,  # [num_blocks, capacity], zeros
+    stride_words_block, stride_words_value,
+    num_values,
+    num_tiles,
+    EXPONENT_BITS: tl.constexpr,
+    FRACTION_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """The header (tile 0), and a tile's low bytes, planes and exceptions, each to its place in the row."""
+    block, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    width, base = tl.load(choices_ptr + block * 2), tl.load(choices_ptr + block * 2 + 1)
+    row = codes_ptr + block * (HEADER + 2 * num_values)
+    if tile == 0:
+        tl.store(row, width.to(tl.uint8))
+        tl.store(row + 1, base.to(tl.uint8))
+    body = row + HEADER
+
+    of_plane = tile * (TILE // 8) + tl.arange(0, TILE // 8)  # bytes of a plane, eight values each
+    bit = tl.arange(0, 8)
+    value = of_plane[:, None] * 8 + bit[None, :]
+    inside = value < num_values
+    words = tl.load(words_ptr + block * stride_words_block + value * stride_words_value, mask=inside, other=0)
+    words = words.to(tl.int32) & 0xFFFF
+    if width == 0:
+        tl.store(body + 2 * value, (words & 0xFF).to(tl.uint8), mask=inside)
+        tl.store(body + 2 * value + 1, (words >> 8).to(tl.uint8), mask=inside)
+    else:
+        exponents = (words >> FRACTION_BITS) & ((1 << EXPONENT_BITS) - 1)
+        noise = ((words >> 15) << FRACTION_BITS) | (words & ((1 << FRACTION_BITS) - 1))
+        tl.store(body + value, (noise & 0xFF).to(tl.uint8), mask=inside)
+
+        escape = (1 << width) - 1
+        offset = exponents - base
+        code = tl.where((offset >= 0) & (offset < escape), offset, escape)
+        fields = tl.where(inside, (code << HIGH_BITS) | (noise >> 8), 0)
+        plane_bytes = (num_values + 7) // 8
+        planes = body + num_values
+        for plane in range(HIGH_BITS + width):
+            packed = tl.sum(((fields >> plane) & 1) << bit[None, :], 1)
+            tl.store(planes + plane * plane_bytes + of_plane, packed.to(tl.uint8), mask=of_plane < plane_bytes)
+
+        is_escape = inside & (code == escape)
+        count = tl.reshape(is_escape.to(tl.int32), [TILE])
+        rank = tl.reshape(tl.cumsum(count, 0) - count, [TILE // 8, 8])
+        rank += tl.load(escapes_before_ptr + block * num_tiles + tile)
+        exceptions = planes + (HIGH_BITS + width) * plane_bytes
+        tl.store(exceptions + rank, exponents.to(tl.uint8), mask=is_escape)
 
 
 def encode_lossless(
     words: UInt16[Array, "num_blocks num_values"], *, format: str
 ) -> tuple[UInt8[Array, "num_blocks capacity"], Int64[Array, " num_blocks"]]:
-    """Same contract as `reference.kv_cache.lossless.encode_lossless`."""
-    raise NotImplementedError("encode_lossless")
+    """Same contract as `reference.kv_cache.lossless.encode_lossless`.
+
+    Grid: one program per tile of a block, to count and to write; one per block between, to choose.
+    Moves: the words twice in, 2 bytes a value of zeros out and then the codes, and 1 / 8 of the words in counters.
+    Limits: blocks of less than 2^30 values.
+    """
+    op = "encode_lossless"
+    layout = _word_format(op, format)
+    require_shape(op, "words", words, (None, None))
+    require_dtype(op, "words", words, torch.uint16)
+    require_runnable(op, "words", words)
+    num_blocks, num_values = words.shape
+    new = {"device": words.device}
+    codes = torch.zeros(num_blocks, HEADER_BYTES + 2 * num_values, dtype=torch.uint8, **new)
+    if num_blocks == 0 or num_values == 0:
+        return codes, torch.full((num_blocks,), HEADER_BYTES, dtype=torch.int64, **new)
+    sizes = torch.empty(num_blocks, dtype=torch.int64, **new)
+    tile = choose_tile(num_values)
+    num_tiles, num_exponents = cdiv(num_values, tile), 2**layout.exponent_bits
+    counts = torch.empty(num_blocks, num_tiles, num_exponents, dtype=torch.int32, **new)
+    choices = torch.empty(num_blocks, 2, dtype=torch.int32, **new)
+    escapes_before = torch.empty(num_blocks, num_tiles, dtype=torch.int32, **new)
+    bits = words.view(torch.int16)
+    sizes_of_words = (*bits.stride(), num_values, num_tiles)
+    shape = {"EXPONENT_BITS": layout.exponent_bits, "HIGH_BITS": layout.high_bits}
+    _count_kernel[(num_blocks, num_tiles)](
+        bits, counts, *sizes_of_words,
+        FRACTION_BITS=layout.fraction_bits, NUM_EXPONENTS=num_exponents, TILE=tile, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    _choose_kernel[(num_blocks,)](
+        counts, choices, sizes, escapes_before, num_values, num_tiles, **shape, TILE_TILES=TILE_TILES
+    )
+    _encode_kernel[(num_blocks, num_tiles)](
+        bits, choices, escapes_before, codes, *sizes_of_words,
+        **shape, FRACTION_BITS=layout.fraction_bits, TILE=tile, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return codes, sizes
+
+
+# ---- decoding ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _count_escapes_kernel(
+    codes_ptr,  # [num_blocks, capacity]
+    escapes_ptr,  # [num_blocks, num_tiles]
+    stride_codes_block, stride_codes_byte,
+    num_values,
+    num_tiles,
+    HIGH_BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """How many values of a tile have all bits of their code set."""
+    block, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = codes_ptr + block * stride_codes_block
+    width = tl.load(row).to(tl.int32)
+    plane_bytes = (num_values + 7) // 8
+    of_plane = tile * (TILE // 8) + tl.arange(0, TILE // 8)
+    all_set = tl.full([TILE // 8], 255 if width > 0 else 0, tl.int32)
+    for plane in range(width):
+        place = HEADER + num_values + (HIGH_BITS + plane) * plane_bytes + of_plane
+        inside = (of_plane < plane_bytes) & (place < HEADER + 2 * num_values)
+        all_set &= tl.load(row + place * stride_codes_byte, mask=inside, other=0).to(tl.int32)
+    pairs = all_set - ((all_set >> 1) & 0x55)  # a byte's bits, counted by twos, fours, and eight
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    tl.store(escapes_ptr + block * num_tiles + tile, tl.sum((fours + (fours >> 4)) & 0xF, 0))
+
+
+@triton.jit
+def _decode_kernel(
+    codes_ptr,  # [num_blocks, capacity]
+    escapes_ptr,  # [num_blocks, num_tiles]
+    words_ptr,  # [num_blocks, num_values], contiguous
+    largest_ptr,  # [num_blocks, num_tiles]: exponents, to see whether the codes can be right
+    stride_codes_block, stride_codes_byte,
+    num_values,
+    num_tiles,
+    EXPONENT_BITS: tl.constexpr,
+    FRACTION_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_TILES: tl.constexpr,
+):  # fmt: skip
+    block, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = codes_ptr + block * stride_codes_block
+    width, base = tl.load(row).to(tl.int32), tl.load(row + stride_codes_byte).to(tl.int32)
+    body = row + HEADER * stride_codes_byte
+    body_bytes = 2 * num_values
+    of_plane = tile * (TILE // 8) + tl.arange(0, TILE // 8)
+    bit = tl.arange(0, 8)
+    value = of_plane[:, None] * 8 + bit[None, :]
+    inside = value < num_values
+    if width == 0:
+        low = tl.load(body + 2 * value * stride_codes_byte, mask=inside, other=0).to(tl.int32)
+        high = tl.load(body + (2 * value + 1) * stride_codes_byte, mask=inside, other=0).to(tl.int32)
+        words = low | (high << 8)
+        largest = 0
+    else:
+        before = 0
+        for first in range(0, tile, TILE_TILES):
+            earlier = first + tl.arange(0, TILE_TILES)
+            of_tiles = tl.load(escapes_ptr + block * num_tiles + earlier, mask=earlier < tile, other=0)
+            before += tl.sum(of_tiles, 0)
+
+        noise = tl.load(body + value * stride_codes_byte, mask=inside, other=0).to(tl.int32)
+        plane_bytes = (num_values + 7) // 8
+        fields = tl.zeros([TILE // 8, 8], tl.int32)
+        for plane in range(HIGH_BITS + width):
+            place = num_values + plane * plane_bytes + of_plane
+            readable = (of_plane < plane_bytes) & (place < body_bytes)
+            packed = tl.load(body + place * stride_codes_byte, mask=readable, other=0).to(tl.int32)
+            fields |= ((packed[:, None] >> bit[None, :]) & 1) << plane
+        noise |= (fields & ((1 << HIGH_BITS) - 1)) << 8
+        code = fields >> HIGH_BITS
+
+        is_escape = inside & (code == (1 << width) - 1)
+        count = tl.reshape(is_escape.to(tl.int32), [TILE])
+        rank = tl.reshape(tl.cumsum(count, 0) - count, [TILE // 8, 8]) + before
+        place = num_values + (HIGH_BITS + width) * plane_bytes + rank
+        exceptions = tl.load(body + place * stride_codes_byte, mask=is_escape & (place < body_bytes), other=0)
+        exponents = tl.where(is_escape, exceptions.to(tl.int32), base + code)
+        sign, fraction = noise >> FRACTION_BITS, noise & ((1 << FRACTION_BITS) - 1)
+        words = (sign << 15) | (exponents << FRACTION_BITS) | fraction
+        largest = tl.max(tl.max(tl.where(inside, exponents, 0), 1), 0)
+    tl.store(words_ptr + block * num_values + value, words.to(tl.uint16).to(tl.int16, bitcast=True), mask=inside)
+    tl.store(largest_ptr + block * num_tiles + tile, largest)
 
 
 def decode_lossless(
     codes: UInt8[Array, "num_blocks capacity"], sizes: Int64[Array, " num_blocks"], *, num_values: int, format: str
 ) -> UInt16[Array, "num_blocks num_values"]:
-    """Same contract as `reference.kv_cache.lossless.decode_lossless`."""
-    raise NotImplementedError("decode_lossless")
+    """Same contract as `reference.kv_cache.lossless.decode_lossless`.
+
+    Grid: one program per tile of a block, to count its escapes and then to read it.
+    Moves: the codes once in, their code planes twice, and the words out.
+    Limits: blocks of less than 2^30 values. Sizes are looked at only when values are checked; codes that no encoder
+    made give some words, and are never read beyond their row.
+    """
+    op = "decode_lossless"
+    layout = _word_format(op, format)
+    require_shape(op, "codes", codes, (None, HEADER_BYTES + 2 * num_values))
+    require_dtype(op, "codes", codes, torch.uint8)
+    require_integers(op, "sizes", sizes, (len(codes),))
+    require_same_device(op, codes=codes, sizes=sizes)
+    require_runnable(op, "codes", codes)
+    words = torch.empty(len(codes), num_values, dtype=torch.uint16, device=codes.device)
+    if words.numel() == 0:
+        return words
+    tile = choose_tile(num_values)
+    num_tiles = cdiv(num_values, tile)
+    escapes = torch.empty(len(codes), num_tiles, dtype=torch.int32, device=codes.device)
+    largest = torch.empty_like(escapes)
+    if checking_values():
+        known = torch.isin(codes[:, 0], torch.arange(layout.exponent_bits, device=codes.device))
+        require_values(known.all(), op, "codes", "headers with a known width", codes[:, 0].tolist())
+    grid = (len(codes), num_tiles)
+    sizes_of_codes = (*codes.stride(), num_values, num_tiles)
+    tiles = {"HIGH_BITS": layout.high_bits, "TILE": tile, "num_warps": NUM_WARPS}
+    _count_escapes_kernel[grid](codes, escapes, *sizes_of_codes, **tiles)
+    _decode_kernel[grid](
+        codes, escapes, words.view(torch.int16), largest, *sizes_of_codes,
+        EXPONENT_BITS=layout.exponent_bits, FRACTION_BITS=layout.fraction_bits, TILE_TILES=256, **tiles,
+    )  # fmt: skip
+    if checking_values():
+        _require_coded(op, codes, sizes, num_values, layout, escapes, largest)
+    return words
+
+
+def _require_coded(
+    op: str, codes: Array, sizes: Array, num_values: int, layout: WordFormat, escapes: Array, largest: Array
+) -> None:
+    """Headers and sizes are those of coded blocks, and exponents have as many bits as the format's."""
+    widths = codes[:, 0].long()
+    fixed = HEADER_BYTES + num_values + (layout.high_bits + widths) * cdiv(num_values, 8)
+    expected = torch.where(widths == 0, codes.shape[1], fixed + escapes.sum(1))
+    require_values((sizes == expected).all(), op, "sizes", f"{expected.tolist()}", sizes.tolist())
+    possible = int(largest.max()) < 2**layout.exponent_bits
+    require(possible, op, "codes", f"exponents of {layout.exponent_bits} bits", int(largest.max()))
+
+
+def choose_tile(num_values: int) -> int:
+    """Values of a block that one program codes: a power of two, at least two bytes of a plane."""
+    return min(max(next_power_of_2(num_values), 16), MAX_TILE)
+
+
+def _word_format(op: str, name: str) -> WordFormat:
+    require(name in WORD_FORMATS, op, "format", f"one of {', '.join(WORD_FORMATS)}", repr(name))
+    return WORD_FORMATS[name]

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+import fast
 import reference
+from fast.kv_cache.lossless import MAX_TILE, choose_tile
 from twofold.conformance import plain_torch
 from twofold.conformance.properties import kv_cache as properties
 from twofold.conformance.strategies.kv_cache import FLOATS, words
@@ -18,9 +20,22 @@ def test_every_word_comes_back(backend, case):
     properties.lossless_is_lossless(backend, *case)
 
 
+@pytest.mark.parametrize("coder", [plain_torch, fast], ids=["plain_torch", "fast"])
+@settings(max_examples=25)
 @given(case=words())
-def test_plain_torch_makes_the_same_bytes(case):
-    properties.lossless_codes_are_the_oracles(plain_torch, reference, *case)
+def test_the_bytes_are_the_same(coder, case):
+    properties.lossless_codes_are_the_oracles(coder, reference, *case)
+
+
+@formats
+def test_a_block_of_many_tiles_has_the_same_bytes(format):
+    """Escapes are counted across tiles: a block that is a few tiles and a bit, with exceptions in each."""
+    num_values = 2 * MAX_TILE + 77
+    assert choose_tile(num_values) == MAX_TILE < num_values
+    values = np.random.default_rng(1).normal(size=(2, num_values)) ** 3
+    words = values.astype(FLOATS[format]).view(np.uint16)
+    properties.lossless_codes_are_the_oracles(fast, reference, words, format)
+    properties.lossless_is_lossless(fast, words, format)
 
 
 @formats
@@ -107,7 +122,9 @@ def broken(**bytes_at: int) -> np.ndarray:
         (broken(_0=7, _1=255, _36=1), np.array([4 + 32 + 28, SIZES[1]])),  # an exponent of 256
     ],
 )
-def test_the_reference_refuses_what_no_encoder_made(codes, sizes):
+@pytest.mark.parametrize("checking", [reference, fast], ids=["reference", "fast"])
+def test_what_no_encoder_made_is_refused(checking, codes, sizes):
     """A damaged header or size is an error, not other words."""
+    codes, sizes = checking.from_host(codes.copy()), checking.from_host(sizes.copy())
     with pytest.raises(ValueError, match=r"^decode_lossless: (codes|sizes): "):
-        reference.decode_lossless(codes, sizes, num_values=32, format="bfloat16")
+        checking.decode_lossless(codes, sizes, num_values=32, format="bfloat16")
