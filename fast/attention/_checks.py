@@ -11,6 +11,7 @@ from fast._checks import (
     require_float,
     require_integers,
     require_out,
+    require_range,
     require_same_device,
     require_shape,
 )
@@ -62,3 +63,32 @@ def require_cu_seqlens(op: str, argument: str, cu_seqlens: Tensor, num_tokens: i
         offsets = cu_seqlens.tolist()
         fits = offsets[0] == 0 and offsets[-1] == num_tokens and all(a <= b for a, b in pairwise(offsets))
         require(fits, op, argument, f"offsets that rise from 0 to {num_tokens}", offsets)
+
+
+def require_tables(
+    op: str,
+    num_tokens: int,
+    num_blocks: int,
+    block_size: int,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    sliding_window: int | None,
+) -> None:
+    """Tables of a paged batch; when checking values: every token that a query sees has a block of the cache."""
+    require(block_size > 0, op, "k_cache", "at least one slot a block", (num_blocks, block_size))
+    require_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, num_tokens)
+    num_seqs = len(cu_seqlens_q) - 1
+    require_integers(op, "seq_lens", seq_lens, (num_seqs,))
+    require_integers(op, "block_table", block_table, (num_seqs, None))
+    if not checking_values():
+        return
+    require_range(op, "block_table", block_table, -1, num_blocks)
+    capacity = block_table.shape[1] * block_size
+    for row, seq_len, num_queries in zip(block_table.tolist(), seq_lens.tolist(), cu_seqlens_q.diff().tolist()):
+        fits = seq_len == 0 or num_queries <= seq_len <= capacity
+        require(fits, op, "seq_lens", f"0, or from its number of queries to {capacity}", seq_len)
+        if seq_len and num_queries:
+            oldest = 0 if sliding_window is None else max(0, seq_len - num_queries + 1 - sliding_window)
+            seen = row[oldest // block_size : -(-seq_len // block_size)]
+            require(min(seen) >= 0, op, "block_table", "a block for every token that a query sees", seen)

@@ -1,7 +1,221 @@
-"""paged_attention, in Triton. What the technique is for: `reference/attention/paged_attention.py`."""
+"""paged_attention, in Triton. What the technique is for: `reference/attention/paged_attention.py`.
 
+One kernel serves decodes, chunks of prompts and any mix of them. A tile of its rows is one KV head's group of query
+heads times as many queries as fit; the tile's size is chosen by shape, so that decodes run on 16 rows and chunks on
+128. How the work is shared out, and how a sequence that several programs took is put together, all in one launch:
+`fast/_triton/paging.py`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
 from jaxtyping import Float, Int32
 from torch import Tensor as Array
+
+from fast._checks import require, require_same_device, require_shape
+from fast._triton import paging, softmax
+from fast._triton.platform import num_processors
+from fast._triton.rounding import dot, to_dtype
+from fast.attention._checks import require_attention, require_tables
+from fast.attention.flash_attention import find_tile
+
+LONGEST_WINDOW = 2**30  # a longer one hides nothing either, and positions plus it stay below 2^31
+
+
+class Tiles(NamedTuple):
+    """How a launch cuts its work."""
+
+    tile_q: int  # rows: queries times the heads of a group
+    tile_kv: int
+    num_warps: int
+    num_stages: int
+    programs_per_processor: int
+
+
+def choose_tiles(num_tokens: int, num_seqs: int, group: int, head_dim: int, itemsize: int) -> Tiles:
+    """Tiles by the mean number of rows of a sequence, known from shapes alone: few for decodes, many for chunks."""
+    rows = max(-(-num_tokens // num_seqs) * group, triton.next_power_of_2(group), 16)
+    wide = head_dim > 128
+    if itemsize == 4:  # no tensor cores: what counts is that nothing spills
+        return Tiles(max(16 if rows <= 16 else 32, triton.next_power_of_2(group)), 16 if wide else 32, 4, 2, 2)
+    if rows <= 64:
+        return Tiles(triton.next_power_of_2(rows), 32 if wide else 64, 4, 3, 2)
+    return Tiles(max(128, triton.next_power_of_2(group)), 32 if wide else 64, 8, 3, 1)
+
+
+@triton.jit
+def attend_cached_tiles(
+    q, acc, top, total, query_positions, origin, start, stop, end, row_ptr, stride_table_block,
+    k_head_ptr, v_head_ptr, scale, logit_cap, window,
+    stride_k_block, stride_k_token, stride_k_dim, stride_v_block, stride_v_token, stride_v_dim,
+    num_blocks, max_blocks_per_seq,
+    MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_KV: tl.constexpr, TILE_D: tl.constexpr,
+):  # fmt: skip
+    """Let tiles ``start`` to ``stop`` of keys pass, counted from the token ``origin`` and only up to the token ``end``.
+
+    A tile gathers from as many blocks as it covers. Their ids are loaded one tile ahead, so that the loads of keys
+    never wait for them. MASKED: some query may not see some key; a key in no block of the cache is seen by none.
+    """
+    dim = tl.arange(0, TILE_D)
+    in_dims = (dim < HEAD_DIM)[None, :]
+    column = tl.arange(0, TILE_KV)
+    ids = paging.load_block_ids(
+        row_ptr, stride_table_block, origin + start * TILE_KV + column, end, num_blocks, max_blocks_per_seq, BLOCK_SIZE
+    )
+    for tile in range(start, stop):
+        keys = origin + tile * TILE_KV + column
+        owned = (ids >= 0)[:, None]
+        block, offset = ids.to(tl.int64), (keys % BLOCK_SIZE).to(tl.int64)
+        if TILE_D > HEAD_DIM:
+            owned = owned & in_dims
+        k_rows = k_head_ptr + block * stride_k_block + offset * stride_k_token
+        v_rows = v_head_ptr + block * stride_v_block + offset * stride_v_token
+        k = tl.load(k_rows[:, None] + dim[None, :] * stride_k_dim, mask=owned, other=0.0)
+        v = tl.load(v_rows[:, None] + dim[None, :] * stride_v_dim, mask=owned, other=0.0)
+        if WIDE:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], TILE_KV], tl.float32))
+        scale_log2 = scale * softmax.LOG2E
+        if CAPPED:
+            scores, scale_log2 = softmax.cap_scores(scores, scale, logit_cap), softmax.LOG2E
+        if MASKED:
+            seen = (keys[None, :] <= query_positions[:, None]) & (ids >= 0)[None, :]
+            if WINDOWED:
+                seen = seen & (keys[None, :] > query_positions[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
+        top, total, rescale, weights = softmax.update(scores, top, total, scale_log2)
+        acc = dot(to_dtype(weights, v.dtype), v, acc * rescale[:, None])
+        ids = paging.load_block_ids(
+            row_ptr, stride_table_block, keys + TILE_KV, end, num_blocks, max_blocks_per_seq, BLOCK_SIZE
+        )
+    return acc, top, total
+
+
+@triton.jit
+def paged_attention_kernel(
+    q_ptr,  # [num_tokens, num_heads, head_dim]
+    k_cache_ptr,  # [num_blocks, block_size, num_kv_heads, head_dim]
+    v_cache_ptr,
+    block_table_ptr,  # [num_seqs, max_blocks_per_seq]
+    seq_lens_ptr,  # [num_seqs]
+    cu_seqlens_q_ptr,  # [num_seqs + 1]
+    sinks_ptr,  # [num_heads] or None
+    out_ptr,  # [num_tokens, num_heads, head_dim]
+    parts_ptr,  # the scratch of paging.py
+    stats_ptr,
+    counters_ptr,
+    scale,
+    logit_cap,
+    window,
+    stride_q_token,
+    stride_q_head,
+    stride_q_dim,
+    stride_k_block,
+    stride_k_token,
+    stride_k_head,
+    stride_k_dim,
+    stride_v_block,
+    stride_v_token,
+    stride_v_head,
+    stride_v_dim,
+    stride_table_seq,
+    stride_table_block,
+    stride_out_token,
+    stride_out_head,
+    stride_out_dim,
+    num_tokens,
+    num_seqs,
+    num_kv_heads,
+    num_blocks,
+    max_blocks_per_seq,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    TILE_D: tl.constexpr,
+):
+    QUERIES: tl.constexpr = TILE_Q // GROUP
+    program = tl.program_id(0)
+    capacity = max_blocks_per_seq * BLOCK_SIZE
+    line = paging.total_units(
+        seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
+        QUERIES, TILE_KV, WINDOWED,
+    )  # fmt: skip
+    begin, end, num_workers = paging.share_of(program, tl.num_programs(0), line)
+    seq, seq_begin = paging.find_sequence(
+        begin, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
+        QUERIES, TILE_KV, WINDOWED,
+    )  # fmt: skip
+    dim = tl.arange(0, TILE_D)
+    unit = begin
+    while unit < end:
+        first_row, num_queries, seq_len = paging.sequence(
+            seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
+        )
+        per_head, width = paging.units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
+        if unit >= seq_begin + per_head * num_kv_heads:
+            seq_begin += per_head * num_kv_heads
+            seq += 1
+        else:
+            kv_head, tile, first_tile, seg_begin, seg_end, following = paging.find_segment(
+                unit, seq_begin, per_head, width, num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED
+            )
+            if unit < seg_end:
+                query, token, head, there = paging.rows_of_tile(tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
+                q_rows = q_ptr + token * stride_q_token + head * stride_q_head
+                in_tile = there[:, None] & (dim < HEAD_DIM)[None, :]
+                q = tl.load(q_rows[:, None] + dim[None, :] * stride_q_dim, mask=in_tile, other=0.0)
+                if WIDE:
+                    q = q.to(tl.float32)
+                context = seq_len - num_queries
+                query_positions = query + context
+                last_key = context + tl.minimum((tile + 1) * QUERIES, num_queries)
+                start = first_tile + unit - seg_begin
+                stop = first_tile + tl.minimum(end, seg_end) - seg_begin
+                row_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_seq
+                k_head_ptr = k_cache_ptr + kv_head.to(tl.int64) * stride_k_head
+                v_head_ptr = v_cache_ptr + kv_head.to(tl.int64) * stride_v_head
+
+                top, total = softmax.empty(TILE_Q)
+                acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
+                if TILE_Q >= 64:  # arithmetic counts: tiles that every query sees pass without a mask
+                    whole = tl.minimum(tl.maximum((context + tile * QUERIES + 1) // TILE_KV, start), stop)
+                    if WINDOWED:
+                        oldest = tl.maximum(last_key - window, 0)
+                        cut = tl.minimum(tl.maximum((oldest + TILE_KV - 1) // TILE_KV, start), whole)
+                        acc, top, total = attend_cached_tiles(
+                            q, acc, top, total, query_positions, 0, start, cut, last_key, row_ptr,
+                        stride_table_block, k_head_ptr,     v_head_ptr, scale, logit_cap, window, stride_k_block, stride_k_token, stride_k_dim,
+                            stride_v_block, stride_v_token, stride_v_dim, num_blocks, max_blocks_per_seq,
+                            True, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
+                        )  # fmt: skip
+                        start = cut
+                    acc, top, total = attend_cached_tiles(
+                        q, acc, top, total, query_positions, 0, start, whole, last_key, row_ptr,
+                        stride_table_block, k_head_ptr, v_head_ptr, scale, logit_cap, window, stride_k_block, stride_k_token, stride_k_dim,
+                        stride_v_block, stride_v_token, stride_v_dim, num_blocks, max_blocks_per_seq,
+                        False, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
+                    )  # fmt: skip
+                    start = whole
+                acc, top, total = attend_cached_tiles(
+                    q, acc, top, total, query_positions, 0, start, stop, last_key, row_ptr,
+                    stride_table_block, k_head_ptr, v_head_ptr, scale, logit_cap, window, stride_k_block, stride_k_token, stride_k_dim,
+                    stride_v_block, stride_v_token, stride_v_dim, num_blocks, max_blocks_per_seq,
+                    True, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
+                )  # fmt: skip
+                paging.finish_segment(
+                    acc, top, total, seg_begin, seg_end, begin, end, line, num_workers, program, parts_ptr,
+                    stats_ptr, counters_ptr, out_ptr, sinks_ptr, token, head, there, dim,
+                    stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, TILE_Q, TILE_D,
+                )  # fmt: skip
+            unit = tl.minimum(following, end)
 
 
 def paged_attention(
@@ -18,8 +232,126 @@ def paged_attention(
     logit_cap: float | None = None,
     out: Float[Array, "num_tokens num_heads head_dim"] | None = None,
 ) -> Float[Array, "num_tokens num_heads head_dim"]:
-    """Same contract as `reference.attention.paged_attention.paged_attention`."""
-    raise NotImplementedError("paged_attention")
+    """Same contract as `reference.attention.paged_attention.paged_attention`.
+
+    Grid: ``programs_per_processor`` programs for each processor, whatever the batch. A program owns an equal share of
+    all (tile of rows, KV head, tile of keys) of the batch, found from the lengths on the device, and the last of the
+    programs that share a tile of rows merges its parts and owns it in ``out``.
+    Moves: each sequence's keys and values once for each of its tiles of rows (a decode has one); queries and result
+    once; at most two parts a program, in float32, out to the L2 cache and back.
+    Limits: float32, float16 or bfloat16, and where q and the caches differ, or for float32, products without tensor
+    cores. Launches with the same stream (or graphs captured on it) must not overlap.
+    """
+    op = "paged_attention"
+    tables = block_table, seq_lens, cu_seqlens_q
+    options = {"scale": scale, "sliding_window": sliding_window, "sinks": sinks, "logit_cap": logit_cap, "out": out}
+    scale = require_paged(op, q, k_cache, v_cache, *tables, **options)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if len(q) == 0:
+        return out
+    q, scale = softmax.positive_scale(q, scale)
+    num_tokens, num_heads, head_dim = q.shape
+    num_blocks, block_size, num_kv_heads, _ = k_cache.shape
+    num_seqs, max_blocks_per_seq = block_table.shape
+    wide = not q.dtype == k_cache.dtype == v_cache.dtype
+    group = num_heads // num_kv_heads
+    tiles = choose_tiles(num_tokens, num_seqs, group, head_dim, 4 if wide else q.element_size())
+    tile_d = max(16, triton.next_power_of_2(head_dim))
+    num_programs = num_processors(q) * tiles.programs_per_processor
+    scratch = paging.make_scratch(q, num_programs, tiles.tile_q, tile_d)
+    paged_attention_kernel[(num_programs,)](
+        q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, sinks, out, *scratch,
+        scale, logit_cap or 0.0, min(sliding_window or 0, LONGEST_WINDOW),
+        *q.stride(), *k_cache.stride(), *v_cache.stride(), *block_table.stride(), *out.stride(),
+        num_tokens, num_seqs, num_kv_heads, num_blocks, max_blocks_per_seq,
+        WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None, WIDE=wide, GROUP=group,
+        HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE_Q=tiles.tile_q, TILE_KV=tiles.tile_kv, TILE_D=tile_d,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def split_paged_attention_kernel(
+    q_ptr,  # [num_tokens, num_heads, head_dim]
+    k_cache_ptr,  # [num_blocks, block_size, num_kv_heads, head_dim]
+    v_cache_ptr,
+    block_table_ptr,  # [num_seqs, max_blocks_per_seq]
+    seq_lens_ptr,  # [num_seqs]
+    cu_seqlens_q_ptr,  # [num_seqs + 1]
+    out_parts_ptr,  # [num_parts, num_tokens, num_heads, head_dim]
+    lse_parts_ptr,  # [num_parts, num_tokens, num_heads]
+    scale,
+    logit_cap,
+    window,
+    stride_q_token,
+    stride_q_head,
+    stride_q_dim,
+    stride_k_block,
+    stride_k_token,
+    stride_k_head,
+    stride_k_dim,
+    stride_v_block,
+    stride_v_token,
+    stride_v_head,
+    stride_v_dim,
+    stride_table_seq,
+    stride_table_block,
+    num_tokens,
+    num_seqs,
+    num_heads,
+    num_blocks,
+    max_blocks_per_seq,
+    split_size,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    WIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_KV: tl.constexpr,
+    TILE_D: tl.constexpr,
+    SEARCH: tl.constexpr,
+):
+    QUERIES: tl.constexpr = TILE_Q // GROUP
+    kv_head, part = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    seq, tile = find_tile(tl.program_id(1), cu_seqlens_q_ptr, num_seqs, num_tokens, QUERIES, SEARCH)
+    capacity = max_blocks_per_seq * BLOCK_SIZE
+    first_row, num_queries, seq_len = paging.sequence(
+        seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
+    )
+    if tile * QUERIES >= num_queries:
+        return
+    query, token, head, there = paging.rows_of_tile(tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
+    dim = tl.arange(0, TILE_D)
+    in_tile = there[:, None] & (dim < HEAD_DIM)[None, :]
+    q_rows = q_ptr + token * stride_q_token + head * stride_q_head
+    q = tl.load(q_rows[:, None] + dim[None, :] * stride_q_dim, mask=in_tile, other=0.0)
+    if WIDE:
+        q = q.to(tl.float32)
+
+    context = seq_len - num_queries
+    origin = (part * split_size).to(tl.int32)
+    end = tl.minimum(context + tl.minimum((tile + 1) * QUERIES, num_queries), origin + split_size)
+    start = 0
+    if WINDOWED:
+        start = tl.maximum(context + tile * QUERIES + 1 - window - origin, 0) // TILE_KV
+    stop = (tl.maximum(end - origin, 0) + TILE_KV - 1) // TILE_KV
+    row_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_seq
+    top, total = softmax.empty(TILE_Q)
+    acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
+    acc, top, total = attend_cached_tiles(
+        q, acc, top, total, query + context, origin, start, stop, end, row_ptr, stride_table_block,
+        k_cache_ptr + kv_head.to(tl.int64) * stride_k_head, v_cache_ptr + kv_head.to(tl.int64) * stride_v_head,
+        scale, logit_cap, window, stride_k_block, stride_k_token, stride_k_dim,
+        stride_v_block, stride_v_token, stride_v_dim, num_blocks, max_blocks_per_seq,
+        True, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
+    )  # fmt: skip
+    factor, lse = softmax.finish(top, total)
+    row = (part * num_tokens + token) * num_heads + head
+    tl.store(out_parts_ptr + row[:, None] * HEAD_DIM + dim[None, :], acc * factor[:, None], mask=in_tile)
+    tl.store(lse_parts_ptr + row, lse, mask=there)
 
 
 def split_paged_attention(
@@ -35,5 +367,57 @@ def split_paged_attention(
     sliding_window: int | None = None,
     logit_cap: float | None = None,
 ) -> tuple[Float[Array, "num_parts num_tokens num_heads head_dim"], Float[Array, "num_parts num_tokens num_heads"]]:
-    """Same contract as `reference.attention.paged_attention.split_paged_attention`."""
-    raise NotImplementedError("split_paged_attention")
+    """Same contract as `reference.attention.paged_attention.split_paged_attention`.
+
+    Grid: a program for each KV head, tile of rows and part; it owns these rows of the part.
+    Moves: each sequence's keys and values once for each of its tiles of rows, queries once a part, and all parts,
+    which is more than the keys unless ``split_size`` is far above the number of heads that share a KV head.
+    Limits: as ``paged_attention``, which keeps its parts in the L2 cache and merges them itself.
+    """
+    op = "split_paged_attention"
+    options = {"scale": scale, "sliding_window": sliding_window, "logit_cap": logit_cap}
+    scale = require_paged(op, q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, **options)
+    require(split_size >= 1, op, "split_size", "at least 1", split_size)
+    num_tokens, num_heads, head_dim = q.shape
+    num_blocks, block_size, num_kv_heads, _ = k_cache.shape
+    num_seqs, max_blocks_per_seq = block_table.shape
+    num_parts = max(1, triton.cdiv(max_blocks_per_seq * block_size, split_size))
+    out_parts = torch.empty((num_parts, *q.shape), dtype=torch.float32, device=q.device)
+    lse_parts = torch.empty((num_parts, num_tokens, num_heads), dtype=torch.float32, device=q.device)
+    if num_tokens == 0:
+        return out_parts, lse_parts
+    q, scale = softmax.positive_scale(q, scale)
+    wide = not q.dtype == k_cache.dtype == v_cache.dtype
+    group = num_heads // num_kv_heads
+    tiles = choose_tiles(num_tokens, num_seqs, group, head_dim, 4 if wide else q.element_size())
+    num_tiles = num_tokens // (tiles.tile_q // group) + num_seqs
+    split_paged_attention_kernel[(num_kv_heads, num_tiles, num_parts)](
+        q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, out_parts, lse_parts,
+        scale, logit_cap or 0.0, min(sliding_window or 0, LONGEST_WINDOW),
+        *q.stride(), *k_cache.stride(), *v_cache.stride(), *block_table.stride(),
+        num_tokens, num_seqs, num_heads, num_blocks, max_blocks_per_seq, split_size,
+        WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None, WIDE=wide, GROUP=group,
+        HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE_Q=tiles.tile_q, TILE_KV=tiles.tile_kv,
+        TILE_D=max(16, triton.next_power_of_2(head_dim)), SEARCH=paging.SEARCH.value,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return out_parts, lse_parts
+
+
+def require_paged(
+    op: str,
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    block_table: Array,
+    seq_lens: Array,
+    cu_seqlens_q: Array,
+    **options: Any,
+) -> float:
+    """What attention over a cache of plain floats asks of its arguments; returns the scale of the softmax."""
+    require_shape(op, "k_cache", k_cache, (None, None, None, None))  # type: ignore[reportArgumentType]
+    scale = require_attention(op, q, k_cache, v_cache, names=("k_cache", "v_cache"), **options)
+    require_same_device(op, q=q, block_table=block_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
+    window = options.get("sliding_window")
+    require_tables(op, len(q), *k_cache.shape[:2], block_table, seq_lens, cu_seqlens_q, window)
+    return scale

@@ -1,0 +1,278 @@
+"""The schedule of attention over a paged cache, for every format of it: who computes what, and how parts are merged.
+
+**Work** is counted in units: one tile of keys (``TILE_KV`` tokens) for one tile of query rows of one KV head. The rows
+of a tile are ``TILE_Q // GROUP`` queries times the ``GROUP`` heads that share the KV head, so a decode fills the tile
+with its group. A *segment* is all the units of one tile of rows. The units of a batch stand in one line: by sequence,
+then KV head, then segment, then keys. Program p of n takes the p-th n-th of the line, wherever that begins and ends: a
+persistent grid with the same load everywhere, be it one long decode, many short ones or a chunk of a prompt among
+decodes. Nothing but ``seq_lens`` and ``cu_seqlens_q`` decides it, on the device, so a captured graph stays right.
+
+The early segments of a prompt see few keys and the late ones many. So they stand in line in pairs, the last with the
+first: each pair of a sequence then gets the same number of units, ``width``, and finding a segment takes a division,
+not a search. (A unit or two at the end of a pair may be idle.)
+
+**Merge.** A segment that lies in one program is written by it. One that was cut leaves a part in each of its programs:
+(acc, top, total) in float32, in a scratch with two places a program, because a program cuts at most two segments, one
+at either end. Each program then counts itself in, at the counter of the program where the segment begins; the one that
+comes last merges all parts, in order, and sets the counter back to 0 for the next launch.
+
+In a kernel::
+
+    line = ...total_units(...); begin, end, num_workers = share_of(...); seq, seq_begin = find_sequence(begin, ...)
+    while unit < end:
+        first_row, num_queries, seq_len = sequence(seq, ...)
+        per_head, width = units_per_head(...)
+        if unit >= seq_begin + per_head * num_kv_heads:      # on to the next sequence
+        else: find_segment(...), rows_of_tile(...), (acc, top, total) over its keys, finish_segment(...)
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fast._triton import softmax
+from fast._triton.platform import COMPILE_ONLY
+from fast._triton.rounding import store
+
+SEARCH = tl.constexpr(256)  # sequences that a program looks through at a time for its share
+MIN_UNITS = tl.constexpr(2)  # a program takes at least so much: a shorter part costs more to merge than it saves
+
+_counters: dict[tuple[int, int], torch.Tensor] = {}
+
+
+class Scratch(NamedTuple):
+    """What the programs of a launch leave for each other."""
+
+    parts: torch.Tensor  # [num_programs, 2, TILE_Q, TILE_D], sums of values
+    stats: torch.Tensor  # [num_programs, 2, 2, TILE_Q], the top and the total of each row
+    counters: torch.Tensor  # [num_programs], 0 between launches
+
+
+def make_scratch(like: torch.Tensor, num_programs: int, tile_q: int, tile_d: int) -> Scratch:
+    """For one launch. The counters are kept, one set for each stream, because launches on one do not overlap."""
+    parts = torch.empty((num_programs, 2, tile_q, tile_d), dtype=torch.float32, device=like.device)
+    stats = torch.empty((num_programs, 2, 2, tile_q), dtype=torch.float32, device=like.device)
+    return Scratch(parts, stats, zero_counters(like, num_programs))
+
+
+def zero_counters(like: torch.Tensor, count: int) -> torch.Tensor:
+    """At least ``count`` int32 zeros on that device, which every launch must leave as zeros.
+
+    A graph captured before any ordinary launch gets its own, zeroed in the graph: what is allocated during a capture
+    holds nothing until the graph runs.
+    """
+    on_gpu = like.is_cuda
+    stream = torch.cuda.current_stream(like.device).cuda_stream if on_gpu else 0
+    key = like.device.index or 0, stream
+    counters = _counters.get(key)
+    if counters is None or counters.numel() < count:
+        counters = torch.zeros(max(count, 1024), dtype=torch.int32, device=like.device)
+        if not (on_gpu and torch.cuda.is_current_stream_capturing()) and not COMPILE_ONLY:
+            _counters[key] = counters
+    return counters
+
+
+@triton.jit
+def sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity):
+    """(first row of q, number of queries, tokens) of a sequence or a vector of them, kept inside the arrays."""
+    known = seq < num_seqs
+    first = tl.load(cu_seqlens_q_ptr + seq, mask=known, other=0).to(tl.int32)
+    stop = tl.load(cu_seqlens_q_ptr + seq + 1, mask=known, other=0).to(tl.int32)
+    seq_len = tl.load(seq_lens_ptr + seq, mask=known, other=0).to(tl.int32)
+    first = tl.minimum(tl.maximum(first, 0), num_tokens)
+    num_queries = tl.minimum(tl.maximum(stop, first), num_tokens) - first
+    return first, num_queries, tl.minimum(tl.maximum(seq_len, 0), capacity)
+
+
+@triton.jit
+def key_tiles(tile, num_queries, seq_len, window, QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr):
+    """(first, number of) the tiles of keys that some query of a tile sees; at least one, to have a result written."""
+    context = seq_len - num_queries
+    end = context + tl.minimum((tile + 1) * QUERIES, num_queries)
+    stop = (tl.maximum(end, 0) + TILE_KV - 1) // TILE_KV
+    start = tile * 0
+    if WINDOWED:
+        start = tl.maximum(context + tile * QUERIES + 1 - window, 0) // TILE_KV
+    return start, tl.maximum(stop - start, 1)
+
+
+@triton.jit
+def units_per_head(num_queries, seq_len, window, QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr):
+    """(units of a sequence for one KV head, units of a pair of its segments)."""
+    num_tiles = (num_queries + QUERIES - 1) // QUERIES
+    context = tl.maximum(seq_len - num_queries, 0)
+    width = (2 * context + num_queries + 2 * QUERIES) // TILE_KV + 2  # at least what the two segments see
+    if WINDOWED:
+        width = tl.minimum(width, 2 * ((window + QUERIES) // TILE_KV + 2))
+    _, middle = key_tiles(num_tiles // 2, num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
+    return (num_tiles // 2) * width + (num_tiles % 2) * middle, width
+
+
+@triton.jit
+def total_units(
+    seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
+    QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """The length of the line."""
+    total = 0
+    for first in range(0, num_seqs, SEARCH):
+        seq = first + tl.arange(0, SEARCH)
+        _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
+        per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
+        total += tl.sum(per_head, 0) * num_kv_heads
+    return total
+
+
+@triton.jit
+def share_of(program, num_programs, total):
+    """(first unit, last + 1, programs that have any) of a program's share of the line."""
+    num_workers = tl.minimum(num_programs, tl.maximum(total // MIN_UNITS, 1))
+    begin = program.to(tl.int64) * total // num_workers
+    end = (program.to(tl.int64) + 1) * total // num_workers
+    return begin.to(tl.int32), tl.where(program < num_workers, end, begin).to(tl.int32), num_workers
+
+
+@triton.jit
+def worker_of(unit, num_workers, total):
+    """The program whose share holds a unit."""
+    return (((unit.to(tl.int64) + 1) * num_workers - 1) // total).to(tl.int32)
+
+
+@triton.jit
+def find_sequence(
+    unit, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
+    QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """(the sequence that holds a unit of the line, that sequence's first unit)."""
+    found, found_begin, before = 0, 0, 0
+    for first in range(0, num_seqs, SEARCH):
+        seq = first + tl.arange(0, SEARCH)
+        _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
+        per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
+        ends = before + tl.cumsum(per_head * num_kv_heads, 0)
+        passed = (ends <= unit) & (seq < num_seqs)
+        found += tl.sum(passed.to(tl.int32), 0)
+        found_begin = tl.maximum(found_begin, tl.max(tl.where(passed, ends, 0), 0))
+        before = tl.max(ends, 0)
+    return found, found_begin
+
+
+@triton.jit
+def find_segment(
+    unit, seq_begin, per_head, width, num_queries, seq_len, window,
+    QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """The segment at a unit: (KV head, tile of rows, first tile of keys, its first unit, its last + 1, the next's).
+
+    An idle unit gives the segment before it, which it lies behind.
+    """
+    kv_head = (unit - seq_begin) // per_head
+    head_begin = seq_begin + kv_head * per_head
+    early = (unit - head_begin) // width
+    late = (num_queries + QUERIES - 1) // QUERIES - 1 - early  # of an odd number, the middle one is its own partner
+    pair_begin = head_begin + early * width
+    late_start, late_units = key_tiles(late, num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
+    early_start, early_units = key_tiles(early, num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
+    late_end = pair_begin + late_units
+    in_late = unit < late_end
+    return (
+        kv_head,
+        tl.where(in_late, late, early),
+        tl.where(in_late, late_start, early_start),
+        tl.where(in_late, pair_begin, late_end),
+        tl.where(in_late, late_end, late_end + early_units),
+        tl.where(in_late, late_end, pair_begin + width),
+    )
+
+
+@triton.jit
+def rows_of_tile(tile, kv_head, first_row, num_queries, GROUP: tl.constexpr, TILE_Q: tl.constexpr):
+    """(query within the sequence, row of q, head, whether there is such a row) of each row of a tile."""
+    row = tl.arange(0, TILE_Q)
+    query = tile * (TILE_Q // GROUP) + row // GROUP
+    there = (row < TILE_Q // GROUP * GROUP) & (query < num_queries)
+    return query, (first_row + query).to(tl.int64), kv_head * GROUP + row % GROUP, there
+
+
+@triton.jit
+def load_block_ids(row_ptr, stride_table_block, keys, end, num_blocks, max_blocks_per_seq, BLOCK_SIZE: tl.constexpr):
+    """The block of each key before ``end``, from a sequence's row of the table; -1 where there is none."""
+    index = keys // BLOCK_SIZE
+    ids = tl.load(row_ptr + index * stride_table_block, mask=(keys < end) & (index < max_blocks_per_seq), other=-1)
+    return tl.where((ids >= 0) & (ids < num_blocks), ids, -1).to(tl.int32)
+
+
+@triton.jit
+def store_rows(
+    acc, top, total, out_ptr, sinks_ptr, token, head, there, dim, stride_out_token, stride_out_head, stride_out_dim,
+    HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Divide by the total, a sink counted in, and store the rows that are there. ``top`` is in base 2.
+
+    ``dim`` says which number of the head each column of ``acc`` is; ``HEAD_DIM`` or more, and it is none.
+    """
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head, mask=there, other=0.0).to(tl.float32) * softmax.LOG2E
+        new_top = tl.maximum(top, sink)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        rescale = tl.exp2(top - shift)
+        total = total * rescale + tl.exp2(sink - shift)
+        acc = acc * rescale[:, None]
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # a row without keys: 0 / 1
+    offset = token[:, None] * stride_out_token + head[:, None] * stride_out_head + dim[None, :] * stride_out_dim
+    store(out_ptr + offset, acc, there[:, None] & (dim < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def finish_segment(
+    acc, top, total, seg_begin, seg_end, begin, end, line, num_workers, program, parts_ptr, stats_ptr, counters_ptr,
+    out_ptr, sinks_ptr, token, head, there, dim, stride_out_token, stride_out_head, stride_out_dim,
+    HEAD_DIM: tl.constexpr, TILE_Q: tl.constexpr, TILE_D: tl.constexpr,
+):  # fmt: skip
+    """Write a segment's result, or leave this program's part of it, and merge the parts if all are there."""
+    if (seg_begin >= begin) & (seg_end <= end):
+        store_rows(
+            acc, top, total, out_ptr, sinks_ptr, token, head, there, dim, stride_out_token, stride_out_head,
+            stride_out_dim, HEAD_DIM,
+        )  # fmt: skip
+    else:
+        row = tl.arange(0, TILE_Q)
+        offset = row[:, None] * TILE_D + tl.arange(0, TILE_D)[None, :]
+        stored = there[:, None] & (dim < HEAD_DIM)[None, :]
+        place = (program * 2 + (seg_begin >= begin).to(tl.int32)).to(tl.int64)
+        tl.store(parts_ptr + place * (TILE_Q * TILE_D) + offset, acc, mask=stored)
+        tl.store(stats_ptr + place * (2 * TILE_Q) + row, top, mask=there)
+        tl.store(stats_ptr + place * (2 * TILE_Q) + TILE_Q + row, total, mask=there)
+        tl.debug_barrier()  # all of the program's stores come before its count
+        first = worker_of(seg_begin, num_workers, line)
+        last = worker_of(seg_end - 1, num_workers, line)
+        arrived = tl.atomic_add(counters_ptr + first, 1, sem="acq_rel", scope="gpu")
+        if arrived == last - first:
+            top, total = softmax.empty(TILE_Q)
+            acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
+            for part in tl.range(first, last + 1, num_stages=4 if TILE_Q <= 32 else 2):
+                place = (part * 2 + (part == first).to(tl.int32)).to(tl.int64)
+                stats = stats_ptr + place * (2 * TILE_Q) + row
+                part_top = tl.load(stats, mask=there, other=float("-inf"), cache_modifier=".cg")
+                part_total = tl.load(stats + TILE_Q, mask=there, other=0.0, cache_modifier=".cg")
+                values = tl.load(
+                    parts_ptr + place * (TILE_Q * TILE_D) + offset, mask=stored, other=0.0, cache_modifier=".cg"
+                )
+                acc, top, total = merge(acc, top, total, values, part_top, part_total)
+            store_rows(
+                acc, top, total, out_ptr, sinks_ptr, token, head, there, dim, stride_out_token, stride_out_head,
+            stride_out_dim, HEAD_DIM,
+            )  # fmt: skip
+            tl.store(counters_ptr + first, 0)
+
+
+@triton.jit
+def merge(acc, top, total, part_acc, part_top, part_total):
+    """Two states of the same rows as one; the multiply-adds are spelled out, so that every kernel rounds alike."""
+    new_top = tl.maximum(top, part_top)
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    old, new = tl.exp2(top - shift), tl.exp2(part_top - shift)
+    acc = tl.fma(part_acc, tl.broadcast_to(new[:, None], part_acc.shape), acc * old[:, None])
+    return acc, new_top, tl.fma(part_total, new, total * old)
