@@ -1,0 +1,73 @@
+"""Mutants: what is made of a kernel, and that the right ones die."""
+
+import sys
+
+from twofold.conformance import mutants
+
+KERNEL = """
+@triton.jit
+def kernel(x_ptr, out_ptr, stride_x, stride_out, n, TILE: tl.constexpr):
+    offset = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    x = tl.load(x_ptr + offset * stride_x, mask=offset < n, other=0.0)
+    total = tl.zeros([TILE], tl.float32)
+    total += helper(x, stride_x, stride_out)
+    total = total * 2.0
+    tl.store(out_ptr + offset * stride_out, tl.where(x > 0, total, x), mask=offset < n)
+
+
+def grid(n, TILE):
+    return triton.cdiv(n, TILE) + 1
+"""
+
+
+def test_each_kind_of_fault_is_made():
+    """Masks, defaults, comparisons, strides, branches, rescales and sums each get their mutant."""
+    names = [mutant.what for mutant in mutants.mutants_of(KERNEL)]
+    wanted = [
+        "without mask",
+        "without other",
+        "offset < n becomes offset <= n",
+        "x > 0 becomes x >= 0",
+        "helper(x, stride_x, stride_out) becomes helper(x, stride_out, stride_x)",
+        "tl.where(x > 0, total, x) becomes total",
+        "without total += helper(x, stride_x, stride_out)",
+        "without total = total * 2.0",
+    ]
+    assert not [name for name in wanted if name not in names], names
+
+
+def test_every_mutant_is_another_program_and_compiles():
+    """No two mutants are the same, none is the original, and each is Python."""
+    sources = [mutant.source for mutant in mutants.mutants_of(KERNEL)]
+    assert len(sources) == len(set(sources))
+    for source in sources:
+        compile(source, "mutant", "exec")
+
+
+def test_only_kernels_are_edited_unless_asked():
+    """What runs on the host is left alone, or not."""
+    assert not [m for m in mutants.mutants_of(KERNEL) if "cdiv" in m.what]
+    assert [m for m in mutants.mutants_of(KERNEL, kernels_only=False) if "cdiv" in m.what]
+
+
+def test_verdicts(tmp_path, monkeypatch, capfd):
+    """A fault that a test sees is killed, one that none sees survives, and tests that fail anyway judge nothing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "judged.py").write_text("def least(a, b):\n    return a if a < b else b\n")
+    run = [sys.executable, "-m", "twofold.conformance.mutants", "judged.py", "--all-functions", "--jobs", "1"]
+
+    def judge(test: str) -> tuple[int, str]:
+        import subprocess
+
+        (tmp_path / "test_judged.py").write_text(f"from judged import least\n\n\ndef test():\n    {test}\n")
+        done = subprocess.run([*run, "--tests", "test_judged.py"], capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    status, text = judge("assert least(1, 2) == 1")
+    assert status == 1, text
+    assert "0 of 1 killed" in text  # a <= b gives the same: a survivor
+    assert "a < b becomes a <= b" in text
+    status, text = judge("assert least(1, 2) == 2")
+    assert status == 2, text
+    assert "do not pass without a fault" in text

@@ -1,0 +1,290 @@
+"""The tests are tested: small faults, made from the syntax tree of a source file, each of which some test must catch.
+
+A fault is one edit of the kind that slips into kernels: a mask forgotten, ``<`` for ``<=``, a rounded-down division for
+a rounded-up one, two strides swapped, a rescale left out. Each makes a whole new file (a *mutant*); the tests that
+judge the file are run against it, and a mutant that they pass is a *survivor*: a hole in the tests, or an edit that
+changes nothing. `python -m twofold.conformance.mutants FILE --tests TEST_FILE...` does that and lists the survivors.
+
+It says nothing of faults that take two edits, and nothing of races: `twofold.conformance.sanitizer` is for those.
+"""
+
+import argparse
+import ast
+import copy
+import importlib.machinery
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "TWOFOLD_MUTANT"  # module=file: what a test run imports in place of the module
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A file with one fault."""
+
+    line: int
+    what: str
+    source: str
+
+
+# ---- making them ------------------------------------------------------------------------------------------------
+
+Edit = Callable[[Any], ast.AST]
+
+COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
+OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv}
+OPERATORS |= {ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift, ast.RShift: ast.LShift}
+
+
+def mutants_of(source: str, *, kernels_only: bool = True) -> list[Mutant]:
+    """Every mutant of a source text, in the order of its lines.
+
+    Args:
+        kernels_only: Edit only functions decorated with ``triton.jit``; otherwise every function.
+
+    Example:
+        >>> text = "@triton.jit\\ndef kernel(x, n):\\n    return tl.load(x, mask=x < n, other=0.0)"
+        >>> [mutant.what for mutant in mutants_of(text)]
+        ['without mask', 'without other', 'x < n becomes x <= n']
+    """
+    tree = ast.parse(source)
+    places = []
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and (not kernels_only or is_kernel(function)):
+            places += [node for statement in function.body for node in ast.walk(statement)]
+    made = {}
+    for node in places:
+        for what, edit in edits_of(node):
+            text = edited(tree, node, edit)
+            if text is not None:
+                made.setdefault(text, Mutant(getattr(node, "lineno", 0), what, text))
+    return sorted(made.values(), key=lambda mutant: mutant.line)
+
+
+def is_kernel(function: ast.FunctionDef) -> bool:
+    """Whether Triton compiles it."""
+    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def edits_of(node: ast.AST) -> Iterator[tuple[str, Edit]]:
+    """What can be done to a node, each with a name; the edit gets a copy of the node, and returns what replaces it."""
+    yield from edits_of_call(node)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in COMPARISONS:
+        swapped = COMPARISONS[type(node.ops[0])]()
+        yield becomes(node, lambda n: ast.Compare(n.left, [swapped], n.comparators))
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS and not is_text(node):
+        other = OPERATORS[type(node.op)]()
+        yield becomes(node, lambda n: ast.BinOp(n.left, other, n.right))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd):
+        yield becomes(node, lambda n: n.left)
+        yield becomes(node, lambda n: n.right)
+    if isinstance(node, ast.AugAssign):
+        yield f"without {ast.unparse(node)}", lambda n: ast.Pass()
+    if isinstance(node, ast.Assign) and rescales(node):
+        yield f"without {ast.unparse(node)}", lambda n: ast.Pass()
+    if isinstance(node, ast.Constant) and type(node.value) is int and 0 <= node.value <= 4096:
+        yield becomes(node, lambda n: ast.Constant(n.value + 1))
+
+
+def edits_of_call(node: ast.AST) -> Iterator[tuple[str, Edit]]:
+    """Masks and defaults dropped, roundings turned, branches swapped."""
+    if not isinstance(node, ast.Call):
+        return
+    for keyword in node.keywords:
+        if keyword.arg in ("mask", "other"):
+            yield f"without {keyword.arg}", lambda n, name=keyword.arg: without_keyword(n, name)
+    name = ast.unparse(node.func)
+    if name.endswith("cdiv") and len(node.args) == 2:
+        yield becomes(node, lambda n: ast.BinOp(n.args[0], ast.FloorDiv(), n.args[1]))
+    if name == "tl.where" and len(node.args) == 3:
+        yield becomes(node, lambda n: n.args[1])
+        yield becomes(node, lambda n: n.args[2])
+    if name in ("tl.maximum", "tl.minimum"):
+        other = "minimum" if name.endswith("maximum") else "maximum"
+        yield becomes(node, lambda n: ast.Call(ast.Attribute(ast.Name("tl"), other), n.args, n.keywords))
+    if isinstance(node.func, ast.Name):
+        for i, (a, b) in enumerate(zip(node.args, node.args[1:])):
+            if isinstance(a, ast.Name) and isinstance(b, ast.Name) and "stride" in a.id and "stride" in b.id:
+                yield becomes(node, lambda n, i=i: with_swapped(n, i))
+
+
+def becomes(node: ast.AST, edit: Edit) -> tuple[str, Edit]:
+    """An edit that is named by what it does."""
+    return f"{short(node)} becomes {short(edit(copy.deepcopy(node)))}", edit
+
+
+def short(node: ast.AST) -> str:
+    text = ast.unparse(node)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def is_text(node: ast.BinOp) -> bool:
+    return any(isinstance(x, ast.Constant) and isinstance(x.value, str) for x in (node.left, node.right))
+
+
+def rescales(node: ast.Assign) -> bool:
+    """Whether a variable is set from its own old value."""
+    names = {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return bool(names & {x.id for x in ast.walk(node.value) if isinstance(x, ast.Name)})
+
+
+def without_keyword(node: ast.AST, name: str) -> ast.AST:
+    assert isinstance(node, ast.Call)
+    dropped = ("mask", "other") if name == "mask" else (name,)  # a default without a mask is refused
+    node.keywords = [keyword for keyword in node.keywords if keyword.arg not in dropped]
+    return node
+
+
+def with_swapped(node: ast.AST, index: int) -> ast.AST:
+    assert isinstance(node, ast.Call)
+    node.args[index], node.args[index + 1] = node.args[index + 1], node.args[index]
+    return node
+
+
+def edited(tree: ast.Module, node: ast.AST, edit: Edit) -> str | None:
+    """The whole file with this node edited; None if that is not another program."""
+
+    class Replace(ast.NodeTransformer):
+        def visit(self, visited: ast.AST) -> ast.AST:
+            return edit(copy.deepcopy(visited)) if visited is node else self.generic_visit(copy.copy(visited))
+
+        def generic_visit(self, visited: ast.AST) -> ast.AST:
+            for name, value in list(ast.iter_fields(visited)):
+                if isinstance(value, list):
+                    setattr(visited, name, [self.visit(x) if isinstance(x, ast.AST) else x for x in value])
+                elif isinstance(value, ast.AST):
+                    setattr(visited, name, self.visit(value))
+            return visited
+
+    before, after = ast.unparse(tree), ast.unparse(ast.fix_missing_locations(Replace().visit(tree)))
+    return after if after != before else None
+
+
+# ---- running tests against them ---------------------------------------------------------------------------------
+
+
+def install(setting: str | None = None) -> None:
+    """Import a mutant in place of a module, if the environment asks for it; before the module is imported."""
+    setting = setting or os.environ.get(VARIABLE)
+    if setting:
+        sys.meta_path.insert(0, MutantFinder(*setting.split("=", 1)))
+
+
+class MutantFinder:
+    """Finds one module elsewhere."""
+
+    def __init__(self, module: str, file: str):
+        self.module, self.file = module, file
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        """The mutant's file for its module; nothing for all others."""
+        return importlib.util.spec_from_file_location(name, self.file) if name == self.module else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant: ``killed``, ``timeout`` (killed too: the original ends in time), or ``survived``."""
+
+    line: int
+    what: str
+    outcome: str
+    seconds: float
+
+
+def judge(mutant: Mutant, module: str, pytest_arguments: list[str], seconds: float) -> Verdict:
+    """Run the tests against a mutant in a process of their own."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / (module.rsplit(".", 1)[-1] + ".py")
+        file.write_text(mutant.source)
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, 0)
+            run_tests(f"{module}={file}", pytest_arguments)
+        outcome = wait(child, start + seconds)
+    return Verdict(mutant.line, mutant.what, outcome, round(time.monotonic() - start, 1))
+
+
+def run_tests(setting: str, pytest_arguments: list[str]) -> None:
+    """In the child: the tests, silently; never returns."""
+    try:
+        import pytest
+
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
+            install(setting)
+            os._exit(int(pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", *pytest_arguments])))
+    finally:
+        os._exit(1)
+
+
+def wait(child: int, deadline: float) -> str:
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return "survived" if status == 0 else "killed"
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "timeout"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 1 if fewer than the asked share were killed."""
+    parser = argparse.ArgumentParser(description="Run tests against mutants of a file.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--tests", nargs="+", required=True, help="arguments of pytest")
+    parser.add_argument("--sample", type=int, help="judge so many, drawn with seed 0; default: all")
+    parser.add_argument("--seconds", type=float, default=120.0, help="a mutant's time")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--all-functions", action="store_true", help="not only Triton's kernels")
+    parser.add_argument("--at-least", type=float, default=0.9)
+    parser.add_argument("--json", type=Path, help="where to write the verdicts")
+    options = parser.parse_args(arguments)
+
+    mutants = mutants_of(options.file.read_text(), kernels_only=not options.all_functions)
+    if options.sample and options.sample < len(mutants):
+        mutants = sorted(random.Random(0).sample(mutants, options.sample), key=lambda mutant: mutant.line)
+    module = ".".join(options.file.with_suffix("").parts)
+    import_what_is_not_mutated()
+    original = judge(Mutant(0, "nothing", options.file.read_text()), module, options.tests, 10 * options.seconds)
+    if original.outcome != "survived":
+        print(f"{options.file}: the tests do not pass without a fault ({original.outcome})", file=sys.stderr)
+        return 2
+    with ThreadPoolExecutor(options.jobs) as pool:
+        verdicts = list(pool.map(lambda m: judge(m, module, options.tests, options.seconds), mutants))
+    survivors = [verdict for verdict in verdicts if verdict.outcome == "survived"]
+    killed = len(verdicts) - len(survivors)
+    print(f"{options.file}: {killed} of {len(verdicts)} killed")
+    for verdict in survivors:
+        print(f"  line {verdict.line}: {verdict.what}")
+    if options.json:
+        record = {"file": str(options.file), "killed": killed, "judged": len(verdicts)}
+        options.json.write_text(json.dumps(record | {"survivors": [asdict(v) for v in survivors]}, indent=1) + "\n")
+    return int(killed < options.at_least * len(verdicts))
+
+
+def import_what_is_not_mutated() -> None:
+    """Once, for every child to share: what takes seconds to import."""
+    import hypothesis  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import triton  # noqa: F401
+
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+
+
+if __name__ == "__main__":
+    sys.exit(main())
