@@ -21,6 +21,7 @@ from hypothesis import event
 from hypothesis import strategies as st
 
 from reference.numerics.arrays import dtype_named
+from twofold.conformance.backends import assume_supported
 from twofold.conformance.tolerance import AttentionOracle, attention_oracle, concatenate_oracles
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -93,6 +94,7 @@ class AttentionCase:
 
     def q(self, backend: Any) -> Any:
         """The packed queries as an array of the backend; where strided, a view of a wider one."""
+        assume_supported(backend, self.dtype)
         q = backend.from_host(self.host_q)
         return q[:, 1 : 1 + self.num_heads] if self.strided else q
 
@@ -306,6 +308,7 @@ class PagedCase(AttentionCase):
 
     def caches(self, backend: Any) -> tuple[Any, Any]:
         """k_cache and v_cache, views of one pool, as in the engine."""
+        assume_supported(backend, self.pool.dtype)
         pool = backend.from_host(self.pool)
         return pool[:, self.layer, 0], pool[:, self.layer, 1]
 
