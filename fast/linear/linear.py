@@ -1,7 +1,19 @@
-"""linear, in Triton. What the technique is for: `reference/linear/linear.py`."""
+"""linear, in Triton and by cuBLAS. What the technique is for: `reference/linear/linear.py`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor as Array
+
+from fast._checks import require, require_float, require_out, require_same_device, require_shape
+from fast.linear._matmul import matmul
+from fast.linear._skinny import columns_together, is_skinny, skinny_linear
+
+# How torch may let cuBLAS round on the way: tf32 products, partial sums in 16 bits. None of it is in the contract.
+LOOSE = ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
 
 
 def linear(
@@ -11,5 +23,70 @@ def linear(
     *,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    """Same contract as `reference.linear.linear.linear`."""
-    raise NotImplementedError("linear")
+    """Same contract as `reference.linear.linear.linear`.
+
+    Grid: up to 32 tokens, one program per few rows of the weight, which it streams once (`_skinny`). More: cuBLAS, which
+    nothing here beats. Where ``weight`` has another dtype than ``x``, tiles of a product in float32 (`_matmul`).
+    Moves: the weight once; the tokens, from cache, once for each program.
+    Limits: where the last axis is not contiguous, the argument is copied first.
+    """
+    check_linear("linear", x, weight, bias, out)
+    return project(x, weight, bias, None, out)
+
+
+def project(x: Array, weight: Array, bias: Array | None, residual: Array | None, out: Array | None) -> Array:
+    """``residual + x weight^T + bias`` by the way that suits the number of tokens; arguments have been checked."""
+    if is_skinny(len(x), x.dtype, weight.dtype):
+        return into(out, x, weight, residual, lambda x, w, r, o: skinny_linear(x, w, bias, r, o))
+    if x.dtype != weight.dtype or not x.numel():
+        return into(out, x, weight, residual, lambda x, w, r, o: matmul(x, w, bias, r, o))
+    with exact_products(x):
+        result = _by_cublas(x, weight, bias, residual)
+    return result if out is None else out.copy_(result)
+
+
+def into(out: Array | None, x: Array, weight: Array, residual: Array | None, write) -> Array:
+    """``write(x, weight, residual, out)`` with the last axis of each contiguous, as kernels want it."""
+    target = out
+    if out is None or columns_together(out) is not out:
+        target = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
+    residual = None if residual is None else columns_together(residual)
+    write(columns_together(x), columns_together(weight), residual, target)
+    return target if out is None or out is target else out.copy_(target)
+
+
+def _by_cublas(x: Array, weight: Array, bias: Array | None, residual: Array | None) -> Array:
+    """The bias, or the residual, is added in the accumulator; both: rounded in between, as the contract has it."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if residual is None or bias is not None:
+        projected = F.linear(x, weight, bias)
+        return projected if residual is None else projected.add_(residual)
+    return torch.addmm(residual.to(x.dtype), x, weight.T)
+
+
+@contextmanager
+def exact_products(x: Array) -> Iterator[None]:
+    """float32 products and sums inside, whatever torch has been told to allow."""
+    allowed = torch.backends.cuda.matmul
+    loose = [name for name in LOOSE if x.is_cuda and getattr(allowed, name)]
+    for name in loose:
+        setattr(allowed, name, False)
+    try:
+        yield
+    finally:
+        for name in loose:
+            setattr(allowed, name, True)
+
+
+def check_linear(op: str, x: Array, weight: Array, bias: Array | None, out: Array | None) -> None:
+    """The door of every dense layer."""
+    require_shape(op, "x", x, (None, None))
+    require_float(op, "x", x)
+    if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
+        require(False, op, "weight", f"shape [*, {x.shape[1]}]", list(weight.shape))
+    require_float(op, "weight", weight)
+    if bias is not None:
+        require_shape(op, "bias", bias, (weight.shape[0],))
+        require_float(op, "bias", bias)
+    require_out(op, out, (len(x), weight.shape[0]), x.dtype)
+    require_same_device(op, x=x, weight=weight, bias=bias, out=out)

@@ -1,0 +1,259 @@
+"""Few tokens times a weight: what the linear layers of a decoding step share.
+
+With so few tokens time is the weight's trip from memory, so the kernels here are ways of having enough of it in flight:
+every program owns a few rows of the weight, all of their columns, and streams them once. Nobody waits for another
+program's part of a sum. What goes into the matmul is read by a helper that the caller hands over (``READ``): the
+activations as they are, times a norm's weight, or gated.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor as Array
+
+from fast._triton.overlap import overlapped, wait_for_predecessor
+from fast._triton.platform import cdiv, next_power_of_2
+from fast._triton.rounding import dot, store, to_dtype
+
+FEW_TOKENS = 32  # beyond, the tensor cores' own tiles are full and cuBLAS is at its best
+LINE = 128  # bytes that a prefetch brings to the L2 cache
+MAX_PREFETCH = 32  # lines of each row: what can be on its way while the kernel before this one ends
+
+
+class Tiles(NamedTuple):
+    """How a weight is cut up for so many tokens."""
+
+    rows: int  # of the weight, that one program owns
+    columns: int  # of them, that one step of a warp (several tokens) or of the program (one token) takes
+    tokens: int  # 1: multiplied by the ordinary units; more: by the tensor cores, padded to this
+    warps: int
+    stages: int
+
+
+def choose_tiles(num_tokens: int, out_features: int, in_features: int, itemsize: int) -> Tiles:
+    """Enough programs for every processor to have some, each with as much in flight as fits.
+
+    Example:
+        >>> choose_tiles(1, 4096, 1024, 2).tokens, choose_tiles(9, 4096, 1024, 2).tokens
+        (1, 16)
+    """
+    if num_tokens == 1:
+        vector = 16 // itemsize
+        warps = 4
+        while warps > 1 and 32 * vector * warps > in_features:
+            warps //= 2
+        return Tiles(8 if out_features > 512 else 4, 32 * vector * warps, 1, warps, 1)
+    tokens = 8 if num_tokens <= 8 else next_power_of_2(num_tokens)
+    rows = 16 if out_features <= 2048 else 32
+    return Tiles(rows, 64, tokens, 4, 4 if tokens < 32 else 3)
+
+
+# ---- helpers --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def read_plain(x_ptr, side_ptr, offset, k, in_features, mask):
+    """The activations, and themselves."""
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0)
+    return x, x
+
+
+@triton.jit
+def load_columns(pointers, in_columns, EVEN: tl.constexpr):
+    """Of the weight; no mask where every step has all of its columns."""
+    if EVEN:
+        w = tl.load(pointers)
+    else:
+        w = tl.load(pointers, mask=in_columns, other=0.0)
+    return w
+
+
+@triton.jit
+def begin(
+    weight_ptr, row, stride_weight_n, in_features, NUM_LINES: tl.constexpr, LINE: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """Ask for the head of the weight's rows, let the next kernel come, and wait for the one before to end.
+
+    Only the L2 cache is told what will be needed, so nothing is wrong if the kernel before is what makes the weight.
+    """
+    if OVERLAP:
+        line = tl.minimum(tl.arange(0, NUM_LINES) * LINE, in_features - 1)
+        address = (weight_ptr + row[:, None] * stride_weight_n + line[None, :]).to(tl.int64)
+        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+    wait_for_predecessor(OVERLAP)
+
+
+@triton.jit
+def finish(y, bias_ptr, residual_ptr, out_ptr, residual_offset, out_offset, n, mask):
+    """``y + bias + residual``, rounded once."""
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + residual_offset, mask=mask, other=0.0).to(tl.float32)
+    store(out_ptr + out_offset, y, mask)
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _one_token_kernel(
+    x_ptr,  # [1, in_features], or [1, 2 * in_features]
+    side_ptr,  # [in_features]: what READ needs besides, or None
+    weight_ptr,  # [out_features, in_features]
+    bias_ptr,  # [out_features] or None
+    residual_ptr,  # [1, out_features] or None
+    out_ptr,  # [1, out_features]
+    eps,  # None: no norm
+    stride_weight_n,
+    out_features,
+    in_features,
+    READ: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    VECTOR: tl.constexpr,
+    EVEN: tl.constexpr,
+    NUM_LINES: tl.constexpr,
+    LINE: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    row = tl.minimum(n, out_features - 1).to(tl.int64)  # rows past the end are read again, and not stored
+    begin(weight_ptr, row, stride_weight_n, in_features, NUM_LINES, LINE, OVERLAP)
+    acc = tl.zeros([TILE_N, TILE_K // VECTOR], tl.float32)
+    squares = tl.zeros([TILE_K], tl.float32)
+    for start in tl.range(0, in_features, TILE_K, num_stages=STAGES):
+        k = start + tl.arange(0, TILE_K)
+        in_columns = k < in_features
+        w = load_columns(weight_ptr + row[:, None] * stride_weight_n + k[None, :], in_columns[None, :], EVEN)
+        value, x = READ(x_ptr, side_ptr, k, k, in_features, in_columns)
+        if eps is not None:
+            squares += x.to(tl.float32) * x.to(tl.float32)
+        products = w.to(tl.float32) * value.to(tl.float32)[None, :]
+        acc += tl.sum(tl.reshape(products, [TILE_N, TILE_K // VECTOR, VECTOR]), axis=2)  # of one thread
+    y = tl.sum(acc, axis=1)
+    if eps is not None:
+        y = y * (1.0 / tl.sqrt(tl.sum(squares, axis=0) / in_features + eps))
+    finish(y, bias_ptr, residual_ptr, out_ptr, n, n, n, n < out_features)
+
+
+@triton.jit
+def _few_tokens_kernel(
+    x_ptr,  # [num_tokens, in_features], or [num_tokens, 2 * in_features]
+    side_ptr,  # [in_features]: what READ needs besides, or None
+    weight_ptr,  # [out_features, in_features]
+    bias_ptr,  # [out_features] or None
+    residual_ptr,  # [num_tokens, out_features] or None
+    out_ptr,  # [num_tokens, out_features]
+    eps,  # None: no norm
+    stride_x_m,
+    stride_weight_n,
+    stride_residual_m,
+    stride_out_m,
+    num_tokens,
+    out_features,
+    in_features,
+    READ: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    WARPS: tl.constexpr,
+    EVEN: tl.constexpr,
+    NUM_LINES: tl.constexpr,
+    LINE: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Each warp has columns of its own, and a sum of its own for every row; they are added up at the end."""
+    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    row = tl.minimum(n, out_features - 1).to(tl.int64)
+    begin(weight_ptr, row, stride_weight_n, in_features, NUM_LINES, LINE, OVERLAP)
+    token = tl.arange(0, TILE_M)
+    in_batch = token < num_tokens
+    x_row = token.to(tl.int64) * stride_x_m
+    column = tl.arange(0, WARPS)[:, None, None] * TILE_K + tl.arange(0, TILE_K)[None, None, :]
+    acc = tl.zeros([WARPS, TILE_N, TILE_M], tl.float32)
+    squares = tl.zeros([WARPS, TILE_M, TILE_K], tl.float32)
+    for start in tl.range(0, in_features, WARPS * TILE_K, num_stages=STAGES):
+        k = start + column
+        in_columns = k < in_features
+        w = load_columns(weight_ptr + row[None, :, None] * stride_weight_n + k, in_columns, EVEN)
+        offset = x_row[None, :, None] + k
+        value, x = READ(x_ptr, side_ptr, offset, k, in_features, in_batch[None, :, None] & in_columns)
+        if eps is not None:
+            squares += x.to(tl.float32) * x.to(tl.float32)
+        acc = dot(w, tl.permute(to_dtype(value, w.dtype), (0, 2, 1)), acc)
+    y = tl.trans(tl.sum(acc, axis=0))  # [TILE_M, TILE_N]
+    if eps is not None:
+        mean = tl.sum(tl.sum(squares, axis=2), axis=0) / in_features
+        y = y * (1.0 / tl.sqrt(mean + eps))[:, None]
+    token = token[:, None].to(tl.int64)
+    mask = in_batch[:, None] & (n < out_features)[None, :]
+    n = n[None, :]
+    finish(
+        y, bias_ptr, residual_ptr, out_ptr, token * stride_residual_m + n, token * stride_out_m + n, n, mask
+    )
+
+
+# ---- launching ------------------------------------------------------------------------------------------------------
+
+
+def is_skinny(num_tokens: int, x_dtype: torch.dtype, weight_dtype: torch.dtype) -> bool:
+    """Whether the kernels here are the ones: for one token always, for a few where the tensor cores take the dtype."""
+    if num_tokens == 1:
+        return True
+    return num_tokens <= FEW_TOKENS and x_dtype == weight_dtype and x_dtype != torch.float32
+
+
+def skinny_linear(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    residual: Array | None,
+    out: Array,
+    *,
+    read: Any = read_plain,
+    side: Array | None = None,
+    eps: float | None = None,
+    tiles: Tiles | None = None,
+) -> Array:
+    """``out = residual + READ(x) weight^T + bias`` for few tokens; with ``eps``, over the root mean square of ``x``."""
+    num_tokens, (out_features, in_features) = len(x), weight.shape
+    if not (num_tokens and out_features):
+        return out
+    itemsize = weight.element_size()
+    tiles = tiles or choose_tiles(num_tokens, out_features, in_features, itemsize)
+    grid = (cdiv(out_features, tiles.rows),)
+    common = {
+        "READ": read,
+        "TILE_N": tiles.rows,
+        "TILE_K": tiles.columns,
+        "NUM_LINES": min(next_power_of_2(cdiv(in_features * itemsize, LINE)), MAX_PREFETCH),
+        "LINE": LINE // itemsize,
+        "STAGES": tiles.stages,
+        "num_warps": tiles.warps,
+        **overlapped(weight),
+    }
+    if tiles.tokens == 1:
+        even = in_features % tiles.columns == 0
+        _one_token_kernel[grid](
+            x, side, weight, bias, residual, out, eps, weight.stride(0), out_features, in_features,
+            VECTOR=max(1, min(16 // itemsize, tiles.columns)), EVEN=even, **common,
+        )  # fmt: skip
+        return out
+    even = in_features % (tiles.columns * tiles.warps) == 0
+    _few_tokens_kernel[grid](
+        x, side, weight, bias, residual, out, eps, x.stride(0), weight.stride(0),
+        0 if residual is None else residual.stride(0), out.stride(0), num_tokens, out_features, in_features,
+        TILE_M=tiles.tokens, WARPS=tiles.warps, EVEN=even, **common,
+    )  # fmt: skip
+    return out
+
+
+def columns_together(array: Array) -> Array:
+    """The array, if its last axis is contiguous, as the kernels want it; else a copy."""
+    return array if array.stride(-1) == 1 or array.shape[-1] <= 1 else array.contiguous()
