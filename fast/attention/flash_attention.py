@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fast._checks import require_same_device, require_shape
 from fast._triton import softmax
+from fast._triton.platform import INTERPRETING
 from fast._triton.rounding import dot, store, to_dtype
 from fast.attention._checks import require_attention, require_cu_seqlens
 
@@ -31,15 +32,18 @@ class Tiles(NamedTuple):
 
 
 def choose_tiles(head_dim: int, itemsize: int, tokens_per_seq: float) -> Tiles:
-    """Tiles by the shape of the work: the largest that fit, and small ones where sequences have few queries."""
-    size = max(16, triton.next_power_of_2(head_dim))
-    if itemsize == 4:  # no tensor cores: what counts is that nothing spills
-        return Tiles(16 if tokens_per_seq <= 16 else 32, 32, 4, 1 if size > 128 else 2)
+    """Tiles by the shape of the work: the largest that fit, and small ones where sequences have few queries.
+
+    float32 runs without tensor cores, a thread holding whole rows of its operands in registers, so tiles are small;
+    not in the interpreter, where a program costs milliseconds whatever its size.
+    """
+    if itemsize == 4 and not INTERPRETING:
+        return Tiles(32, 32, 8, 1) if head_dim <= 64 else Tiles(16, 16, 8, 1)
     if tokens_per_seq <= 16:
         return Tiles(16, 64, 4, 2)
-    if tokens_per_seq <= 64:
-        return Tiles(64, 64, 4, 2)
-    return Tiles(128, 64, 8, 2) if size > 128 else Tiles(128, 128, 8, 2)
+    if head_dim > 128:
+        return Tiles(64, 64, 8, 2)
+    return Tiles(64, 64, 4, 2) if tokens_per_seq <= 64 else Tiles(128, 128, 8, 2)
 
 
 def descriptors_fit(k: Array, v: Array) -> bool:

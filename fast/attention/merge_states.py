@@ -18,6 +18,7 @@ def merge_states_kernel(
     lse_parts_ptr,  # [num_parts, num_rows]
     out_ptr,  # [num_tokens, num_heads, head_dim]
     lse_ptr,  # [num_rows]
+    stride_part,
     stride_out_token,
     stride_out_head,
     stride_out_dim,
@@ -32,26 +33,31 @@ def merge_states_kernel(
     dim = tl.arange(0, TILE_D)
     in_rows = row < num_rows
     in_tile = in_rows[:, None] & (dim < HEAD_DIM)[None, :]
-    offset = row[:, None] * HEAD_DIM + dim[None, :]
 
     top = tl.full([TILE_ROWS], float("-inf"), tl.float32)
-    for part in range(num_parts):
-        lse = tl.load(lse_parts_ptr + part.to(tl.int64) * num_rows + row, mask=in_rows, other=float("-inf"))
+    lse_pointers = lse_parts_ptr + row
+    for _ in range(num_parts):
+        lse = tl.load(lse_pointers, mask=in_rows, other=float("-inf"))
         top = tl.maximum(top, lse.to(tl.float32))
-    top = tl.where(top == float("-inf"), 0.0, top)  # a row without keys: -inf - -inf would be NaN
+        lse_pointers += num_rows
+    shift = tl.where(top == float("-inf"), 0.0, top)  # a row without keys: -inf - -inf would be NaN
 
     total = tl.zeros([TILE_ROWS], tl.float32)
     merged = tl.zeros([TILE_ROWS, TILE_D], tl.float32)
-    for part in range(num_parts):
-        first = part.to(tl.int64) * num_rows
-        lse = tl.load(lse_parts_ptr + first + row, mask=in_rows, other=float("-inf")).to(tl.float32)
-        weight = tl.exp(lse - top)
+    lse_pointers = lse_parts_ptr + row
+    out_pointers = out_parts_ptr + row[:, None] * HEAD_DIM + dim[None, :]
+    for _ in range(num_parts):
+        lse = tl.load(lse_pointers, mask=in_rows, other=float("-inf")).to(tl.float32)
+        weight = tl.exp(lse - shift)
         seen = (weight > 0)[:, None]  # never read what was not written
-        values = tl.load(out_parts_ptr + first * HEAD_DIM + offset, mask=in_tile & seen, other=0.0).to(tl.float32)
+        values = tl.load(out_pointers, mask=in_tile & seen, other=0.0).to(tl.float32)
         merged += weight[:, None] * values
         total += weight
+        lse_pointers += num_rows
+        out_pointers += stride_part
 
-    merged = merged / tl.where(total > 0, total, 1.0)[:, None]
+    total = tl.where(total > 0, total, 1.0)
+    merged = merged / total[:, None]
     token, head = row // num_heads, row % num_heads
     place = (token * stride_out_token + head * stride_out_head)[:, None] + dim[None, :] * stride_out_dim
     store(out_ptr + place, merged, in_tile)
@@ -93,6 +99,7 @@ def merge_states(
             lse_parts.contiguous(),
             out,
             lse,
+            num_rows * head_dim,
             *out.stride(),
             num_parts,
             num_rows,
