@@ -93,9 +93,14 @@ def _float8_codes(x, FRACTION: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.con
 
 @triton.jit
 def to_float32(x):
-    """Any narrower float as float32, exactly; the interpreter knows neither infinities nor NaN in float8."""
+    """Any narrower float as float32, exactly.
+
+    The interpreter knows neither infinities nor NaN in float8, and takes subnormals of bfloat16 for zeros.
+    """
     y = x.to(tl.float32)
-    if INTERPRETED and x.dtype == tl.float8e4nv:
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        y = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif INTERPRETED and x.dtype == tl.float8e4nv:
         y = tl.where((x.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F, float("nan"), y)
     elif INTERPRETED and x.dtype == tl.float8e5:
         beyond = tl.where((x.to(tl.uint8, bitcast=True) & 3) > 0, float("nan"), y * float("inf"))

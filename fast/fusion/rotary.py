@@ -1,7 +1,192 @@
-"""rotary, in Triton. What the technique is for: `reference/fusion/rotary.py`."""
+"""Rotary position embedding, alone and with norms and the KV write, in Triton. What it is for:
+`reference/fusion/rotary.py`."""
 
+import triton
+import triton.language as tl
 from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor as Array
+
+from fast._checks import (
+    checking_values,
+    require,
+    require_dtype,
+    require_float,
+    require_integers,
+    require_out,
+    require_range,
+    require_same_device,
+    require_shape,
+    require_values,
+)
+from fast._triton.overlap import overlapped, wait_for_predecessor
+from fast._triton.platform import cdiv, next_power_of_2
+from fast._triton.rounding import to_dtype, to_dtype_saturating
+
+# Numbers a program turns at once, as whole heads of one token: 32 heads of 128 make two programs.
+TILE_SIZE = 2048
+
+
+def choose_tile(head_dim: int, num_heads: int) -> tuple[int, int]:
+    """(heads, warps) of a program. By the shape of a token alone: a head is summed in the same order in any batch."""
+    heads = min(max(TILE_SIZE // next_power_of_2(head_dim), 1), next_power_of_2(num_heads))
+    return heads, min(max(heads * next_power_of_2(head_dim) // (32 * 16), 1), 16)
+
+
+# ---- some heads of one token ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_angles(
+    cos_ptr, sin_ptr, position,
+    stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair,
+    max_positions, half_dim,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """A row of each table, [HALF]; zeros for a position that has none."""
+    pair = tl.arange(0, HALF)
+    mask = pair < tl.where((position >= 0) & (position < max_positions), half_dim, 0)
+    cos = tl.load(cos_ptr + position * stride_cos_row + pair * stride_cos_pair, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + position * stride_sin_row + pair * stride_sin_pair, mask=mask, other=0.0)
+    return cos, sin
+
+
+@triton.jit
+def _turn_heads(
+    in_ptrs, out_ptrs,  # the first number of each head, [heads]
+    stride_in_dim, stride_out_dim,
+    exist, written,  # which heads do, [heads]
+    cos, sin,  # [HALF]
+    norm_ptr, stride_norm, eps,  # [head_dim]; or None
+    half_dim, head_dim,
+    HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Norm, turn and store. HALF and REST hold the pairs and the features past them; REST is 0 if there are none."""
+    first, second = _load_pairs(in_ptrs, stride_in_dim, exist, half_dim, HALF, INTERLEAVED)
+    if REST:
+        dim = 2 * half_dim + tl.arange(0, REST)
+        in_rest = dim < head_dim
+        rest = _load(in_ptrs, dim, stride_in_dim, exist, in_rest)
+    if norm_ptr is not None:
+        square = tl.sum(first * first + second * second, axis=1)
+        if REST:
+            square += tl.sum(rest * rest, axis=1)
+        inverse_rms = tl.rsqrt(square / head_dim + eps)[:, None]
+        pair = tl.arange(0, HALF)
+        in_half = pair < half_dim
+        at_first = norm_ptr + _place(pair, half_dim, 0, INTERLEAVED) * stride_norm
+        at_second = norm_ptr + _place(pair, half_dim, 1, INTERLEAVED) * stride_norm
+        first *= inverse_rms * tl.load(at_first, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        second *= inverse_rms * tl.load(at_second, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        if REST:
+            rest *= inverse_rms * tl.load(norm_ptr + dim * stride_norm, mask=in_rest, other=0.0).to(tl.float32)[None, :]
+
+    first, second = first * cos[None, :] - second * sin[None, :], second * cos[None, :] + first * sin[None, :]
+    COMPUTED: tl.constexpr = in_ptrs.dtype.element_ty
+    first, second = _as_stored(first, out_ptrs, COMPUTED), _as_stored(second, out_ptrs, COMPUTED)
+    _store_pairs(out_ptrs, stride_out_dim, first, second, written, half_dim, HALF, INTERLEAVED)
+    if REST:
+        _store(out_ptrs, dim, stride_out_dim, _as_stored(rest, out_ptrs, COMPUTED), written, in_rest)
+
+
+@triton.jit
+def _as_stored(x, ptrs, COMPUTED: tl.constexpr):
+    """Rounded to the dtype of what was computed; saturating, where a cache has another."""
+    rounded = to_dtype(x, COMPUTED)
+    if ptrs.dtype.element_ty != COMPUTED:
+        rounded = to_dtype_saturating(rounded.to(tl.float32), ptrs.dtype.element_ty)
+    return rounded
+
+
+@triton.jit
+def _place(pair, half_dim, WHICH: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Where in a head the first (0) or the second (1) number of each pair lies."""
+    return 2 * pair + WHICH if INTERLEAVED else pair + WHICH * half_dim
+
+
+@triton.jit
+def _load_pairs(ptrs, stride_dim, exist, half_dim, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """(first, second) of each pair, [heads, HALF] each."""
+    if INTERLEAVED:  # read as they lie, then parted: loads of every other number would be half as wide
+        dim = tl.arange(0, 2 * HALF)
+        pairs = _load(ptrs, dim, stride_dim, exist, dim < 2 * half_dim)
+        first, second = tl.split(tl.reshape(pairs, [pairs.shape[0], HALF, 2]))
+    else:
+        pair = tl.arange(0, HALF)
+        first = _load(ptrs, pair, stride_dim, exist, pair < half_dim)
+        second = _load(ptrs, pair + half_dim, stride_dim, exist, pair < half_dim)
+    return first, second
+
+
+@triton.jit
+def _store_pairs(ptrs, stride_dim, first, second, written, half_dim, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    if INTERLEAVED:
+        dim = tl.arange(0, 2 * HALF)
+        pairs = tl.reshape(tl.join(first, second), [first.shape[0], 2 * HALF])
+        _store(ptrs, dim, stride_dim, pairs, written, dim < 2 * half_dim)
+    else:
+        pair = tl.arange(0, HALF)
+        _store(ptrs, pair, stride_dim, first, written, pair < half_dim)
+        _store(ptrs, pair + half_dim, stride_dim, second, written, pair < half_dim)
+
+
+@triton.jit
+def _load(ptrs, dim, stride_dim, exist, in_head):
+    mask = exist[:, None] & in_head[None, :]
+    return tl.load(ptrs[:, None] + (dim.to(tl.int64) * stride_dim)[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptrs, dim, stride_dim, values, written, in_head):
+    mask = written[:, None] & in_head[None, :]
+    tl.store(ptrs[:, None] + (dim.to(tl.int64) * stride_dim)[None, :], values, mask=mask)
+
+
+# ---- the rotation alone -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rotary_kernel(
+    x_ptr,  # [num_tokens, num_heads, head_dim]
+    cos_ptr,  # [max_positions, half_dim]
+    sin_ptr,  # [max_positions, half_dim]
+    positions_ptr,  # [num_tokens]
+    out_ptr,  # like x
+    stride_x_token,
+    stride_x_head,
+    stride_x_dim,
+    stride_cos_row,
+    stride_cos_pair,
+    stride_sin_row,
+    stride_sin_pair,
+    stride_positions,
+    stride_out_token,
+    stride_out_head,
+    stride_out_dim,
+    num_heads,
+    max_positions,
+    half_dim,
+    head_dim,
+    TILE_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait_for_predecessor(OVERLAP)
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * TILE_HEADS + tl.arange(0, TILE_HEADS)
+    position = tl.load(positions_ptr + token * stride_positions).to(tl.int64)
+    cos, sin = _load_angles(
+        cos_ptr, sin_ptr, position, stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair,
+        max_positions, half_dim, HALF,
+    )  # fmt: skip
+    in_ptrs = x_ptr + token * stride_x_token + head.to(tl.int64) * stride_x_head
+    out_ptrs = out_ptr + token * stride_out_token + head.to(tl.int64) * stride_out_head
+    exist = head < num_heads
+    _turn_heads(
+        in_ptrs, out_ptrs, stride_x_dim, stride_out_dim, exist, exist, cos, sin, None, 0, 0.0,
+        half_dim, head_dim, HALF, REST, INTERLEAVED,
+    )  # fmt: skip
 
 
 def rotary(
@@ -13,8 +198,150 @@ def rotary(
     *,
     interleaved: bool = False,
 ) -> tuple[Float[Array, "num_tokens num_heads head_dim"], Float[Array, "num_tokens num_kv_heads head_dim"]]:
-    """Same contract as `reference.fusion.rotary.rotary`."""
-    raise NotImplementedError("rotary")
+    """Same contract as `reference.fusion.rotary.rotary`.
+
+    Grid: one program per token and some of its heads; one launch for q, one for k. (A step of the engine takes
+    ``rotary_write_kv``, where all is one launch.)
+    Moves: every head once in and once out; a token's rows of the tables.
+    Limits: a position that has no row (an error when values are checked) gives zeros.
+    """
+    half_dim, head_dim = _check("rotary", q, k, cos, sin, positions)
+    turned = q.new_empty(q.shape), k.new_empty(k.shape)
+    for x, out in zip((q, k), turned):
+        if out.numel():
+            num_tokens, num_heads, _ = x.shape
+            tile_heads, num_warps = choose_tile(head_dim, num_heads)
+            _rotary_kernel[num_tokens, cdiv(num_heads, tile_heads)](
+                x, cos, sin, positions, out,
+                *x.stride(), *cos.stride(), *sin.stride(), positions.stride(0), *out.stride(),
+                num_heads, cos.shape[0], half_dim, head_dim,
+                TILE_HEADS=tile_heads, **_tile_dims(half_dim, head_dim), INTERLEAVED=interleaved,
+                num_warps=num_warps, **overlapped(x),
+            )  # fmt: skip
+    return turned
+
+
+def _tile_dims(half_dim: int, head_dim: int) -> dict[str, int]:
+    rest = head_dim - 2 * half_dim
+    return {"HALF": next_power_of_2(max(half_dim, 1)), "REST": next_power_of_2(rest) if rest else 0}
+
+
+def _check(op: str, q: Array, k: Array, cos: Array, sin: Array, positions: Array) -> tuple[int, int]:
+    """(half_dim, head_dim) of arguments that fit each other."""
+    require_shape(op, "q", q, (len(positions), None, None))
+    head_dim = q.shape[2]
+    require_shape(op, "k", k, (len(positions), None, head_dim))
+    require_shape(op, "cos", cos, (None, None))
+    require_shape(op, "sin", sin, tuple(cos.shape))
+    require_float(op, "q", q)
+    require_dtype(op, "k", k, q.dtype)
+    require_float(op, "cos", cos)
+    require_float(op, "sin", sin)
+    require_integers(op, "positions", positions, (len(q),))
+    max_positions, half_dim = cos.shape
+    require(2 * half_dim <= head_dim, op, "cos", f"at most {head_dim // 2} columns", half_dim)
+    require_same_device(op, q=q, k=k, cos=cos, sin=sin, positions=positions)
+    require_range(op, "positions", positions, 0, max_positions)
+    return half_dim, head_dim
+
+
+# ---- with norms and the write to the cache ----------------------------------------------------------------------
+
+
+@triton.jit
+def _rotary_write_kv_kernel(
+    q_ptr,  # [num_tokens, num_heads, head_dim]
+    k_ptr,  # [num_tokens, num_kv_heads, head_dim]
+    v_ptr,  # [num_tokens, num_kv_heads, head_dim]
+    cos_ptr,  # [max_positions, half_dim]
+    sin_ptr,  # [max_positions, half_dim]
+    positions_ptr,  # [num_tokens]
+    k_cache_ptr,  # [num_blocks, block_size, num_kv_heads, head_dim]
+    v_cache_ptr,  # [num_blocks, block_size, num_kv_heads, head_dim]
+    slot_mapping_ptr,  # [num_tokens]
+    q_norm_ptr,  # [head_dim]; None: no norm
+    k_norm_ptr,  # [head_dim]; None: no norm
+    out_ptr,  # like q
+    stride_q_token,
+    stride_q_head,
+    stride_q_dim,
+    stride_k_token,
+    stride_k_head,
+    stride_k_dim,
+    stride_v_token,
+    stride_v_head,
+    stride_v_dim,
+    stride_cos_row,
+    stride_cos_pair,
+    stride_sin_row,
+    stride_sin_pair,
+    stride_positions,
+    stride_k_cache_block,
+    stride_k_cache_slot,
+    stride_k_cache_head,
+    stride_k_cache_dim,
+    stride_v_cache_block,
+    stride_v_cache_slot,
+    stride_v_cache_head,
+    stride_v_cache_dim,
+    stride_slot_mapping,
+    stride_q_norm,
+    stride_k_norm,
+    stride_out_token,
+    stride_out_head,
+    stride_out_dim,
+    num_heads,
+    num_kv_heads,
+    max_positions,
+    num_slots,
+    block_size,
+    half_dim,
+    head_dim,
+    eps,
+    TILE_HEADS: tl.constexpr,
+    TILE_KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    TILE_D: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    wait_for_predecessor(OVERLAP)
+    token = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    position = tl.load(positions_ptr + token * stride_positions).to(tl.int64)
+    cos, sin = _load_angles(
+        cos_ptr, sin_ptr, position, stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair,
+        max_positions, half_dim, HALF,
+    )  # fmt: skip
+    num_q_tiles = tl.cdiv(num_heads, TILE_HEADS)
+    if tile < num_q_tiles:
+        head = (tile * TILE_HEADS + tl.arange(0, TILE_HEADS)).to(tl.int64)
+        _turn_heads(
+            q_ptr + token * stride_q_token + head * stride_q_head,
+            out_ptr + token * stride_out_token + head * stride_out_head,
+            stride_q_dim, stride_out_dim, head < num_heads, head < num_heads, cos, sin, q_norm_ptr, stride_q_norm, eps,
+            half_dim, head_dim, HALF, REST, INTERLEAVED,
+        )  # fmt: skip
+    else:
+        slot = tl.load(slot_mapping_ptr + token * stride_slot_mapping).to(tl.int64)
+        block, offset = slot // block_size, slot % block_size
+        kv_head = ((tile - num_q_tiles) * TILE_KV_HEADS + tl.arange(0, TILE_KV_HEADS)).to(tl.int64)
+        exist = kv_head < num_kv_heads
+        written = kv_head < tl.where((slot >= 0) & (slot < num_slots), num_kv_heads, 0)
+        _turn_heads(
+            k_ptr + token * stride_k_token + kv_head * stride_k_head,
+            k_cache_ptr + block * stride_k_cache_block + offset * stride_k_cache_slot + kv_head * stride_k_cache_head,
+            stride_k_dim, stride_k_cache_dim, exist, written, cos, sin, k_norm_ptr, stride_k_norm, eps,
+            half_dim, head_dim, HALF, REST, INTERLEAVED,
+        )  # fmt: skip
+        dim = tl.arange(0, TILE_D)
+        v = _load(v_ptr + token * stride_v_token + kv_head * stride_v_head, dim, stride_v_dim, exist, dim < head_dim)
+        v_ptrs = (
+            v_cache_ptr + block * stride_v_cache_block + offset * stride_v_cache_slot + kv_head * stride_v_cache_head
+        )
+        v = _as_stored(v, v_ptrs, v_ptr.dtype.element_ty)
+        _store(v_ptrs, dim, stride_v_cache_dim, v, written, dim < head_dim)
 
 
 def rotary_write_kv(
@@ -34,5 +361,54 @@ def rotary_write_kv(
     interleaved: bool = False,
     out: Float[Array, "num_tokens num_heads head_dim"] | None = None,
 ) -> Float[Array, "num_tokens num_heads head_dim"]:
-    """Same contract as `reference.fusion.rotary.rotary_write_kv`."""
-    raise NotImplementedError("rotary_write_kv")
+    """Same contract as `reference.fusion.rotary.rotary_write_kv`.
+
+    Grid: for each token, programs for some of its query heads each, then for some of its KV heads, keys and values.
+    Moves: q, k and v once in and once out, where norms, rotary and a write by themselves move q and k three times.
+    Limits: a slot out of range is skipped like -1, a position that has no row of the tables gives zeros (errors when
+    values are checked). Nothing is rounded between the norm and the rotation.
+    """
+    op = "rotary_write_kv"
+    half_dim, head_dim = _check(op, q, k, cos, sin, positions)
+    num_tokens, num_heads, _ = q.shape
+    num_kv_heads = k.shape[1]
+    _check_write(op, k, v, k_cache, v_cache, slot_mapping)
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            require_shape(op, name, norm, (head_dim,))
+            require_float(op, name, norm)
+            require(eps > 0, op, "eps", "a number above 0", eps)
+    require_same_device(
+        op, q=q, v=v, k_cache=k_cache, v_cache=v_cache, slot_mapping=slot_mapping, q_norm=q_norm, k_norm=k_norm, out=out
+    )
+    require_out(op, out, tuple(q.shape), q.dtype)
+    out = q.new_empty(q.shape) if out is None else out
+    if num_tokens and head_dim:
+        tile_heads, num_warps = choose_tile(head_dim, num_heads)
+        tile_kv_heads = min(tile_heads, next_power_of_2(num_kv_heads))
+        _rotary_write_kv_kernel[num_tokens, cdiv(num_heads, tile_heads) + cdiv(num_kv_heads, tile_kv_heads)](
+            q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping, q_norm, k_norm, out,
+            *q.stride(), *k.stride(), *v.stride(), *cos.stride(), *sin.stride(), positions.stride(0),
+            *k_cache.stride(), *v_cache.stride(), slot_mapping.stride(0),
+            0 if q_norm is None else q_norm.stride(0), 0 if k_norm is None else k_norm.stride(0), *out.stride(),
+            num_heads, num_kv_heads, cos.shape[0], k_cache.shape[0] * k_cache.shape[1], k_cache.shape[1],
+            half_dim, head_dim, eps,
+            TILE_HEADS=tile_heads, TILE_KV_HEADS=tile_kv_heads, **_tile_dims(half_dim, head_dim),
+            TILE_D=next_power_of_2(head_dim), INTERLEAVED=interleaved, num_warps=num_warps, **overlapped(q),
+        )  # fmt: skip
+    return out
+
+
+def _check_write(op: str, k: Array, v: Array, k_cache: Array, v_cache: Array, slot_mapping: Array) -> None:
+    require_shape(op, "v", v, tuple(k.shape))
+    require_float(op, "v", v)
+    require_shape(op, "k_cache", k_cache, (None, None, *k.shape[1:]))
+    require_shape(op, "v_cache", v_cache, tuple(k_cache.shape))
+    require_float(op, "k_cache", k_cache)
+    require_float(op, "v_cache", v_cache)
+    require_integers(op, "slot_mapping", slot_mapping, (len(k),))
+    if checking_values() and slot_mapping.numel():
+        require_range(op, "slot_mapping", slot_mapping, -1, k_cache.shape[0] * k_cache.shape[1])
+        slots = slot_mapping[slot_mapping >= 0]
+        once = len(slots.unique()) == len(slots)
+        require_values(once, op, "slot_mapping", "every slot at most once", slot_mapping.tolist())
