@@ -1,14 +1,33 @@
-"""quantized_linear, in Triton. What the technique is for: `reference/linear/quantized_linear.py`."""
+"""Linear layers with codes for weights, in Triton. What the technique is for: `reference/linear/quantized_linear.py`.
 
+Codes are kept in the documented layout: 16 bytes of a row are 16 neighbouring features already (of one half of a group,
+for 4 bits). The kernels: `_int4.py`, `_eight_bit.py`, `_w8a8.py`.
+"""
+
+import torch
 from jaxtyping import Float, Float32, Int8, Shaped, UInt8
 from torch import Tensor as Array
+
+from fast._checks import require, require_dtype, require_float, require_out, require_same_device, require_shape
+from fast.linear import _eight_bit, _int4, _w8a8
+from reference.linear.quantized_linear import LAYOUTS
+
+FP8 = torch.float8_e4m3fn
+HALVES = (torch.bfloat16, torch.float16)
+DENSE_TOKENS = 2048  # from here on, to write a 4-bit weight out as floats for cuBLAS is a small part of the time
 
 
 def quantize_rows(
     x: Float[Array, "num_rows num_columns"], *, format: str
 ) -> tuple[Shaped[Array, "num_rows num_columns"], Float32[Array, " num_rows"]]:
-    """Same contract as `reference.linear.quantized_linear.quantize_rows`."""
-    raise NotImplementedError("quantize_rows")
+    """Same contract as `reference.linear.quantized_linear.quantize_rows`.
+
+    Grid: one program a row. Moves: the row once from memory (again from cache), its codes once.
+    """
+    require(format in ("int8", "float8_e4m3fn"), "quantize_rows", "format", "int8 or float8_e4m3fn", repr(format))
+    require_shape("quantize_rows", "x", x, (None, None))
+    require_float("quantize_rows", "x", x)
+    return _w8a8.quantize(_rows(x), getattr(torch, format))
 
 
 def linear_int8(
@@ -21,7 +40,19 @@ def linear_int8(
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.quantized_linear.linear_int8`."""
-    raise NotImplementedError("linear_int8")
+    out = _door("linear_int8", x, weight, weight.shape, torch.int8, weight_scale, bias, out)
+    if group_size is None:
+        require_shape("linear_int8", "weight_scale", weight_scale, (len(weight),))
+        return _by_row(_rows(x), None, _rows(weight), weight_scale, bias, out)
+    require(group_size > 0, "linear_int8", "group_size", "a positive number, or None", group_size)
+    require_shape("linear_int8", "weight_scale", weight_scale, (len(weight), -(-x.shape[1] // group_size)))
+    arrays = _rows(x), _rows(weight), _rows(weight_scale), bias, out
+    if not out.numel():
+        return out
+    if x.dtype in HALVES and group_size in _eight_bit.GROUPS:
+        x, weight, weight_scale, bias, out = arrays
+        return _eight_bit.few_tokens(x, None, weight, weight_scale, bias, out, group_size=group_size)
+    return _eight_bit.any_groups(*arrays, group_size)
 
 
 def linear_int8_int8(
@@ -33,7 +64,10 @@ def linear_int8_int8(
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.quantized_linear.linear_int8_int8`."""
-    raise NotImplementedError("linear_int8_int8")
+    out = _door("linear_int8_int8", x, weight, weight.shape, torch.int8, weight_scale, bias, out)
+    require_shape("linear_int8_int8", "weight_scale", weight_scale, (len(weight),))
+    codes, scale = _w8a8.quantize(_rows(x), torch.int8)
+    return _by_row(codes, scale, _rows(weight), weight_scale, bias, out)
 
 
 def linear_fp8(
@@ -45,7 +79,9 @@ def linear_fp8(
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.quantized_linear.linear_fp8`."""
-    raise NotImplementedError("linear_fp8")
+    out = _door("linear_fp8", x, weight, weight.shape, FP8, weight_scale, bias, out)
+    require_shape("linear_fp8", "weight_scale", weight_scale, (len(weight),))
+    return _by_row(_rows(x), None, _rows(weight), weight_scale, bias, out)
 
 
 def linear_fp8_fp8(
@@ -57,7 +93,10 @@ def linear_fp8_fp8(
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.quantized_linear.linear_fp8_fp8`."""
-    raise NotImplementedError("linear_fp8_fp8")
+    out = _door("linear_fp8_fp8", x, weight, weight.shape, FP8, weight_scale, bias, out)
+    require_shape("linear_fp8_fp8", "weight_scale", weight_scale, (len(weight),))
+    codes, scale = _w8a8.quantize(_rows(x), FP8)
+    return _by_row(codes, scale, _rows(weight), weight_scale, bias, out)
 
 
 def linear_int4(
@@ -71,16 +110,76 @@ def linear_int4(
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.quantized_linear.linear_int4`."""
-    raise NotImplementedError("linear_int4")
+    require_shape("linear_int4", "weight", weight, (None, None))
+    shape = (len(weight), 2 * weight.shape[1])
+    out = _door("linear_int4", x, weight, shape, torch.uint8, weight_scale, bias, out)
+    even = group_size > 0 and group_size % 2 == 0
+    require(even, "linear_int4", "group_size", "a positive even number", group_size)
+    require_shape("linear_int4", "weight_scale", weight_scale, (len(weight), -(-x.shape[1] // group_size)))
+    if weight_min is not None:
+        require_shape("linear_int4", "weight_min", weight_min, tuple(weight_scale.shape))
+        require_same_device("linear_int4", x=x, weight_min=weight_min)
+        weight_min = _rows(weight_min)
+    if not out.numel():
+        return out
+    arrays = _rows(x), _rows(weight), _rows(weight_scale), weight_min, bias, out
+    if x.dtype not in HALVES or group_size not in _int4.GROUPS or x.shape[1] % group_size:
+        return _int4.any_groups(*arrays, group_size)
+    return _int4.few_tokens(*arrays, group_size)
 
 
 def pack_weight(weight: Shaped[Array, "out_features stored"], *, format: str) -> Shaped[Array, "..."]:
-    """Same contract as `reference.linear.quantized_linear.pack_weight`."""
-    raise NotImplementedError("pack_weight")
+    """Same contract as `reference.linear.quantized_linear.pack_weight`: the documented layout, row after row."""
+    require(format in LAYOUTS, "pack_weight", "format", f"one of {', '.join(LAYOUTS)}", repr(format))
+    return weight.contiguous()
 
 
 def unpack_weight(
     packed: Shaped[Array, "..."], *, format: str, out_features: int
 ) -> Shaped[Array, "out_features stored"]:
     """Same contract as `reference.linear.quantized_linear.unpack_weight`."""
-    raise NotImplementedError("unpack_weight")
+    require(format in LAYOUTS, "unpack_weight", "format", f"one of {', '.join(LAYOUTS)}", repr(format))
+    require_shape("unpack_weight", "packed", packed, (out_features, None))
+    return packed
+
+
+def _by_row(
+    x: Array, x_scale: Array | None, weight: Array, weight_scale: Array, bias: Array | None, out: Array
+) -> Array:
+    """A scale for each output row: ``x`` are activations, or codes and their scales."""
+    if not out.numel():
+        return out
+    arrays = x, x_scale, weight, weight_scale, bias, out
+    if len(x) <= _eight_bit.FEW_TOKENS:
+        return _eight_bit.few_tokens(*arrays)
+    return _eight_bit.many_tokens(*arrays)
+
+
+def _door(
+    op: str,
+    x: Array,
+    weight: Array,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    weight_scale: Array,
+    bias: Array | None,
+    out: Array | None,
+) -> Array:
+    """What all the layers ask of their arguments; ``out``, or memory for it."""
+    require_shape(op, "x", x, (None, None))
+    require_float(op, "x", x)
+    fits = len(shape) == 2 and shape[1] == x.shape[1]
+    require(fits, op, "weight", f"shape [*, {x.shape[1]}]", list(shape))
+    require_dtype(op, "weight", weight, dtype)
+    require_float(op, "weight_scale", weight_scale)
+    if bias is not None:
+        require_shape(op, "bias", bias, (shape[0],))
+        require_float(op, "bias", bias)
+    require_out(op, out, (len(x), shape[0]), x.dtype)
+    require_same_device(op, x=x, weight=weight, weight_scale=weight_scale, bias=bias, out=out)
+    return torch.empty(len(x), shape[0], dtype=x.dtype, device=x.device) if out is None else out
+
+
+def _rows(array: Array) -> Array:
+    """The array with its last axis contiguous, as the kernels read it; a copy only where it is not."""
+    return array if array.stride(-1) == 1 or array.shape[-1] <= 1 else array.contiguous()

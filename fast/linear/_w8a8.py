@@ -1,0 +1,123 @@
+"""Codes times codes: activations rounded on their way in, and the tensor cores' 8-bit products for many tokens."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor as Array
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fast._triton.platform import cdiv
+from fast._triton.rounding import store, to_dtype
+
+TILE_COLUMNS = 4096  # of a row that is rounded, at a time
+MAGIC = tl.constexpr(
+    12582912.0
+)  # 1.5 * 2**23: added and taken away, it rounds to the nearest whole number, ties to even
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr,  # [num_rows, num_columns]
+    codes_ptr,  # [num_rows, num_columns] int8 or float8e4nv
+    scale_ptr,  # [num_rows]
+    stride_x_row,
+    num_columns,
+    MOST: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, TILE)
+    largest = tl.zeros([TILE], tl.float32)
+    for start in range(0, num_columns, TILE):
+        x = tl.load(x_ptr + row * stride_x_row + start + column, mask=start + column < num_columns, other=0.0)
+        size = tl.abs(x.to(tl.float32))
+        largest = tl.maximum(largest, tl.where(size < float("inf"), size, float("inf")))  # NaN counts as infinite
+    peak = tl.max(largest, axis=0)
+    scale = tl.div_rn(tl.where(peak < float("inf"), peak, float("nan")), tl.full([], MOST, tl.float32))
+    tl.store(scale_ptr + row, scale)
+    usable = scale > 0  # neither 0 nor NaN
+    divisor = tl.where(usable, scale, 1.0)
+    for start in range(0, num_columns, TILE):
+        mask = start + column < num_columns
+        x = tl.load(x_ptr + row * stride_x_row + start + column, mask=mask, other=0.0).to(tl.float32)
+        code = tl.div_rn(tl.where(usable, x, 0.0), tl.broadcast_to(divisor, [TILE]))
+        code = tl.minimum(tl.maximum(code, -MOST), MOST)
+        pointers = codes_ptr + row * num_columns + start + column
+        if codes_ptr.dtype.element_ty == tl.int8:
+            tl.store(pointers, ((code + MAGIC) - MAGIC).to(tl.int8), mask=mask)
+        else:
+            tl.store(pointers, to_dtype(code, codes_ptr.dtype.element_ty), mask=mask)
+
+
+def quantize(x: Array, dtype: torch.dtype) -> tuple[Array, Array]:
+    """The codes and the scale of every row."""
+    num_rows, num_columns = x.shape
+    codes = torch.empty(num_rows, num_columns, dtype=dtype, device=x.device)
+    scale = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    if num_rows:
+        tile = min(TILE_COLUMNS, max(16, triton.next_power_of_2(num_columns)))
+        most = 127.0 if dtype == torch.int8 else 448.0
+        _quantize_rows_kernel[(num_rows,)](
+            x, codes, scale, x.stride(0), num_columns, MOST=most, TILE=tile, num_warps=4 if tile < 2048 else 8
+        )
+    return codes, scale
+
+
+@triton.jit
+def _many_tokens_kernel(
+    x_desc,  # [num_tokens, in_features] int8 or float8e4nv
+    weight_desc,  # [out_features, in_features], the same
+    x_scale_ptr,  # [num_tokens]
+    weight_scale_ptr,  # [out_features]
+    bias_ptr,  # [out_features] or None
+    out_ptr,  # [num_tokens, out_features]
+    stride_out_t,
+    stride_out_o,
+    num_tokens,
+    out_features,
+    in_features,
+    TILE_T: tl.constexpr,
+    TILE_O: tl.constexpr,
+    TILE_I: tl.constexpr,
+    BAND: tl.constexpr,
+    SUM: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Tiles in bands of ``BAND`` tiles of tokens, so that what runs at the same time shares rows and columns in L2."""
+    num_t, num_o = tl.cdiv(num_tokens, TILE_T), tl.cdiv(out_features, TILE_O)
+    band = tl.program_id(0) // (BAND * num_o)
+    height = tl.minimum(num_t - band * BAND, BAND)
+    place = tl.program_id(0) % (BAND * num_o)
+    first_t, first_o = (band * BAND + place % height) * TILE_T, (place // height) * TILE_O
+    acc = tl.zeros([TILE_T, TILE_O], SUM)
+    for i in tl.range(0, in_features, TILE_I, num_stages=STAGES):
+        x = x_desc.load([first_t, i])
+        weight = weight_desc.load([first_o, i])
+        acc = tl.dot(x, tl.trans(weight), acc, out_dtype=SUM)
+    token, o = first_t + tl.arange(0, TILE_T), first_o + tl.arange(0, TILE_O)
+    in_batch, in_row = token < num_tokens, o < out_features
+    x_scale = tl.load(x_scale_ptr + token, mask=in_batch, other=0.0)
+    weight_scale = tl.load(weight_scale_ptr + o, mask=in_row, other=0.0).to(tl.float32)
+    y = acc.to(tl.float32) * (x_scale[:, None] * weight_scale[None, :])
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + o, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    pointers = out_ptr + token.to(tl.int64)[:, None] * stride_out_t + o[None, :] * stride_out_o
+    store(pointers, y, in_batch[:, None] & in_row[None, :])
+
+
+def many_tokens(x, x_scale, weight, weight_scale, bias, out, tile=(128, 256, 128), stages=4, warps=8, band=8):
+    """For codes whose rows lie a multiple of 16 bytes apart (`fits`), as the copy engine wants them."""
+    (num_tokens, in_features), out_features = x.shape, weight.shape[0]
+    tile_t, tile_o, tile_i = tile
+    _many_tokens_kernel[(cdiv(num_tokens, tile_t) * cdiv(out_features, tile_o),)](
+        TensorDescriptor.from_tensor(x, [tile_t, tile_i]), TensorDescriptor.from_tensor(weight, [tile_o, tile_i]),
+        x_scale, weight_scale, bias, out, out.stride(0), out.stride(1), num_tokens, out_features, in_features,
+        TILE_T=tile_t, TILE_O=tile_o, TILE_I=tile_i, BAND=band,
+        SUM=tl.int32 if x.dtype == torch.int8 else tl.float32, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def fits(x: Array, weight: Array) -> bool:
+    """Whether the copy engine can read both."""
+    return all(a.stride(1) == 1 and a.stride(0) % 16 == 0 and a.data_ptr() % 16 == 0 for a in (x, weight))
