@@ -25,6 +25,7 @@ if not HAS_GPU:
 import fast
 import reference  # first: pytest, importing reference/linear/*.py for doctests, would put it over the op
 from twofold.conformance import plain_torch
+from twofold.conformance.backends import is_interpreted
 
 BACKENDS = {"reference": reference, "plain_torch": plain_torch, "fast": fast}
 CHOSEN = os.environ.get("TWOFOLD_BACKENDS", ",".join(BACKENDS)).split(",")
@@ -36,6 +37,7 @@ settings.load_profile(os.environ.get("TWOFOLD_PROFILE", "ci"))
 
 # The interpreter takes milliseconds for one program of a kernel, so there a property gets this many examples at most.
 INTERPRETED_EXAMPLES = 25
+INTERPRETED_MODELS = 3  # of a test that runs a whole decoder, marked so
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -50,10 +52,12 @@ def pytest_runtest_call(item: pytest.Item):
     """Fewer examples where a kernel is interpreted. (Hypothesis keeps a test's settings on its function.)"""
     test, name = getattr(item, "obj", None), "_hypothesis_internal_use_settings"
     asked = getattr(test, name, None)
-    interpreted = not HAS_GPU and getattr(item, "callspec", None) and item.callspec.params.get("backend") is fast
+    callspec = getattr(item, "callspec", None)
+    interpreted = callspec and is_interpreted(callspec.params.get("backend"))
     if asked is None or not interpreted:
         return (yield)
-    setattr(test, name, settings(asked, max_examples=min(asked.max_examples, INTERPRETED_EXAMPLES)))
+    most = INTERPRETED_MODELS if item.get_closest_marker("whole_model") else INTERPRETED_EXAMPLES
+    setattr(test, name, settings(asked, max_examples=min(asked.max_examples, most)))
     try:
         return (yield)
     finally:

@@ -13,7 +13,6 @@ from safetensors.numpy import load_file
 import reference
 from reference.model.config import ModelConfig
 from reference.model.decoder import AdapterBank, Decoder
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import model as properties
 from twofold.conformance.strategies.model import random_adapter, random_model
 
@@ -67,7 +66,6 @@ def checkpoint(tmp_path_factory):
     return config.to_dict(), tensors, [(t, json.loads(text)) for t, text in adapters], [expected[s] for s in range(4)]
 
 
-@pytest.mark.parametrize("backend", [reference, plain_torch])
 def test_a_batch_of_adapters_is_what_peft_makes_of_each(checkpoint, backend):
     """Four sequences, three adapters and none, in prefill, chunks and decode: each has its own adapter's logits."""
     hf_config, tensors, adapters, expected = checkpoint

@@ -7,13 +7,10 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-import reference
 from reference.model.config import ModelConfig
 from reference.model.decoder import Decoder
-from twofold.conformance import plain_torch
+from twofold.conformance.backends import is_interpreted
 from twofold.conformance.properties import model as properties
-
-BACKENDS = {"reference": reference, "plain_torch": plain_torch}
 
 SIZES = {
     "vocab_size": 101,
@@ -79,6 +76,7 @@ PLANS = {
     "chunks": [[11, 0, 4], [1, 0, 5], [16, 1, 2], [9, 0, 1]],
     "decode": [[30, 1, 6], *[[1, 0, 1]] * 6, [1, 0, 0]],
 }
+BEGINNINGS = {"both": [[7, 1, 3], [1, 0, 2]]}
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
@@ -99,13 +97,16 @@ def checkpoint(request, tmp_path_factory):
     return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors"), expected
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_are_those_of_transformers(checkpoint, backend):
     """Prefill, chunks and decode give transformers' logits, on any backend."""
     config, tensors, expected = checkpoint
-    decoder = Decoder(ModelConfig.from_hf(config), tensors, backend=BACKENDS[backend])
-    for name, steps in PLANS.items():
-        got = properties.paged_logits(decoder, SEQUENCES, steps, block_size=3, seed=1)
+    decoder = Decoder(ModelConfig.from_hf(config), tensors, backend=backend)
+    plans, sequences = PLANS, SEQUENCES
+    if is_interpreted(backend):  # beginnings only: it takes seconds for a step
+        plans, sequences = BEGINNINGS, [tokens[: sum(new)] for tokens, new in zip(SEQUENCES, zip(*BEGINNINGS["both"]))]
+    expected = [logits[: len(tokens)] for logits, tokens in zip(expected, sequences)]
+    for name, steps in plans.items():
+        got = properties.paged_logits(decoder, sequences, steps, block_size=3, seed=1)
         properties.assert_same_logits(got, expected, name)
 
 

@@ -7,17 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference
 from reference.model.config import FAMILIES
 from reference.model.gqa_conversion import convert_to_gqa
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import model as properties
 from twofold.conformance.strategies.model import random_model
 
 heads = st.sampled_from([(8, 4), (8, 2), (8, 1), (4, 2), (6, 3), (2, 2)])
 
 
-@pytest.mark.parametrize("backend", [reference, plain_torch])
 @given(family=st.sampled_from(FAMILIES), heads=heads, bias=st.booleans())
 def test_alike_heads_pool_to_the_same_function(backend, family, heads, bias):
     model = random_model(family, num_heads=24, num_kv_heads=heads[0], head_dim=4, attention_bias=bias)

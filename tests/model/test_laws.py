@@ -11,34 +11,30 @@ import reference
 from reference.linear.weight import WEIGHT_FORMATS
 from reference.model.config import FAMILIES
 from reference.model.decoder import Decoder, overlay
-from twofold.conformance import plain_torch
 from twofold.conformance.properties import model as properties
 from twofold.conformance.strategies.model import models, random_adapter, random_model, token_steps
 
-BACKENDS = [reference, plain_torch]
+pytestmark = pytest.mark.whole_model
+
 TOKENS = [5, 9, 96, 0, 33, 33, 7, 61, 2, 18, 44, 90, 12]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=200)
 @given(models(), token_steps(), st.sampled_from([1, 4, 16]), st.integers(0, 99))
 def test_steps_do_not_matter(backend, model, plan, block_size, seed):
     properties.steps_do_not_matter(backend, model, *plan, block_size=block_size, seed=seed)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @given(models(), token_steps())
 def test_only_the_rows_asked_for(backend, model, plan):
     properties.only_the_rows_asked_for(backend, model, *plan)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_interleaved_is_half_split_of_reordered_rows(backend, family):
     properties.interleaved_is_half_split_of_reordered_rows(backend, random_model(family, seed=3), TOKENS)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("format", [name for name, format in WEIGHT_FORMATS.items() if "a8" not in name])
 def test_rounded_weights_are_their_values(backend, format):
     """Every format whose activations stay as they are."""
@@ -68,7 +64,6 @@ def test_rounded_activations_are_their_values(format, op, codes):
     assert properties.relative_error(got[0], floats[0]) > 1e-3, f"{format} was not used"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kv_format", ["int8", "fp8", "int4"])
 def test_chunked_is_whole_in_a_quantized_cache(backend, kv_format):
     """A chunk's own keys are read back from the cache like those before it, so cuts do not show."""
@@ -82,7 +77,6 @@ def test_chunked_is_whole_in_a_quantized_cache(backend, kv_format):
     assert properties.relative_error(got[0], floats[0]) > 1e-4, f"{kv_format} was not used"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "formats",
     [
@@ -99,7 +93,6 @@ def test_kept_weights_are_their_values(backend, formats):
     properties.kept_weights_are_their_values(backend, model, formats, TOKENS)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=200)
 @given(
     models(max_position_embeddings=64),
@@ -115,7 +108,6 @@ def test_adapters_are_merged_weights(backend, model, plan, kinds, data):
     properties.adapters_are_merged_weights(backend, model, adapters, sequences, adapter_of, steps)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits_are_a_matter_of_storage(backend, dtype):
     """In 16 bits the logits are those of float32, as far as 16 bits reach: the model's weights are rounded alike for

@@ -17,3 +17,8 @@ def assume_supported(backend: Any, *dtypes: Any) -> None:
     names = {str(getattr(dtype, "name", dtype)) for dtype in dtypes}
     if (names & set(FLOAT_DTYPES)) - set(float_dtypes(backend)):
         assume(False)  # only then: outside a property a word of Hypothesis is a warning
+
+
+def is_interpreted(backend: Any) -> bool:
+    """Whether the backend's kernels run in Triton's interpreter, which takes milliseconds for what takes a GPU none."""
+    return bool(getattr(backend, "INTERPRETING", False))
