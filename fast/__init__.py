@@ -4,7 +4,7 @@ What an op means is said in the reference; here each docstring says what one pro
 the kernel cannot do. Tensors are float32, float16 or bfloat16 (float8 where the op is about it), sums are float32.
 """
 
-from fast._triton.platform import INTERPRETING
+from fast._triton.platform import INTERPRETING as INTERPRETING
 from fast.attention.dense_attention import dense_attention
 from fast.attention.flash_attention import flash_attention
 from fast.attention.merge_states import merge_states
@@ -103,3 +103,5 @@ __all__ = [
     "write_kv_int8",
     "write_kv_kivi",
 ]
+
+from fast import invariant as invariant  # noqa: E402  (last, as it takes most of its ops from here)
