@@ -188,6 +188,22 @@ def find_segment(
 
 
 @triton.jit
+def find_tile(slot, cu_seqlens_q_ptr, num_seqs, QUERIES: tl.constexpr):
+    """(the sequence that owns this slot, which of its tiles of rows the slot is): for a grid with a program a tile.
+
+    Sequence s has the slots from ``cu_seqlens_q[s] // QUERIES + s``: enough for its tiles wherever it begins, so
+    nothing has to be counted on the host. The last of them may be one too many.
+    """
+    before = 0
+    for first in range(0, num_seqs, SEARCH):
+        seq = first + tl.arange(0, SEARCH)
+        start = tl.load(cu_seqlens_q_ptr + seq, mask=seq < num_seqs, other=0)
+        before += tl.sum(((start // QUERIES + seq <= slot) & (seq < num_seqs)).to(tl.int32), 0)
+    seq = tl.maximum(before - 1, 0)
+    return seq, slot - (tl.load(cu_seqlens_q_ptr + seq) // QUERIES + seq).to(tl.int32)
+
+
+@triton.jit
 def rows_of_tile(tile, kv_head, first_row, num_queries, GROUP: tl.constexpr, TILE_Q: tl.constexpr):
     """(query within the sequence, row of q, head, whether there is such a row) of each row of a tile."""
     row = tl.arange(0, TILE_Q)

@@ -19,7 +19,6 @@ from fast._triton import paging, softmax
 from fast._triton.platform import num_processors
 from fast._triton.rounding import dot, to_dtype
 from fast.attention._checks import require_attention, require_tables
-from fast.attention.flash_attention import find_tile
 
 LONGEST_WINDOW = 2**30  # a longer one hides nothing either, and positions plus it stay below 2^31
 
@@ -94,7 +93,8 @@ def attend_cached_tiles(
     return acc, top, total
 
 
-@triton.jit
+# What differs from batch to batch compiles nothing anew.
+@triton.jit(do_not_specialize=["window", "num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_blocks_per_seq"])
 def paged_attention_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim]
     k_cache_ptr,  # [num_blocks, block_size, num_kv_heads, head_dim]
@@ -271,7 +271,7 @@ def paged_attention(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "num_tokens", "num_seqs", "num_heads", "num_blocks", "max_blocks_per_seq"])
 def split_paged_attention_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim]
     k_cache_ptr,  # [num_blocks, block_size, num_kv_heads, head_dim]
@@ -312,11 +312,10 @@ def split_paged_attention_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
     TILE_D: tl.constexpr,
-    SEARCH: tl.constexpr,
 ):
     QUERIES: tl.constexpr = TILE_Q // GROUP
     kv_head, part = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    seq, tile = find_tile(tl.program_id(1), cu_seqlens_q_ptr, num_seqs, num_tokens, QUERIES, SEARCH)
+    seq, tile = paging.find_tile(tl.program_id(1), cu_seqlens_q_ptr, num_seqs, QUERIES)
     capacity = max_blocks_per_seq * BLOCK_SIZE
     first_row, num_queries, seq_len = paging.sequence(
         seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
@@ -398,7 +397,7 @@ def split_paged_attention(
         num_tokens, num_seqs, num_heads, num_blocks, max_blocks_per_seq, split_size,
         WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None, WIDE=wide, GROUP=group,
         HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE_Q=tiles.tile_q, TILE_KV=tiles.tile_kv,
-        TILE_D=max(16, triton.next_power_of_2(head_dim)), SEARCH=paging.SEARCH.value,
+        TILE_D=max(16, triton.next_power_of_2(head_dim)),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out_parts, lse_parts
