@@ -1,7 +1,207 @@
-"""lora, in Triton. What the technique is for: `reference/linear/lora.py`."""
+"""LoRA: many low-rank adapters in one batch, in Triton. What the technique is for: `reference/linear/lora.py`.
 
+Two launches: x shrinks to A x, of the rank's length, and B (A x) is added to the base. A few tokens each look up their
+own adapter, whoever else uses it; where tokens are many, a tile of them goes through the adapters that it finds in it,
+in order of their ids. Neither sorts, and no grid depends on an id.
+"""
+
+import torch
+import triton
+import triton.language as tl
 from jaxtyping import Float, Float32, Int32
 from torch import Tensor as Array
+
+from fast._checks import require_float, require_integers, require_out, require_range, require_same_device, require_shape
+from fast._triton.overlap import overlapped
+from fast._triton.platform import cdiv, next_power_of_2
+from fast._triton.rounding import dot, store, to_dtype
+
+FEW_TOKENS = 256  # up to here every token reads its adapter itself, from the L2 cache if others use it too
+SPLIT = 512  # input features of a program that shrinks: 64 tokens of 4096 features are 512 programs
+MAX_SPLITS = 16
+TILE_T = 64  # tokens that a program goes through at once, where they are many
+
+
+# ---- kernels for few tokens -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _shrink_kernel(
+    x_ptr,  # [num_tokens, in_features]
+    lora_a_ptr,  # [num_adapters, rank, in_features]
+    adapter_ids_ptr,  # [num_tokens]
+    shrunk_ptr,  # [num_tokens, num_splits, rank] float32
+    stride_x_t,
+    stride_a_n,
+    stride_a_r,
+    num_adapters,
+    rank,
+    in_features,
+    split_features,
+    TILE_R: tl.constexpr,
+    TILE_I: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    adapter = tl.load(adapter_ids_ptr + token).to(tl.int64)
+    if (adapter >= 0) & (adapter < num_adapters):
+        r = tl.arange(0, TILE_R)
+        stop = tl.minimum((split + 1) * split_features, in_features)
+        acc = tl.zeros([TILE_R, TILE_I], tl.float32)
+        for start in range(split * split_features, stop, TILE_I):
+            i = start + tl.arange(0, TILE_I)
+            x = tl.load(x_ptr + token * stride_x_t + i, mask=i < stop, other=0.0).to(tl.float32)
+            pointers = lora_a_ptr + adapter * stride_a_n + r[:, None] * stride_a_r + i[None, :]
+            a = tl.load(pointers, mask=(r < rank)[:, None] & (i < stop)[None, :], other=0.0)
+            acc += a.to(tl.float32) * x[None, :]
+        pointers = shrunk_ptr + (token * tl.num_programs(1) + split) * rank + r
+        tl.store(pointers, tl.sum(acc, axis=1), mask=r < rank)
+
+
+@triton.jit
+def _expand_kernel(
+    base_ptr,  # [num_tokens, out_features]
+    shrunk_ptr,  # [num_tokens, num_splits, rank] float32
+    lora_b_ptr,  # [num_adapters, out_features, rank]
+    scaling_ptr,  # [num_adapters]
+    adapter_ids_ptr,  # [num_tokens]
+    out_ptr,  # [num_tokens, out_features], may be base
+    stride_base_t,
+    stride_b_n,
+    stride_b_o,
+    stride_out_t,
+    stride_out_o,
+    num_adapters,
+    rank,
+    out_features,
+    TILE_R: tl.constexpr,
+    TILE_O: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * TILE_O + tl.arange(0, TILE_O)
+    in_row = o < out_features
+    base = tl.load(base_ptr + token * stride_base_t + o, mask=in_row, other=0.0)
+    out_ptrs = out_ptr + token * stride_out_t + o.to(tl.int64) * stride_out_o
+    adapter = tl.load(adapter_ids_ptr + token).to(tl.int64)
+    if (adapter >= 0) & (adapter < num_adapters):
+        r = tl.arange(0, TILE_R)
+        pointers = lora_b_ptr + adapter * stride_b_n + o[:, None] * stride_b_o + r[None, :]
+        b = tl.load(pointers, mask=in_row[:, None] & (r < rank)[None, :], other=0.0).to(tl.float32)
+        scaling = tl.load(scaling_ptr + adapter).to(tl.float32)
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()  # what is read above is older than the kernel that shrinks
+        shrunk = tl.zeros([TILE_R], tl.float32)
+        for split in tl.static_range(NUM_SPLITS):
+            shrunk += tl.load(shrunk_ptr + (token * NUM_SPLITS + split) * rank + r, mask=r < rank, other=0.0)
+        grown = tl.sum(b * shrunk[None, :], axis=1)
+        store(out_ptrs, base.to(tl.float32) + scaling * grown, in_row)
+    else:
+        tl.store(out_ptrs, base, mask=in_row)
+
+
+# ---- kernels for many tokens ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def next_adapter(adapter, previous, num_adapters):
+    """The smallest id of an adapter in the tile above ``previous``; ``num_adapters`` if there is none."""
+    return tl.min(tl.where((adapter > previous) & (adapter < num_adapters), adapter, num_adapters), axis=0)
+
+
+@triton.jit
+def _shrink_tiles_kernel(
+    x_ptr,  # [num_tokens, in_features]
+    lora_a_ptr,  # [num_adapters, rank, in_features]
+    adapter_ids_ptr,  # [num_tokens]
+    shrunk_ptr,  # [num_tokens, num_splits, rank] float32
+    stride_x_t,
+    stride_a_n,
+    stride_a_r,
+    num_tokens,
+    num_adapters,
+    rank,
+    in_features,
+    split_features,
+    DTYPE: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_I: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
+    adapter = tl.load(adapter_ids_ptr + token, mask=token < num_tokens, other=-1)
+    r = tl.arange(0, TILE_R)
+    first = tl.program_id(1) * split_features
+    stop = tl.minimum(first + split_features, in_features)
+    row = (token * tl.num_programs(1) + tl.program_id(1))[:, None] * rank
+    this = next_adapter(adapter, -1, num_adapters)
+    while this < num_adapters:
+        mine = adapter == this
+        a_ptrs = lora_a_ptr + this.to(tl.int64) * stride_a_n + r[:, None] * stride_a_r
+        acc = tl.zeros([TILE_T, TILE_R], tl.float32)
+        for start in range(first, stop, TILE_I):
+            i = start + tl.arange(0, TILE_I)[None, :]
+            mask = mine[:, None] & (i < stop)
+            x = tl.load(x_ptr + token[:, None] * stride_x_t + i, mask=mask, other=0.0)
+            a = tl.load(a_ptrs + i, mask=(r < rank)[:, None] & (i < stop), other=0.0)
+            acc = dot(x.to(DTYPE), tl.trans(a.to(DTYPE)), acc)
+        tl.store(shrunk_ptr + row + r[None, :], acc, mask=mine[:, None] & (r < rank)[None, :])
+        this = next_adapter(adapter, this, num_adapters)
+
+
+@triton.jit
+def _expand_tiles_kernel(
+    base_ptr,  # [num_tokens, out_features]
+    shrunk_ptr,  # [num_tokens, num_splits, rank] float32
+    lora_b_ptr,  # [num_adapters, out_features, rank]
+    scaling_ptr,  # [num_adapters]
+    adapter_ids_ptr,  # [num_tokens]
+    out_ptr,  # [num_tokens, out_features], may be base
+    stride_base_t,
+    stride_b_n,
+    stride_b_o,
+    stride_out_t,
+    stride_out_o,
+    num_tokens,
+    num_adapters,
+    rank,
+    out_features,
+    num_splits,
+    DTYPE: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_O: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
+    o = tl.program_id(1) * TILE_O + tl.arange(0, TILE_O)
+    in_batch, in_row = token < num_tokens, o < out_features
+    adapter = tl.load(adapter_ids_ptr + token, mask=in_batch, other=-1)
+    base_ptrs = base_ptr + token[:, None] * stride_base_t + o[None, :]
+    out_ptrs = out_ptr + token[:, None] * stride_out_t + o.to(tl.int64)[None, :] * stride_out_o
+    without = (in_batch & ((adapter < 0) | (adapter >= num_adapters)))[:, None] & in_row[None, :]
+    tl.store(out_ptrs, tl.load(base_ptrs, mask=without, other=0.0), mask=without)
+    r = tl.arange(0, TILE_R)
+    this = next_adapter(adapter, -1, num_adapters)
+    while this < num_adapters:
+        mine = adapter == this
+        mask = mine[:, None] & in_row[None, :]
+        shrunk_mask = mine[:, None] & (r < rank)[None, :]
+        shrunk = tl.zeros([TILE_T, TILE_R], tl.float32)
+        for split in range(num_splits):
+            row = (token * num_splits + split)[:, None] * rank
+            shrunk += tl.load(shrunk_ptr + row + r[None, :], mask=shrunk_mask, other=0.0)
+        b_ptrs = lora_b_ptr + this.to(tl.int64) * stride_b_n + o[:, None] * stride_b_o + r[None, :]
+        b = tl.load(b_ptrs, mask=in_row[:, None] & (r < rank)[None, :], other=0.0)
+        grown = dot(to_dtype(shrunk, DTYPE), tl.trans(b.to(DTYPE)), tl.zeros([TILE_T, TILE_O], tl.float32))
+        base = tl.load(base_ptrs, mask=mask, other=0.0).to(tl.float32)
+        store(out_ptrs, base + tl.load(scaling_ptr + this).to(tl.float32) * grown, mask)
+        this = next_adapter(adapter, this, num_adapters)
+
+
+# ---- the op ---------------------------------------------------------------------------------------------------------
 
 
 def lora(
@@ -14,5 +214,124 @@ def lora(
     *,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    """Same contract as `reference.linear.lora.lora`."""
-    raise NotImplementedError("lora")
+    """Same contract as `reference.linear.lora.lora`.
+
+    Grid: to shrink, one program per token and ``SPLIT`` input features; to expand, per token and tile of output
+    features. Beyond ``FEW_TOKENS``, tiles of ``TILE_T`` tokens take the place of a token.
+    Moves: the adapters in use once from memory (again from the L2 cache for each token or tile), base and x once.
+    Limits: with many tokens ``A x`` is rounded to the dtype of the factors where that is the dtype of ``base``.
+    """
+    out = _door(base, x, lora_a, lora_b, scaling, adapter_ids, out)
+    if not out.numel():
+        return out
+    run = few_tokens if is_few(len(base)) else many_tokens
+    return run(_rows(base), _rows(x), _rows(lora_a), _rows(lora_b), scaling, adapter_ids.contiguous(), out)
+
+
+def lora_invariant(
+    base: Array,
+    x: Array,
+    lora_a: Array,
+    lora_b: Array,
+    scaling: Array,
+    adapter_ids: Array,
+    *,
+    out: Array | None = None,
+) -> Array:
+    """`lora` of which no token's result depends on how many others there are: always each token by itself."""
+    out = _door(base, x, lora_a, lora_b, scaling, adapter_ids, out)
+    if not out.numel():
+        return out
+    return few_tokens(_rows(base), _rows(x), _rows(lora_a), _rows(lora_b), scaling, adapter_ids.contiguous(), out)
+
+
+def is_few(num_tokens: int) -> bool:
+    """Whether every token looks after itself."""
+    return num_tokens <= FEW_TOKENS
+
+
+def split_features(in_features: int) -> tuple[int, int]:
+    """Input features of a program that shrinks, and how many there are: the order of a sum hangs on nothing else."""
+    split = max(SPLIT, next_power_of_2(cdiv(in_features, MAX_SPLITS)))
+    return split, max(1, cdiv(in_features, split))
+
+
+def few_tokens(
+    base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, out: Array
+) -> Array:
+    (num_tokens, out_features), (num_adapters, rank, in_features) = base.shape, lora_a.shape
+    split, num_splits = split_features(in_features)
+    shrunk = torch.empty(num_tokens, num_splits, rank, dtype=torch.float32, device=x.device)
+    tile_r, options = next_power_of_2(max(1, rank)), overlapped(x)
+    tile_i = max(16, min(SPLIT, 8192 // tile_r, next_power_of_2(in_features)))
+    _shrink_kernel[(num_tokens, num_splits)](
+        x, lora_a, adapter_ids, shrunk, x.stride(0), lora_a.stride(0), lora_a.stride(1),
+        num_adapters, rank, in_features, split,
+        TILE_R=tile_r, TILE_I=tile_i, OVERLAP=options["OVERLAP"], num_warps=4,
+    )  # fmt: skip
+    tile_o = max(16, min(512, 8192 // tile_r, next_power_of_2(out_features)))
+    _expand_kernel[(num_tokens, cdiv(out_features, tile_o))](
+        base, shrunk, lora_b, scaling, adapter_ids, out,
+        base.stride(0), lora_b.stride(0), lora_b.stride(1), out.stride(0), out.stride(1),
+        num_adapters, rank, out_features,
+        TILE_R=tile_r, TILE_O=tile_o, NUM_SPLITS=num_splits, num_warps=4, **options,
+    )  # fmt: skip
+    return out
+
+
+def many_tokens(
+    base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, out: Array
+) -> Array:
+    (num_tokens, out_features), (num_adapters, rank, in_features) = base.shape, lora_a.shape
+    half = x.dtype == lora_a.dtype and x.dtype != torch.float32
+    half_b = lora_b.dtype == base.dtype and base.dtype != torch.float32
+    split, num_splits = split_features(in_features)
+    shrunk = torch.empty(num_tokens, num_splits, rank, dtype=torch.float32, device=x.device)
+    tile_r = max(16, next_power_of_2(rank))
+    _shrink_tiles_kernel[(cdiv(num_tokens, TILE_T), num_splits)](
+        x, lora_a, adapter_ids, shrunk, x.stride(0), lora_a.stride(0), lora_a.stride(1),
+        num_tokens, num_adapters, rank, in_features, split,
+        DTYPE=_triton_dtype(x.dtype) if half else tl.float32,
+        TILE_T=TILE_T, TILE_R=tile_r, TILE_I=128 if half else 32, num_warps=4,
+    )  # fmt: skip
+    tile_o = 128 if half_b else 64
+    _expand_tiles_kernel[(cdiv(num_tokens, TILE_T), cdiv(out_features, tile_o))](
+        base, shrunk, lora_b, scaling, adapter_ids, out,
+        base.stride(0), lora_b.stride(0), lora_b.stride(1), out.stride(0), out.stride(1),
+        num_tokens, num_adapters, rank, out_features, num_splits,
+        DTYPE=_triton_dtype(base.dtype) if half_b else tl.float32,
+        TILE_T=TILE_T, TILE_R=tile_r, TILE_O=tile_o, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _door(
+    base: Array,
+    x: Array,
+    lora_a: Array,
+    lora_b: Array,
+    scaling: Array,
+    adapter_ids: Array,
+    out: Array | None,
+) -> Array:
+    require_shape("lora", "base", base, (None, None))
+    require_shape("lora", "x", x, (len(base), None))
+    require_shape("lora", "lora_a", lora_a, (None, None, x.shape[1]))
+    require_shape("lora", "lora_b", lora_b, (len(lora_a), base.shape[1], lora_a.shape[1]))
+    require_shape("lora", "scaling", scaling, (len(lora_a),))
+    require_integers("lora", "adapter_ids", adapter_ids, (len(base),))
+    for name, array in (("base", base), ("x", x), ("lora_a", lora_a), ("lora_b", lora_b), ("scaling", scaling)):
+        require_float("lora", name, array)
+    require_out("lora", out, tuple(base.shape), base.dtype)
+    require_same_device("lora", base=base, x=x, lora_a=lora_a, lora_b=lora_b, scaling=scaling, adapter_ids=adapter_ids)
+    require_range("lora", "adapter_ids", adapter_ids, -1, len(lora_a))
+    return torch.empty_like(base, memory_format=torch.contiguous_format) if out is None else out
+
+
+def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+
+
+def _rows(array: Array) -> Array:
+    """The array with its last axis contiguous, as the kernels read it; a copy only where it is not."""
+    return array if array.stride(-1) == 1 or array.shape[-1] <= 1 else array.contiguous()
