@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor as Array
 
+from fast.kv_cache._attention import attend_codes
+from fast.kv_cache._codes import require_symmetric
 from fast.kv_cache._symmetric import write_symmetric
 
 
@@ -16,7 +18,10 @@ def write_kv_fp8(
     v_scale: Float32[Array, "num_blocks block_size num_kv_heads"],
     slot_mapping: Int64[Array, " num_tokens"],
 ) -> None:
-    """Same contract as `reference.kv_cache.fp8_cache.write_kv_fp8`."""
+    """Same contract as `reference.kv_cache.fp8_cache.write_kv_fp8`.
+
+    Grid, moves: `fast.kv_cache._symmetric.write_symmetric`.
+    """
     arrays = k, v, k_cache, v_cache, k_scale, v_scale, slot_mapping
     write_symmetric("write_kv_fp8", *arrays, codes=torch.float8_e4m3fn, largest_code=448.0)
 
@@ -37,5 +42,12 @@ def paged_attention_fp8(
     logit_cap: float | None = None,
     out: Float[Array, "num_tokens num_heads head_dim"] | None = None,
 ) -> Float[Array, "num_tokens num_heads head_dim"]:
-    """Same contract as `reference.kv_cache.fp8_cache.paged_attention_fp8`."""
-    raise NotImplementedError("paged_attention_fp8")
+    """Same contract as `reference.kv_cache.fp8_cache.paged_attention_fp8`.
+
+    Grid, moves, limits: `fast.kv_cache._attention.attend_codes`.
+    """
+    op = "paged_attention_fp8"
+    require_symmetric(op, k_cache, v_cache, k_scale, v_scale, codes=torch.float8_e4m3fn)
+    options = {"scale": scale, "sliding_window": sliding_window, "sinks": sinks, "logit_cap": logit_cap, "out": out}
+    tables = block_table, seq_lens, cu_seqlens_q
+    return attend_codes(op, q, k_cache, v_cache, (k_scale, v_scale), None, *tables, codes="fp8", **options)
