@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+import fast
 import reference
+from fast.fusion.rms_norm import choose_tile
 from twofold.conformance.properties import fusion as properties
-from twofold.conformance.strategies.fusion import norm_calls
+from twofold.conformance.strategies.fusion import Call, norm_calls
 
 
 @given(call=norm_calls())
@@ -34,24 +36,57 @@ def test_a_row_of_zeros_stays_zeros(backend):
 
 GOOD = {"x": np.ones((3, 4), np.float32), "weight": np.ones(4, np.float32), "eps": 1e-6}
 BAD = {
-    "x: expected rows of 4": {"x": GOOD["x"][:, :-1]},
-    "x: expected a floating": {"x": np.ones((3, 4), np.int32)},
-    "weight": {"weight": np.ones((1, 4), np.float32)},
-    "eps": {"eps": 0.0},
-    "out: expected shape": {"out": np.empty((1, 4), np.float32)},
-    "out: expected dtype": {"out": np.empty((3, 4), np.float16)},
+    "rows": ("x", {"x": GOOD["x"][:, :-1]}),
+    "whole numbers": ("x", {"x": np.ones((3, 4), np.int32)}),
+    "weight": ("weight", {"weight": np.ones((1, 4), np.float32)}),
+    "eps": ("eps", {"eps": 0.0}),
+    "shape of out": ("out", {"out": np.empty((1, 4), np.float32)}),
+    "dtype of out": ("out", {"out": np.empty((3, 4), np.float16)}),
 }
 
 
-@pytest.mark.parametrize("named", BAD)
-def test_the_door_says_what_is_wrong(named):
-    with pytest.raises(ValueError, match=f"rms_norm: {named}"):
-        reference.rms_norm(**GOOD | BAD[named])
+@pytest.mark.parametrize("backend", [reference, fast])
+@pytest.mark.parametrize("bad", BAD)
+def test_the_door_says_what_is_wrong(backend, bad):
+    argument, arguments = BAD[bad]
+    properties.refuses(backend, "rms_norm", argument, GOOD | arguments)
 
 
-def test_the_door_of_add_rms_norm_says_what_is_wrong():
-    x, ones = np.ones((3, 4), np.float32), np.ones(4, np.float32)
-    with pytest.raises(ValueError, match="add_rms_norm: residual"):
-        reference.add_rms_norm(x, x[:2], ones, eps=1e-6)
-    with pytest.raises(ValueError, match="add_rms_norm: out: expected dtype"):
-        reference.add_rms_norm(x, x, ones, eps=1e-6, residual_out=np.empty((3, 4)))
+@pytest.mark.parametrize("backend", [reference, fast])
+def test_the_door_of_add_rms_norm_says_what_is_wrong(backend):
+    good = GOOD | {"residual": GOOD["x"]}
+    properties.refuses(backend, "add_rms_norm", "residual", good | {"residual": GOOD["x"][:2]})
+    properties.refuses(backend, "add_rms_norm", "out", good | {"residual_out": np.empty((3, 4), np.float16)})
+
+
+# ---- how the kernels are cut ------------------------------------------------------------------------------------
+
+
+@given(call=norm_calls().filter(lambda call: call.op != "rms_norm_linear"))
+def test_a_row_keeps_no_company(call):
+    properties.rows_keep_no_company(fast, call)
+
+
+@pytest.mark.parametrize(("hidden_size", "num_rows"), [(24, 64), (1500, 1), (5000, 1)])
+def test_narrow_rows_share_a_program(hidden_size, num_rows):
+    """Many rows of heads, or one row of a layer: either way the oracle's result, and the last program ends inside."""
+    assert choose_tile(hidden_size)[0] == num_rows
+    rng = np.random.default_rng(0)
+    x, residual = rng.standard_normal((2, num_rows + 1, hidden_size)).astype(np.float32)
+    weight = rng.standard_normal(hidden_size).astype(np.float32)
+    for op, arrays in (("rms_norm", {}), ("add_rms_norm", {"residual": residual})):
+        properties.matches_the_oracle(fast, Call(op, {"x": x} | arrays | {"weight": weight}, {"eps": 1e-6}))
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 3, 8), (2, 2, 3, 8)])
+def test_rows_of_any_rank(backend, shape):
+    """Also where they lie apart, and are written apart."""
+    rng = np.random.default_rng(1)
+    wide = rng.standard_normal((*shape[:-1], 11)).astype(np.float32)
+    x, out = wide[..., :8], np.full_like(wide, np.nan)[..., :8]
+    weight = rng.standard_normal(8).astype(np.float32)
+    expected = reference.rms_norm(x, weight, eps=1e-6)
+    placed = [backend.from_host(a) for a in (x, weight, out)]
+    result = backend.rms_norm(*placed[:2], eps=1e-6, out=placed[2])
+    np.testing.assert_allclose(backend.to_host(result), expected, rtol=1e-5, err_msg="returned")
+    np.testing.assert_allclose(backend.to_host(placed[2]), expected, rtol=1e-5, err_msg="written")

@@ -11,10 +11,12 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+import fast
 import reference
+from fast.fusion.rotary import choose_tile
 from reference.fusion.rotary import rotary_tables
 from twofold.conformance.properties import fusion as properties
-from twofold.conformance.strategies.fusion import rotary_calls
+from twofold.conformance.strategies.fusion import Call, rotary_calls
 
 turns = rotary_calls("rotary")
 
@@ -167,6 +169,7 @@ TABLE = np.ones((5, 2), np.float32)
 GOOD = {"q": HEADS, "k": HEADS, "cos": TABLE, "sin": TABLE, "positions": np.array([0, 4])}
 
 
+@pytest.mark.parametrize("backend", [reference, fast])
 @pytest.mark.parametrize(
     ("argument", "bad"),
     [
@@ -181,9 +184,83 @@ GOOD = {"q": HEADS, "k": HEADS, "cos": TABLE, "sin": TABLE, "positions": np.arra
         ("positions", np.array([-1, 0])),
     ],
 )
-def test_the_door_says_what_is_wrong(argument, bad):
+def test_the_door_says_what_is_wrong(backend, argument, bad):
     arguments = GOOD | {argument: bad}
     if argument == "cos":
         arguments["sin"] = bad
-    with pytest.raises(ValueError, match=f"rotary: {argument}"):
-        reference.rotary(**arguments)
+    properties.refuses(backend, "rotary", argument, arguments)
+
+
+CACHE = np.ones((2, 3, 3, 4), np.float32)
+GOOD_WRITE = GOOD | {"v": HEADS, "k_cache": CACHE, "v_cache": CACHE, "slot_mapping": np.array([0, 5])}
+
+
+@pytest.mark.parametrize("backend", [fast])
+@pytest.mark.parametrize(
+    ("argument", "bad"),
+    [
+        ("v", HEADS[:1]),
+        ("v_cache", CACHE[:1]),
+        ("k_cache", CACHE[..., :2]),
+        ("slot_mapping", np.array([0])),
+        ("slot_mapping", np.array([0.0, 1.0])),
+        ("slot_mapping", np.array([0, 6])),
+        ("slot_mapping", np.array([-2, 0])),
+        ("slot_mapping", np.array([4, 4])),
+        ("q_norm", np.ones(3, np.float32)),
+        ("out", HEADS[:1]),
+        ("out", HEADS.astype(np.float16)),
+    ],
+)
+def test_the_door_of_the_write_says_what_is_wrong(backend, argument, bad):
+    properties.refuses(backend, "rotary_write_kv", argument, GOOD_WRITE | {argument: bad})
+
+
+# ---- how the kernels are cut, and what they do where nobody looks -----------------------------------------------
+
+
+@given(call=rotary_calls())
+def test_a_token_keeps_no_company(call):
+    properties.rows_keep_no_company(fast, call)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(40, 20, 128), (3, 1, 300), (2, 1, 8)])
+def test_many_heads_take_several_programs(num_heads, num_kv_heads, head_dim):
+    tile_heads, _ = choose_tile(head_dim, num_heads)
+    assert (tile_heads < num_heads) == (num_heads == 40), "the case is not what it says"
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, h, head_dim), np.float32) for h in (num_heads, num_kv_heads, num_kv_heads))
+    cos, sin = rotary_tables(head_dim, 16, base=100.0)
+    arrays = {"q": q, "k": k, "cos": cos, "sin": sin, "positions": np.array([15, 3])}
+    properties.matches_the_oracle(fast, Call("rotary", arrays, {"interleaved": False}))
+    caches = {f"{n}_cache": np.full((2, 2, num_kv_heads, head_dim), np.nan, np.float32) for n in "kv"}
+    norms = {f"{n}_norm": rng.uniform(0.5, 1.5, head_dim).astype(np.float32) for n in "qk"}
+    arrays = {"q": q, "k": k, "v": v} | arrays | caches | {"slot_mapping": np.array([3, 0])} | norms
+    options = {"interleaved": True, "eps": 1e-6}
+    properties.matches_the_oracle(fast, Call("rotary_write_kv", arrays, options, mutates=("k_cache", "v_cache")))
+
+
+def test_slots_and_positions_out_of_range_touch_nothing(monkeypatch):
+    """As an engine runs: a slot that does not exist is skipped like -1, a position without a row gives zeros."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")
+    cos, sin = rotary_tables(4, 5, base=100.0)
+    heads, caches = np.ones((4, 1, 4), np.float32), np.full((2, 2, 3, 1, 4), np.nan, np.float32)
+    slots, positions = np.array([6, -2, 2**40, 4]), np.array([5, -1, 2**40, 0])
+    placed = [fast.from_host(a) for a in (heads, heads, heads, cos, sin, positions, *caches, slots)]
+    turned = fast.to_host(fast.rotary_write_kv(*placed))
+    assert not turned[:3].any(), "positions without a row"
+    np.testing.assert_array_equal(turned[3], heads[3], err_msg="position 0")
+    for cache in placed[6:8]:
+        written = ~np.isnan(fast.to_host(cache)).all(axis=(2, 3))
+        assert written.ravel().tolist() == [False] * 4 + [True, False], "slots written"
+
+
+def test_a_cache_of_another_dtype_saturates(backend):
+    """What float16 cannot hold becomes its largest number, as in `write_kv`."""
+    v, k = np.array([[[1e5, 2.0]], [[-1e5, np.inf]]], np.float32), np.array([[[1e5, 2.0]], [[3.0, -7e4]]], np.float32)
+    cos, sin = rotary_tables(2, 1, base=100.0)
+    caches = [np.zeros((1, 2, 1, 2), np.float16) for _ in "kv"]
+    placed = [backend.from_host(a) for a in (k, k, v, cos, sin, np.zeros(2, np.int64), *caches, np.arange(2))]
+    backend.rotary_write_kv(*placed)
+    assert backend.to_host(placed[6]).reshape(2, 2).tolist() == [[65504, 2], [3, -65504]], "keys"
+    assert backend.to_host(placed[7]).reshape(2, 2).tolist() == [[65504, 2], [-65504, 65504]], "values"

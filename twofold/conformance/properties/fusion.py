@@ -35,6 +35,7 @@ OUTS = {
     "rotary": {},
     "rotary_write_kv": {"out": ("q",)},
 }
+PER_TOKEN = ("token_ids", "x", "residual", "gate_up", "q", "k", "v", "positions", "slot_mapping")
 RESULTS = {"add_rms_norm": ("out", "residual_out"), "rotary": ("q", "k")}  # of the ops that have two
 
 
@@ -228,6 +229,31 @@ def _assert_same_bits(call: Call, what: str, got: dict[str, np.ndarray], expecte
     for name, array in got.items():
         same = np.ascontiguousarray(array).tobytes() == np.ascontiguousarray(expected[name]).tobytes()
         assert same, f"{call.op} with {what}: {name} differs from the result without:\n{array}\n{expected[name]}"
+
+
+def refuses(backend: Backend, op: str, argument: str, arguments: dict[str, Any]) -> None:
+    """A bad argument raises ValueError, whose text begins with the op and the argument."""
+    said = None
+    try:
+        getattr(backend, op)(
+            **{n: backend.from_host(a) if isinstance(a, np.ndarray) else a for n, a in arguments.items()}
+        )
+    except ValueError as error:
+        said = str(error)
+    assert said is not None, f"{op}: accepted a bad {argument}"
+    assert said.startswith(f"{op}: {argument}"), f"{op}: the error does not name {argument}: {said}"
+
+
+def rows_keep_no_company(backend: Backend, call: Call) -> None:
+    """A token's results are the same bits alone and with the others."""
+    together = run(backend, call)
+    for token in range(len(next(iter(together.values())))):
+        mine = slice(token, token + 1)
+        per_token = {name: a[mine] for name, a in call.arrays.items() if name in PER_TOKEN}
+        alone = run(backend, call.with_arrays(**per_token))
+        for name in RESULTS.get(call.op, ("out",)):
+            same = np.array_equal(alone[name].view(np.uint8), together[name][mine].view(np.uint8))
+            assert same, f"{call.op}: {name} of token {token} alone is not that in a batch"
 
 
 # ---- laws of rotation -------------------------------------------------------------------------------------------
