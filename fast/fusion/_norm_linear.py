@@ -1,7 +1,7 @@
 """RMSNorm in the prologue of the linear layer that follows, while there are few tokens.
 
-Every program reads all of the tokens anyway. It multiplies them by the norm's weight on the way into the matmul, adds up
-their squares at the same time, and divides by the root mean square, one number for each token, in the end.
+Every program reads all of the tokens anyway. It multiplies them by the norm's weight on the way into the matmul, adds
+up their squares at the same time, and divides by the root mean square, one number for each token, in the end.
 """
 
 import torch
@@ -37,11 +37,7 @@ def rms_norm_linear(
     Grid: as in `linear`; many tokens: a kernel for the norm before it.
     Moves: the weight once; the tokens, from cache, once for each program.
     """
-    check_linear("rms_norm_linear", x, weight, bias, out)
-    require_shape("rms_norm_linear", "norm_weight", norm_weight, (x.shape[1],))
-    require_float("rms_norm_linear", "norm_weight", norm_weight)
-    require_same_device("rms_norm_linear", x=x, norm_weight=norm_weight)
-    require(eps > 0, "rms_norm_linear", "eps", "a number above 0", eps)
+    check_norm_linear(x, norm_weight, weight, bias, eps, out)
     if not is_fused(len(x), x.dtype, weight.dtype):
         return project(rms_norm(x, norm_weight, eps=eps), weight, bias, None, out)
     norm_weight = norm_weight.contiguous()
@@ -50,3 +46,13 @@ def rms_norm_linear(
         skinny_linear(x, weight, bias, residual, out, read=read_normed, side=norm_weight, eps=eps)
 
     return into(out, x, weight, None, write)
+
+
+def check_norm_linear(
+    x: Array, norm_weight: Array, weight: Array, bias: Array | None, eps: float, out: Array | None
+) -> None:
+    check_linear("rms_norm_linear", x, weight, bias, out)
+    require_shape("rms_norm_linear", "norm_weight", norm_weight, (x.shape[1],))
+    require_float("rms_norm_linear", "norm_weight", norm_weight)
+    require_same_device("rms_norm_linear", x=x, norm_weight=norm_weight)
+    require(eps > 0, "rms_norm_linear", "eps", "a number above 0", eps)

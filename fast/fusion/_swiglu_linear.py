@@ -1,7 +1,7 @@
 """SwiGLU in the prologue of the projection that follows, while there are few tokens.
 
-Every program gates all of the tokens for itself: twice the reading, from cache, and an exponential for each number. That
-is hidden behind the weight's trip from memory for a few tokens, and no longer for many.
+Every program gates all of the tokens for itself: twice the reading, from cache, and an exponential for each number.
+That is hidden behind the weight's trip from memory for a few tokens, and no longer for many.
 """
 
 import torch
@@ -40,10 +40,7 @@ def swiglu_linear_add(
     Grid: as in `linear`; more than a few tokens: a kernel for SwiGLU before it.
     Moves: the weight, the residual and the result once; ``gate_up``, from cache, once for each program.
     """
-    check_gate_up("swiglu_linear_add", gate_up)
-    gated = gate_up[:, : gate_up.shape[1] // 2]
-    check_linear("swiglu_linear_add", gated, weight, bias, out)
-    check_residual("swiglu_linear_add", gate_up, weight, residual)
+    check_swiglu_linear(gate_up, weight, residual, bias, out)
     if not is_fused(len(gate_up), gate_up.dtype, weight.dtype):
         return project(swiglu(gate_up), weight, bias, residual, out)
 
@@ -53,7 +50,10 @@ def swiglu_linear_add(
     return into(out, gate_up, weight, residual, write)
 
 
-def check_gate_up(op: str, gate_up: Array) -> None:
+def check_swiglu_linear(gate_up: Array, weight: Array, residual: Array, bias: Array | None, out: Array | None) -> None:
+    op = "swiglu_linear_add"
     require_shape(op, "gate_up", gate_up, (None, None))
     require_float(op, "gate_up", gate_up)
     require(gate_up.shape[1] % 2 == 0, op, "gate_up", "rows of even length", gate_up.shape[1])
+    check_linear(op, gate_up[:, : gate_up.shape[1] // 2], weight, bias, out)
+    check_residual(op, gate_up, weight, residual)

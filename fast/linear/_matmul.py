@@ -6,7 +6,7 @@ instruction as thousands (m64 n8..256 k16 on Hopper: n, the number of tokens, do
 different sizes then agree bit for bit, and the size may be chosen by the number of tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor as Array
 
 from fast._triton.overlap import overlapped
-from fast._triton.platform import cdiv, num_processors
+from fast._triton.platform import INTERPRETED, INTERPRETING, cdiv, num_processors
 from fast._triton.rounding import dot
 from fast.linear._skinny import begin, finish, load_columns
 
@@ -40,6 +40,7 @@ TILES = (
     Tile(64, 16, 128, 4, 5),
 )
 TILES_FLOAT32 = (Tile(64, 64, 32, 4, 3), Tile(32, 16, 32, 4, 3))
+IN_INTERPRETER = 32  # columns of a step: there a step is one sum, on a GPU it is one after another of 16 columns each
 FULL = 0.9  # of the processors: with fewer tiles than this, smaller ones
 
 
@@ -97,14 +98,17 @@ def _matmul_kernel(
     weight_ptrs = weight_ptr + row[:, None] * stride_weight_n + column[None, :]
     x_ptrs = x_ptr + x_row[:, None] * stride_x_m + column[None, :]
     acc = tl.zeros([TILE_N, TILE_M], tl.float32)
-    for start in tl.range(0, in_features, TILE_K, num_stages=STAGES):
+    for start in tl.range(0, in_features, TILE_K, num_stages=STAGES):  # type: ignore[reportGeneralTypeIssues]
         in_columns = (column < in_features - start)[None, :]
         w = load_columns(weight_ptrs, in_columns, EVEN)
         x = load_columns(x_ptrs, in_columns, EVEN)
         if w.dtype != x.dtype:  # neither can hold the other's numbers; float32 holds both
             w = w.to(tl.float32)
             x = x.to(tl.float32)
-        acc = dot(w, tl.trans(x), acc)
+        if INTERPRETED:  # where a dot is one of BLAS, whose order depends on the shape
+            acc += tl.sum(w.to(tl.float32)[:, None, :] * x.to(tl.float32)[None, :, :], axis=2)
+        else:
+            acc = dot(w, tl.trans(x), acc)
         weight_ptrs += TILE_K
         x_ptrs += TILE_K
 
@@ -124,13 +128,23 @@ def matmul(
         return out
     wide = torch.float32 if x.dtype != weight.dtype else x.dtype
     tile = tile or choose_tile(num_tokens, out_features, num_processors(x), wide)
+    columns = IN_INTERPRETER if INTERPRETING else tile.columns
     lines = 8 if tile.tokens <= 32 else 1
+    constants: dict[str, Any] = {
+        "TILE_M": tile.tokens,
+        "TILE_N": tile.rows,
+        "TILE_K": columns,
+        "GROUP": GROUP,
+        "EVEN": in_features % columns == 0,
+        "STAGES": tile.stages,
+        "NUM_LINES": lines,
+        "LINE": LINE // weight.element_size(),
+        "num_warps": tile.warps,
+        **overlapped(x),
+    }
     _matmul_kernel[(cdiv(num_tokens, tile.tokens) * cdiv(out_features, tile.rows),)](
         x, weight, bias, residual, out, x.stride(0), weight.stride(0),
         0 if residual is None else residual.stride(0), out.stride(0), num_tokens, out_features, in_features,
-        TILE_M=tile.tokens, TILE_N=tile.rows, TILE_K=tile.columns, GROUP=GROUP,
-        EVEN=in_features % tile.columns == 0, STAGES=tile.stages,
-        NUM_LINES=lines, LINE=LINE // weight.element_size(),
-        num_warps=tile.warps, **overlapped(x),
+        **constants,
     )  # fmt: skip
     return out

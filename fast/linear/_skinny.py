@@ -81,8 +81,9 @@ def begin(
     if OVERLAP:
         line = tl.minimum(tl.arange(0, NUM_LINES) * LINE, in_features - 1)
         address = (weight_ptr + row[:, None] * stride_weight_n + line[None, :]).to(tl.int64)
-        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
-        tl.inline_asm_elementwise(asm, "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
     wait_for_predecessor(OVERLAP)
 
 
@@ -126,7 +127,7 @@ def _one_token_kernel(
     begin(weight_ptr, row, stride_weight_n, in_features, NUM_LINES, LINE, OVERLAP)
     acc = tl.zeros([TILE_N, TILE_K // VECTOR], tl.float32)
     squares = tl.zeros([TILE_K], tl.float32)
-    for start in tl.range(0, in_features, TILE_K, num_stages=STAGES):
+    for start in tl.range(0, in_features, TILE_K, num_stages=STAGES):  # type: ignore[reportGeneralTypeIssues]
         k = start + tl.arange(0, TILE_K)
         in_columns = k < in_features
         w = load_columns(weight_ptr + row[:, None] * stride_weight_n + k[None, :], in_columns[None, :], EVEN)
@@ -178,7 +179,7 @@ def _few_tokens_kernel(
     column = tl.arange(0, WARPS)[:, None, None] * TILE_K + tl.arange(0, TILE_K)[None, None, :]
     acc = tl.zeros([WARPS, TILE_N, TILE_M], tl.float32)
     squares = tl.zeros([WARPS, TILE_M, TILE_K], tl.float32)
-    for start in tl.range(0, in_features, WARPS * TILE_K, num_stages=STAGES):
+    for start in tl.range(0, in_features, WARPS * TILE_K, num_stages=STAGES):  # type: ignore[reportGeneralTypeIssues]
         k = start + column
         in_columns = k < in_features
         w = load_columns(weight_ptr + row[None, :, None] * stride_weight_n + k, in_columns, EVEN)
@@ -187,16 +188,14 @@ def _few_tokens_kernel(
         if eps is not None:
             squares += x.to(tl.float32) * x.to(tl.float32)
         acc = dot(w, tl.permute(to_dtype(value, w.dtype), (0, 2, 1)), acc)
-    y = tl.trans(tl.sum(acc, axis=0))  # [TILE_M, TILE_N]
+    y = tl.permute(tl.sum(acc, axis=0), (1, 0))  # [TILE_M, TILE_N]
     if eps is not None:
         mean = tl.sum(tl.sum(squares, axis=2), axis=0) / in_features
         y = y * (1.0 / tl.sqrt(mean + eps))[:, None]
     token = token[:, None].to(tl.int64)
     mask = in_batch[:, None] & (n < out_features)[None, :]
     n = n[None, :]
-    finish(
-        y, bias_ptr, residual_ptr, out_ptr, token * stride_residual_m + n, token * stride_out_m + n, n, mask
-    )
+    finish(y, bias_ptr, residual_ptr, out_ptr, token * stride_residual_m + n, token * stride_out_m + n, n, mask)
 
 
 # ---- launching ------------------------------------------------------------------------------------------------------
@@ -228,7 +227,7 @@ def skinny_linear(
     itemsize = weight.element_size()
     tiles = tiles or choose_tiles(num_tokens, out_features, in_features, itemsize)
     grid = (cdiv(out_features, tiles.rows),)
-    common = {
+    common: dict[str, Any] = {
         "READ": read,
         "TILE_N": tiles.rows,
         "TILE_K": tiles.columns,
@@ -242,14 +241,14 @@ def skinny_linear(
         even = in_features % tiles.columns == 0
         _one_token_kernel[grid](
             x, side, weight, bias, residual, out, eps, weight.stride(0), out_features, in_features,
-            VECTOR=max(1, min(16 // itemsize, tiles.columns)), EVEN=even, **common,
+            **common, **{"VECTOR": 16 // itemsize, "EVEN": even},
         )  # fmt: skip
         return out
     even = in_features % (tiles.columns * tiles.warps) == 0
     _few_tokens_kernel[grid](
         x, side, weight, bias, residual, out, eps, x.stride(0), weight.stride(0),
         0 if residual is None else residual.stride(0), out.stride(0), num_tokens, out_features, in_features,
-        TILE_M=tiles.tokens, WARPS=tiles.warps, EVEN=even, **common,
+        **common, **{"TILE_M": tiles.tokens, "WARPS": tiles.warps, "EVEN": even},
     )  # fmt: skip
     return out
 

@@ -1,6 +1,6 @@
 """linear, in Triton and by cuBLAS. What the technique is for: `reference/linear/linear.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor as Array
 from fast._checks import require, require_float, require_out, require_same_device, require_shape
 from fast.linear._matmul import matmul
 from fast.linear._skinny import columns_together, is_skinny, skinny_linear
+
+Write = Callable[[Array, Array, Array | None, Array], object]  # takes x, weight, residual, out
 
 # How torch may let cuBLAS round on the way: tf32 products, partial sums in 16 bits. None of it is in the contract.
 LOOSE = ("allow_tf32", "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
@@ -25,8 +27,8 @@ def linear(
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.linear.linear`.
 
-    Grid: up to 32 tokens, one program per few rows of the weight, which it streams once (`_skinny`). More: cuBLAS, which
-    nothing here beats. Where ``weight`` has another dtype than ``x``, tiles of a product in float32 (`_matmul`).
+    Grid: up to 32 tokens, one program per few rows of the weight, which it streams once (`_skinny`). More: cuBLAS,
+    which nothing here beats. Where ``weight`` has another dtype than ``x``: tiles of a float32 product (`_matmul`).
     Moves: the weight once; the tokens, from cache, once for each program.
     Limits: where the last axis is not contiguous, the argument is copied first.
     """
@@ -45,14 +47,15 @@ def project(x: Array, weight: Array, bias: Array | None, residual: Array | None,
     return result if out is None else out.copy_(result)
 
 
-def into(out: Array | None, x: Array, weight: Array, residual: Array | None, write) -> Array:
+def into(out: Array | None, x: Array, weight: Array, residual: Array | None, write: Write) -> Array:
     """``write(x, weight, residual, out)`` with the last axis of each contiguous, as kernels want it."""
-    target = out
     if out is None or columns_together(out) is not out:
         target = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
+    else:
+        target = out
     residual = None if residual is None else columns_together(residual)
     write(columns_together(x), columns_together(weight), residual, target)
-    return target if out is None or out is target else out.copy_(target)
+    return target if out is None or target is out else out.copy_(target)
 
 
 def _by_cublas(x: Array, weight: Array, bias: Array | None, residual: Array | None) -> Array:

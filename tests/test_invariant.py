@@ -1,0 +1,123 @@
+"""The batch-invariant backend: a token's result is bit for bit the same alone and in any company.
+
+No tolerance and no second try. Small inputs that Hypothesis draws run everywhere; sizes of real layers need a GPU.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fast
+import reference
+from fast import invariant
+from fast.linear._matmul import TILES, choose_tile, matmul
+from twofold.conformance.properties import fusion as fusion_properties
+from twofold.conformance.properties import linear as linear_properties
+from twofold.conformance.properties import parity
+from twofold.conformance.properties.fusion import run
+from twofold.conformance.strategies import fusion as fusion_calls
+from twofold.conformance.strategies.linear import linear_calls
+
+HAS_GPU = torch.cuda.is_available()
+PER_TOKEN = ("x", "residual", "gate_up", "base", "adapter_ids", "token_ids", "q", "k", "v", "positions", "slot_mapping")
+few = settings(max_examples=50 if HAS_GPU else 20)
+
+
+@pytest.mark.parametrize("name", reference.__all__)
+def test_every_op_is_there(name):
+    parity.has_every_op(invariant)
+    parity.signature_agrees(invariant, name)
+
+
+def test_what_it_lacks_it_says():
+    with pytest.raises(AttributeError, match="no attribute 'convolution'"):
+        _ = invariant.convolution
+
+
+def rows_stay_the_same(call, order) -> None:
+    """The tokens of ``order``, alone and among all, have the same bits in every result."""
+    whole = run(invariant, call)
+    picked = call.with_arrays(**{name: a[order] for name, a in call.arrays.items() if name in PER_TOKEN})
+    for name, got in run(invariant, picked).items():
+        expected = whole[name] if name in call.mutates else whole[name][order]
+        same = np.ascontiguousarray(got).tobytes() == np.ascontiguousarray(expected).tobytes()
+        assert same, f"{call.op}: {name}: tokens {order} differ from themselves in the batch"
+
+
+def some_tokens(data, num_tokens: int) -> np.ndarray:
+    """Some of the tokens, in another order and some of them twice: their places in the batch change."""
+    chosen = data.draw(st.lists(st.integers(0, num_tokens - 1), max_size=9), "tokens") if num_tokens else []
+    return np.array(chosen, np.intp)
+
+
+@few
+@given(call=linear_calls("linear"), data=st.data())
+def test_linear(call, data):
+    linear_properties.matches_the_oracle(invariant, call)
+    rows_stay_the_same(call, some_tokens(data, len(call.arrays["x"])))
+
+
+@few
+@given(call=fusion_calls.norm_calls() | fusion_calls.linear_add_calls() | fusion_calls.swiglu_calls(), data=st.data())
+def test_fused_layers(call, data):
+    fusion_properties.matches_the_oracle(invariant, call)
+    num_tokens = next(len(array) for name, array in call.arrays.items() if name in PER_TOKEN)
+    rows_stay_the_same(call, some_tokens(data, num_tokens))
+
+
+@few
+@given(call=fusion_calls.embedding_calls() | fusion_calls.rotary_calls("rotary"), data=st.data())
+def test_embedding_and_rotary(call, data):
+    num_tokens = next(len(array) for name, array in call.arrays.items() if name in PER_TOKEN)
+    rows_stay_the_same(call, some_tokens(data, num_tokens))
+
+
+def test_small_and_large_tiles_are_chosen():
+    """One token takes the smallest tile, a long prompt the largest, and every size has its turn."""
+    sizes = {n: choose_tile(n, 4096, 132, torch.bfloat16) for n in (1, 16, 32, 64, 128, 256, 512, 1024, 4096)}
+    assert sizes[1] == TILES[-1]
+    assert sizes[4096] == TILES[0]
+    assert len(set(sizes.values())) >= 5, f"chosen: {sizes}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.rows}x{tile.tokens}")
+def test_all_tiles_agree(tile, dtype):
+    """Whichever tile is chosen, the bits are those of the smallest, in the interpreter and on a GPU."""
+    in_features, num_tokens = (4096, 300) if HAS_GPU else (136, 18)
+    x, weight, residual = layer(num_tokens, in_features, 200 if HAS_GPU else 70, dtype)
+    smallest, this = (
+        matmul(x, weight, None, residual, torch.full_like(residual, torch.nan), tile=t) for t in (TILES[-1], tile)
+    )
+    assert torch.equal(smallest, this), f"{(smallest != this).float().mean():.1%} of the results differ"
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="sizes of real layers")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("in_features", "out_features"), [(4096, 4096), (14336, 4096), (576, 1536)])
+def test_real_layers(in_features, out_features, dtype):
+    """One token of 2100, in batches of every size and at several places in them."""
+    x, weight, residual = layer(2100, in_features, out_features, dtype)
+    norm = torch.rand(in_features, device=fast.empty((1,), dtype="float32").device).to(dtype) + 0.5
+    ops = {
+        "linear": lambda rows: invariant.linear(x[rows], weight),
+        "linear_add": lambda rows: invariant.linear_add(x[rows], weight, residual[rows]),
+        "rms_norm_linear": lambda rows: invariant.rms_norm_linear(x[rows], norm, weight, eps=1e-5),
+    }
+    for name, op in ops.items():
+        whole = op(slice(None))
+        for size in (1, 2, 8, 9, 16, 17, 33, 64, 65, 128, 200, 256, 300, 512, 700, 1024, 1500, 2048):
+            for start in {0, 1, 777, 2100 - size}:
+                rows = slice(start, min(start + size, 2100))
+                assert torch.equal(op(rows), whole[rows]), f"{name}: {size} tokens from {start}"
+
+
+def layer(num_tokens: int, in_features: int, out_features: int, dtype: torch.dtype):
+    """Activations, a weight whose rows differ in size, and a residual."""
+    rng = np.random.default_rng(num_tokens)
+    shapes = (num_tokens, in_features), (out_features, in_features), (num_tokens, out_features)
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    arrays[1] *= np.exp2(rng.integers(-4, 4, (out_features, 1))).astype(np.float32)
+    return [fast.from_host(array).to(dtype) for array in arrays]
