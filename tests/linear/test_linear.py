@@ -1,16 +1,22 @@
 """The dense linear layer."""
 
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fast
+from fast.linear._skinny import choose_tiles, is_skinny
 from twofold.conformance.backends import float_dtypes
 from twofold.conformance.properties import linear as properties
-from twofold.conformance.properties.fusion import writes_only_where_it_says
+from twofold.conformance.properties.fusion import matches_the_oracle, writes_only_where_it_says
+from twofold.conformance.strategies.fusion import Call
 from twofold.conformance.strategies.linear import linear_calls
 
 calls = linear_calls("linear")
+WAYS = [(1, 1), (2, 8), (8, 8), (9, 16), (17, 32), (32, 32), (33, "cublas")]  # tokens, and what they are padded to
 
 
 @given(call=calls)
@@ -29,6 +35,31 @@ def test_tokens_do_not_depend_on_company(backend, call, data):
 def test_writes_only_where_it_says(backend, call):
     writes_only_where_it_says(backend, call)
     properties.honours_out(backend, call)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("num_tokens", "way"), WAYS)
+def test_each_way_is_taken(num_tokens, way, dtype):
+    """One token, few, and many go different ways in `fast`; all of them arrive, with the residual too."""
+    skinny = way != "cublas" and (num_tokens == 1 or dtype != "float32")
+    assert is_skinny(num_tokens, *[getattr(torch, dtype)] * 2) == skinny
+    if skinny:
+        assert choose_tiles(num_tokens, 70, 200, 2).tokens == way, "another tile than expected"
+    rng = np.random.default_rng(num_tokens)
+    shapes = {"x": (num_tokens, 200), "weight": (70, 200), "residual": (num_tokens, 70), "bias": (70,)}
+    arrays = {name: rng.normal(size=shape).astype(getattr(ml_dtypes, dtype, dtype)) for name, shape in shapes.items()}
+    matches_the_oracle(fast, Call("linear_add", arrays))
+    properties.matches_the_oracle(fast, Call("linear", {name: arrays[name] for name in ("x", "weight", "bias")}))
+
+
+def test_tiles_suit_the_layer():
+    """A tile never has more columns than the layer, and a small layer is cut into as many programs as a large one."""
+    for num_tokens in (1, 8, 9, 16, 17, 32):
+        for in_features in (64, 576, 4096):
+            tiles = choose_tiles(num_tokens, 4096, in_features, 2)
+            assert tiles.tokens >= num_tokens
+            assert num_tokens > 1 or tiles.columns <= max(in_features, 256)
+        assert choose_tiles(num_tokens, 512, 4096, 2).rows < choose_tiles(num_tokens, 28672, 4096, 2).rows
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 80])
