@@ -101,10 +101,16 @@ def write_kv(
     require_float(op, "k_cache", k_cache)
     require_float(op, "v_cache", v_cache)
     require_same_device(op, k=k, k_cache=k_cache, v_cache=v_cache)
-    num_slots, num_values = k_cache.shape[0] * k_cache.shape[1], k.shape[1] * k.shape[2]
+    num_slots = k_cache.shape[0] * k_cache.shape[1]
     require_slots(op, "slot_mapping", slot_mapping, num_slots)
     if k.numel() == 0 or num_slots == 0:
         return
+    launch_write_kv(k, v, k_cache, v_cache, slot_mapping)
+
+
+def launch_write_kv(k: Array, v: Array, k_cache: Array, v_cache: Array, slot_mapping: Array) -> None:
+    """The kernel of ``write_kv``, for arguments that were checked and are not empty."""
+    num_slots, num_values = k_cache.shape[0] * k_cache.shape[1], k.shape[1] * k.shape[2]
     tile = min(next_power_of_2(num_values), TILE_VALUES)
     _write_kv_kernel[(len(k), cdiv(num_values, tile))](
         k, v, k_cache, v_cache, slot_mapping, slot_mapping.stride(0),

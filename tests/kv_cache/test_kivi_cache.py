@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fast
 import reference
 from twofold.conformance.properties import kv_cache as properties
 from twofold.conformance.strategies.attention import COUNTED_FEATURES
@@ -109,5 +110,6 @@ def test_the_door_names_what_is_wrong(backend, op):
         ("paged_attention_kivi", {"cu_seqlens_q": np.array([0, 2, 4])}),
     ],
 )
-def test_the_reference_checks_values_too(op, changed):
-    properties.refuses(reference, op, CALLS[op], **changed)
+@pytest.mark.parametrize("checking", [reference, fast], ids=["reference", "fast"])
+def test_values_are_checked_too(checking, op, changed):
+    properties.refuses(checking, op, CALLS[op], **changed)
