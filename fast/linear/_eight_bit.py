@@ -244,8 +244,8 @@ def few_tokens(
     tile_i = group_size or TILE_I
     _few_tokens_kernel[(cdiv(out_features, tiles.rows), cdiv(num_tokens, tiles.tokens))](
         x, x_scale, weight, weight_scale, bias, out,
-        x.stride(0), weight.stride(0), weight_scale.stride(0), out.stride(0), out.stride(1), num_tokens, out_features, in_features,
-        IN_GROUPS=group_size is not None,
+        x.stride(0), weight.stride(0), weight_scale.stride(0), out.stride(0), out.stride(1),
+        num_tokens, out_features, in_features, IN_GROUPS=group_size is not None,
         TILE_T=tiles.tokens, TILE_O=tiles.rows, TILE_I=tile_i, PARTS=PARTS, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return out

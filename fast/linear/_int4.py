@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor as Array
 
 from fast._triton.platform import INTERPRETED, cdiv, next_power_of_2
 from fast._triton.rounding import dot, store, to_dtype
@@ -329,7 +328,8 @@ def few_tokens(x, weight, scale, least, bias, out, group_size, tiles=None):
     grid = (cdiv(out_features, tiles.rows), cdiv(num_tokens, tiles.tokens))
     _few_tokens_kernel[grid](
         x, weight, scale, least, bias, out,
-        x.stride(0), weight.stride(0), scale.stride(0), 0 if least is None else least.stride(0), out.stride(0), out.stride(1),
+        x.stride(0), weight.stride(0), scale.stride(0), 0 if least is None else least.stride(0),
+        out.stride(0), out.stride(1),
         num_tokens, out_features, scale.shape[1],
         TILE_T=tiles.tokens, TILE_O=tiles.rows, PARTS=tiles.parts, HALF=group_size // 2, STAGES=tiles.stages,
         num_warps=tiles.warps,
@@ -342,7 +342,8 @@ def any_groups(x, weight, scale, least, bias, out, group_size):
     tile_t, tile_o, tile_b = 16, 32, 64
     _any_groups_kernel[(cdiv(out_features, tile_o), cdiv(num_tokens, tile_t))](
         x, weight, scale, least, bias, out,
-        x.stride(0), weight.stride(0), scale.stride(0), 0 if least is None else least.stride(0), out.stride(0), out.stride(1),
+        x.stride(0), weight.stride(0), scale.stride(0), 0 if least is None else least.stride(0),
+        out.stride(0), out.stride(1),
         num_tokens, out_features, x.shape[1], group_size, TILE_T=tile_t, TILE_O=tile_o, TILE_B=tile_b, num_warps=4,
         enable_fp_fusion=False,  # scale * code + min rounds twice, as whoever dequantizes elsewhere does
     )  # fmt: skip
@@ -368,7 +369,8 @@ def many_tokens(
     grid = (cdiv(out_features, tile_o) * cdiv(num_tokens, tile_t),)
     _many_tokens_kernel[grid](
         x, weight, scale, least, bias, out,
-        x.stride(0), weight.stride(0), scale.stride(0), 0 if least is None else least.stride(0), out.stride(0), out.stride(1),
+        x.stride(0), weight.stride(0), scale.stride(0), 0 if least is None else least.stride(0),
+        out.stride(0), out.stride(1),
         num_tokens, out_features, scale.shape[1],
         TILE_T=tile_t, TILE_O=tile_o, HALF=group_size // 2, SCALE_SUMS=scale_sums, STAGES=stages, num_warps=warps,
     )  # fmt: skip
