@@ -212,7 +212,8 @@ def rms_norm_linear(
     eps: float,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    """Same contract as `reference.fusion.rms_norm.rms_norm_linear`. The kernel is in `_norm_linear`."""
+    """Same contract as `reference.fusion.rms_norm.rms_norm_linear`. The kernel is in `_norm_linear`, which imports this
+    file."""
     from fast.fusion import _norm_linear
 
     return _norm_linear.rms_norm_linear(x, norm_weight, weight, bias, eps=eps, out=out)

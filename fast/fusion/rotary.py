@@ -22,40 +22,45 @@ from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import cdiv, next_power_of_2
 from fast._triton.rounding import to_dtype, to_dtype_saturating
 
-# Numbers a program turns at once, as whole heads of one token: 32 heads of 128 make two programs.
+# Numbers a program turns at once, and those a thread holds of them: two loads of 16 bytes, of each half of a head.
 TILE_SIZE = 2048
+PER_THREAD = 32
 
 
-def choose_tile(head_dim: int, num_heads: int) -> tuple[int, int]:
-    """(heads, warps) of a program. By the shape of a token alone: a head is summed in the same order in any batch."""
-    heads = min(max(TILE_SIZE // next_power_of_2(head_dim), 1), next_power_of_2(num_heads))
-    return heads, min(max(heads * next_power_of_2(head_dim) // (32 * 16), 1), 16)
+def choose_tile(head_dim: int, num_heads: int) -> tuple[int, int, int]:
+    """(tokens, heads, warps) of a program: part of the heads of a token, or those of several. By the shape of a token
+    alone: then a head is summed in the same order, and has the same bits, in any batch."""
+    width = next_power_of_2(head_dim)
+    rows = max(TILE_SIZE // width, 1)
+    heads = min(rows, next_power_of_2(num_heads))
+    return rows // heads, heads, min(max(rows * width // (32 * PER_THREAD), 1), 16)
 
 
-# ---- some heads of one token ------------------------------------------------------------------------------------
+# ---- heads of some tokens ---------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _load_angles(
-    cos_ptr, sin_ptr, position,
-    stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair,
-    max_positions, half_dim,
+    cos_ptr, sin_ptr, positions_ptr,
+    stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
+    token, num_tokens, max_positions, half_dim,
     HALF: tl.constexpr,
 ):  # fmt: skip
-    """A row of each table, [HALF]; zeros for a position that has none."""
+    """A row of each table for each token, [tokens, 1, HALF]; zeros for a position that has none."""
+    position = tl.load(positions_ptr + token * stride_positions, mask=token < num_tokens, other=-1).to(tl.int64)
     pair = tl.arange(0, HALF)
-    mask = pair < tl.where((position >= 0) & (position < max_positions), half_dim, 0)
-    cos = tl.load(cos_ptr + position * stride_cos_row + pair * stride_cos_pair, mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + position * stride_sin_row + pair * stride_sin_pair, mask=mask, other=0.0)
-    return cos, sin
+    mask = ((position >= 0) & (position < max_positions))[:, None] & (pair < half_dim)[None, :]
+    cos_ptrs = cos_ptr + (position * stride_cos_row)[:, None] + (pair * stride_cos_pair)[None, :]
+    sin_ptrs = sin_ptr + (position * stride_sin_row)[:, None] + (pair * stride_sin_pair)[None, :]
+    return tl.load(cos_ptrs, mask=mask, other=0.0)[:, None, :], tl.load(sin_ptrs, mask=mask, other=0.0)[:, None, :]
 
 
 @triton.jit
 def _turn_heads(
-    in_ptrs, out_ptrs,  # the first number of each head, [heads]
+    in_ptrs, out_ptrs,  # the first number of each head, [tokens, heads]
     stride_in_dim, stride_out_dim,
-    exist, written,  # which heads do, [heads]
-    cos, sin,  # [HALF]
+    exist, written,  # which heads do, and which are, [tokens, heads]
+    cos, sin,  # [tokens, 1, HALF]
     norm_ptr, stride_norm, eps,  # [head_dim]; or None
     half_dim, head_dim,
     HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -64,28 +69,25 @@ def _turn_heads(
     first, second = _load_pairs(in_ptrs, stride_in_dim, exist, half_dim, HALF, INTERLEAVED)
     if REST:
         dim = 2 * half_dim + tl.arange(0, REST)
-        in_rest = dim < head_dim
-        rest = _load(in_ptrs, dim, stride_in_dim, exist, in_rest)
+        rest = _load(in_ptrs, dim, stride_in_dim, exist, dim < head_dim)
     if norm_ptr is not None:
-        square = tl.sum(first * first + second * second, axis=1)
+        square = tl.sum(first * first + second * second, axis=2)
         if REST:
-            square += tl.sum(rest * rest, axis=1)
-        inverse_rms = tl.rsqrt(square / head_dim + eps)[:, None]
+            square += tl.sum(rest * rest, axis=2)
+        inverse_rms = tl.rsqrt(square / head_dim + eps)[:, :, None]
         pair = tl.arange(0, HALF)
-        in_half = pair < half_dim
-        at_first = norm_ptr + _place(pair, half_dim, 0, INTERLEAVED) * stride_norm
-        at_second = norm_ptr + _place(pair, half_dim, 1, INTERLEAVED) * stride_norm
-        first *= inverse_rms * tl.load(at_first, mask=in_half, other=0.0).to(tl.float32)[None, :]
-        second *= inverse_rms * tl.load(at_second, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        at_first, at_second = _place(pair, half_dim, 0, INTERLEAVED), _place(pair, half_dim, 1, INTERLEAVED)
+        first *= inverse_rms * _load_norm(norm_ptr, at_first, stride_norm, pair < half_dim)
+        second *= inverse_rms * _load_norm(norm_ptr, at_second, stride_norm, pair < half_dim)
         if REST:
-            rest *= inverse_rms * tl.load(norm_ptr + dim * stride_norm, mask=in_rest, other=0.0).to(tl.float32)[None, :]
+            rest *= inverse_rms * _load_norm(norm_ptr, dim, stride_norm, dim < head_dim)
 
-    first, second = first * cos[None, :] - second * sin[None, :], second * cos[None, :] + first * sin[None, :]
+    first, second = first * cos - second * sin, second * cos + first * sin
     COMPUTED: tl.constexpr = in_ptrs.dtype.element_ty
     first, second = _as_stored(first, out_ptrs, COMPUTED), _as_stored(second, out_ptrs, COMPUTED)
     _store_pairs(out_ptrs, stride_out_dim, first, second, written, half_dim, HALF, INTERLEAVED)
     if REST:
-        _store(out_ptrs, dim, stride_out_dim, _as_stored(rest, out_ptrs, COMPUTED), written, in_rest)
+        _store(out_ptrs, dim, stride_out_dim, _as_stored(rest, out_ptrs, COMPUTED), written, dim < head_dim)
 
 
 @triton.jit
@@ -105,11 +107,11 @@ def _place(pair, half_dim, WHICH: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def _load_pairs(ptrs, stride_dim, exist, half_dim, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """(first, second) of each pair, [heads, HALF] each."""
+    """(first, second) of each pair, [tokens, heads, HALF] each."""
     if INTERLEAVED:  # read as they lie, then parted: loads of every other number would be half as wide
         dim = tl.arange(0, 2 * HALF)
         pairs = _load(ptrs, dim, stride_dim, exist, dim < 2 * half_dim)
-        first, second = tl.split(tl.reshape(pairs, [pairs.shape[0], HALF, 2]))
+        first, second = tl.split(tl.reshape(pairs, [pairs.shape[0], pairs.shape[1], HALF, 2]))
     else:
         pair = tl.arange(0, HALF)
         first = _load(ptrs, pair, stride_dim, exist, pair < half_dim)
@@ -121,7 +123,7 @@ def _load_pairs(ptrs, stride_dim, exist, half_dim, HALF: tl.constexpr, INTERLEAV
 def _store_pairs(ptrs, stride_dim, first, second, written, half_dim, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     if INTERLEAVED:
         dim = tl.arange(0, 2 * HALF)
-        pairs = tl.reshape(tl.join(first, second), [first.shape[0], 2 * HALF])
+        pairs = tl.reshape(tl.join(first, second), [first.shape[0], first.shape[1], 2 * HALF])
         _store(ptrs, dim, stride_dim, pairs, written, dim < 2 * half_dim)
     else:
         pair = tl.arange(0, HALF)
@@ -131,14 +133,26 @@ def _store_pairs(ptrs, stride_dim, first, second, written, half_dim, HALF: tl.co
 
 @triton.jit
 def _load(ptrs, dim, stride_dim, exist, in_head):
-    mask = exist[:, None] & in_head[None, :]
-    return tl.load(ptrs[:, None] + (dim.to(tl.int64) * stride_dim)[None, :], mask=mask, other=0.0).to(tl.float32)
+    mask = exist[:, :, None] & in_head[None, None, :]
+    offset = (dim.to(tl.int64) * stride_dim)[None, None, :]
+    return tl.load(ptrs[:, :, None] + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store(ptrs, dim, stride_dim, values, written, in_head):
-    mask = written[:, None] & in_head[None, :]
-    tl.store(ptrs[:, None] + (dim.to(tl.int64) * stride_dim)[None, :], values, mask=mask)
+    mask = written[:, :, None] & in_head[None, None, :]
+    tl.store(ptrs[:, :, None] + (dim.to(tl.int64) * stride_dim)[None, None, :], values, mask=mask)
+
+
+@triton.jit
+def _load_norm(norm_ptr, dim, stride_norm, in_head):
+    return tl.load(norm_ptr + dim * stride_norm, mask=in_head, other=0.0).to(tl.float32)[None, None, :]
+
+
+@triton.jit
+def _heads_at(ptr, token, stride_token, head, stride_head):
+    """Pointers to the first number of each head, [tokens, heads]."""
+    return ptr + (token * stride_token)[:, None] + (head * stride_head)[None, :]
 
 
 # ---- the rotation alone -----------------------------------------------------------------------------------------
@@ -162,10 +176,12 @@ def _rotary_kernel(
     stride_out_token,
     stride_out_head,
     stride_out_dim,
+    num_tokens,
     num_heads,
     max_positions,
     half_dim,
     head_dim,
+    TILE_TOKENS: tl.constexpr,
     TILE_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
@@ -173,18 +189,19 @@ def _rotary_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait_for_predecessor(OVERLAP)
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * TILE_HEADS + tl.arange(0, TILE_HEADS)
-    position = tl.load(positions_ptr + token * stride_positions).to(tl.int64)
+    tiles_per_token = tl.cdiv(num_heads, TILE_HEADS)
+    token = (tl.program_id(0) // tiles_per_token).to(tl.int64) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
+    head = (tl.program_id(0) % tiles_per_token).to(tl.int64) * TILE_HEADS + tl.arange(0, TILE_HEADS)
     cos, sin = _load_angles(
-        cos_ptr, sin_ptr, position, stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair,
-        max_positions, half_dim, HALF,
+        cos_ptr, sin_ptr, positions_ptr,
+        stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
+        token, num_tokens, max_positions, half_dim, HALF,
     )  # fmt: skip
-    in_ptrs = x_ptr + token * stride_x_token + head.to(tl.int64) * stride_x_head
-    out_ptrs = out_ptr + token * stride_out_token + head.to(tl.int64) * stride_out_head
-    exist = head < num_heads
+    exist = (token < num_tokens)[:, None] & (head < num_heads)[None, :]
     _turn_heads(
-        in_ptrs, out_ptrs, stride_x_dim, stride_out_dim, exist, exist, cos, sin, None, 0, 0.0,
+        _heads_at(x_ptr, token, stride_x_token, head, stride_x_head),
+        _heads_at(out_ptr, token, stride_out_token, head, stride_out_head),
+        stride_x_dim, stride_out_dim, exist, exist, cos, sin, None, 0, 0.0,
         half_dim, head_dim, HALF, REST, INTERLEAVED,
     )  # fmt: skip
 
@@ -200,8 +217,8 @@ def rotary(
 ) -> tuple[Float[Array, "num_tokens num_heads head_dim"], Float[Array, "num_tokens num_kv_heads head_dim"]]:
     """Same contract as `reference.fusion.rotary.rotary`.
 
-    Grid: one program per token and some of its heads; one launch for q, one for k. (A step of the engine takes
-    ``rotary_write_kv``, where all is one launch.)
+    Grid: one program per some heads of a token, or all heads of some; one launch for q, one for k. (A step of the
+    engine takes ``rotary_write_kv``, where all is one launch.)
     Moves: every head once in and once out; a token's rows of the tables.
     Limits: a position that has no row (an error when values are checked) gives zeros.
     """
@@ -210,13 +227,13 @@ def rotary(
     for x, out in zip((q, k), turned):
         if out.numel():
             num_tokens, num_heads, _ = x.shape
-            tile_heads, num_warps = choose_tile(head_dim, num_heads)
-            _rotary_kernel[num_tokens, cdiv(num_heads, tile_heads)](
+            tile_tokens, tile_heads, num_warps = choose_tile(head_dim, num_heads)
+            _rotary_kernel[(cdiv(num_tokens, tile_tokens) * cdiv(num_heads, tile_heads),)](
                 x, cos, sin, positions, out,
                 *x.stride(), *cos.stride(), *sin.stride(), positions.stride(0), *out.stride(),
-                num_heads, cos.shape[0], half_dim, head_dim,
-                TILE_HEADS=tile_heads, **_tile_dims(half_dim, head_dim), INTERLEAVED=interleaved,
-                num_warps=num_warps, **overlapped(x),
+                num_tokens, num_heads, cos.shape[0], half_dim, head_dim,
+                TILE_TOKENS=tile_tokens, TILE_HEADS=tile_heads, **_tile_dims(half_dim, head_dim),
+                INTERLEAVED=interleaved, num_warps=num_warps, **overlapped(x),
             )  # fmt: skip
     return turned
 
@@ -290,6 +307,7 @@ def _rotary_write_kv_kernel(
     stride_out_token,
     stride_out_head,
     stride_out_dim,
+    num_tokens,
     num_heads,
     num_kv_heads,
     max_positions,
@@ -298,7 +316,9 @@ def _rotary_write_kv_kernel(
     half_dim,
     head_dim,
     eps,
+    TILE_TOKENS: tl.constexpr,
     TILE_HEADS: tl.constexpr,
+    TILE_KV_TOKENS: tl.constexpr,
     TILE_KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
@@ -307,41 +327,49 @@ def _rotary_write_kv_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait_for_predecessor(OVERLAP)
-    token = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    position = tl.load(positions_ptr + token * stride_positions).to(tl.int64)
-    cos, sin = _load_angles(
-        cos_ptr, sin_ptr, position, stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair,
-        max_positions, half_dim, HALF,
-    )  # fmt: skip
-    num_q_tiles = tl.cdiv(num_heads, TILE_HEADS)
-    if tile < num_q_tiles:
-        head = (tile * TILE_HEADS + tl.arange(0, TILE_HEADS)).to(tl.int64)
+    q_tiles_per_token, kv_tiles_per_token = tl.cdiv(num_heads, TILE_HEADS), tl.cdiv(num_kv_heads, TILE_KV_HEADS)
+    num_q_programs = tl.cdiv(num_tokens, TILE_TOKENS) * q_tiles_per_token
+    if tl.program_id(0) < num_q_programs:
+        tile = tl.program_id(0)
+        token = (tile // q_tiles_per_token).to(tl.int64) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
+        head = (tile % q_tiles_per_token).to(tl.int64) * TILE_HEADS + tl.arange(0, TILE_HEADS)
+        cos, sin = _load_angles(
+            cos_ptr, sin_ptr, positions_ptr,
+            stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
+            token, num_tokens, max_positions, half_dim, HALF,
+        )  # fmt: skip
+        exist = (token < num_tokens)[:, None] & (head < num_heads)[None, :]
         _turn_heads(
-            q_ptr + token * stride_q_token + head * stride_q_head,
-            out_ptr + token * stride_out_token + head * stride_out_head,
-            stride_q_dim, stride_out_dim, head < num_heads, head < num_heads, cos, sin, q_norm_ptr, stride_q_norm, eps,
+            _heads_at(q_ptr, token, stride_q_token, head, stride_q_head),
+            _heads_at(out_ptr, token, stride_out_token, head, stride_out_head),
+            stride_q_dim, stride_out_dim, exist, exist, cos, sin, q_norm_ptr, stride_q_norm, eps,
             half_dim, head_dim, HALF, REST, INTERLEAVED,
         )  # fmt: skip
     else:
-        slot = tl.load(slot_mapping_ptr + token * stride_slot_mapping).to(tl.int64)
-        block, offset = slot // block_size, slot % block_size
-        kv_head = ((tile - num_q_tiles) * TILE_KV_HEADS + tl.arange(0, TILE_KV_HEADS)).to(tl.int64)
-        exist = kv_head < num_kv_heads
-        written = kv_head < tl.where((slot >= 0) & (slot < num_slots), num_kv_heads, 0)
+        kv_tile = tl.program_id(0) - num_q_programs
+        kv_token = (kv_tile // kv_tiles_per_token).to(tl.int64) * TILE_KV_TOKENS + tl.arange(0, TILE_KV_TOKENS)
+        kv_head = (kv_tile % kv_tiles_per_token).to(tl.int64) * TILE_KV_HEADS + tl.arange(0, TILE_KV_HEADS)
+        kv_cos, kv_sin = _load_angles(
+            cos_ptr, sin_ptr, positions_ptr,
+            stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
+            kv_token, num_tokens, max_positions, half_dim, HALF,
+        )  # fmt: skip
+        slot = tl.load(slot_mapping_ptr + kv_token * stride_slot_mapping, mask=kv_token < num_tokens, other=-1)
+        block, offset = slot.to(tl.int64) // block_size, slot.to(tl.int64) % block_size
+        kv_exist = (kv_token < num_tokens)[:, None] & (kv_head < num_kv_heads)[None, :]
+        written = ((slot >= 0) & (slot < num_slots))[:, None] & (kv_head < num_kv_heads)[None, :]
+        k_slots = k_cache_ptr + (block * stride_k_cache_block + offset * stride_k_cache_slot)[:, None]
+        v_slots = v_cache_ptr + (block * stride_v_cache_block + offset * stride_v_cache_slot)[:, None]
         _turn_heads(
-            k_ptr + token * stride_k_token + kv_head * stride_k_head,
-            k_cache_ptr + block * stride_k_cache_block + offset * stride_k_cache_slot + kv_head * stride_k_cache_head,
-            stride_k_dim, stride_k_cache_dim, exist, written, cos, sin, k_norm_ptr, stride_k_norm, eps,
+            _heads_at(k_ptr, kv_token, stride_k_token, kv_head, stride_k_head),
+            k_slots + (kv_head * stride_k_cache_head)[None, :],
+            stride_k_dim, stride_k_cache_dim, kv_exist, written, kv_cos, kv_sin, k_norm_ptr, stride_k_norm, eps,
             half_dim, head_dim, HALF, REST, INTERLEAVED,
         )  # fmt: skip
         dim = tl.arange(0, TILE_D)
-        v = _load(v_ptr + token * stride_v_token + kv_head * stride_v_head, dim, stride_v_dim, exist, dim < head_dim)
-        v_ptrs = (
-            v_cache_ptr + block * stride_v_cache_block + offset * stride_v_cache_slot + kv_head * stride_v_cache_head
-        )
-        v = _as_stored(v, v_ptrs, v_ptr.dtype.element_ty)
-        _store(v_ptrs, dim, stride_v_cache_dim, v, written, dim < head_dim)
+        v_ptrs = _heads_at(v_ptr, kv_token, stride_v_token, kv_head, stride_v_head)
+        v = _as_stored(_load(v_ptrs, dim, stride_v_dim, kv_exist, dim < head_dim), v_slots, v_ptr.dtype.element_ty)
+        _store(v_slots + (kv_head * stride_v_cache_head)[None, :], dim, stride_v_cache_dim, v, written, dim < head_dim)
 
 
 def rotary_write_kv(
@@ -363,7 +391,7 @@ def rotary_write_kv(
 ) -> Float[Array, "num_tokens num_heads head_dim"]:
     """Same contract as `reference.fusion.rotary.rotary_write_kv`.
 
-    Grid: for each token, programs for some of its query heads each, then for some of its KV heads, keys and values.
+    Grid: programs for the queries, each some heads of a token or all heads of some; then likewise for keys with values.
     Moves: q, k and v once in and once out, where norms, rotary and a write by themselves move q and k three times.
     Limits: a slot out of range is skipped like -1, a position that has no row of the tables gives zeros (errors when
     values are checked). Nothing is rounded between the norm and the rotation.
@@ -384,17 +412,19 @@ def rotary_write_kv(
     require_out(op, out, tuple(q.shape), q.dtype)
     out = q.new_empty(q.shape) if out is None else out
     if num_tokens and head_dim:
-        tile_heads, num_warps = choose_tile(head_dim, num_heads)
-        tile_kv_heads = min(tile_heads, next_power_of_2(num_kv_heads))
-        _rotary_write_kv_kernel[num_tokens, cdiv(num_heads, tile_heads) + cdiv(num_kv_heads, tile_kv_heads)](
+        tile_tokens, tile_heads, num_warps = choose_tile(head_dim, num_heads)
+        tile_kv_tokens, tile_kv_heads, _ = choose_tile(head_dim, num_kv_heads)
+        num_q_programs = cdiv(num_tokens, tile_tokens) * cdiv(num_heads, tile_heads)
+        num_kv_programs = cdiv(num_tokens, tile_kv_tokens) * cdiv(num_kv_heads, tile_kv_heads)
+        _rotary_write_kv_kernel[(num_q_programs + num_kv_programs,)](
             q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping, q_norm, k_norm, out,
             *q.stride(), *k.stride(), *v.stride(), *cos.stride(), *sin.stride(), positions.stride(0),
             *k_cache.stride(), *v_cache.stride(), slot_mapping.stride(0),
             0 if q_norm is None else q_norm.stride(0), 0 if k_norm is None else k_norm.stride(0), *out.stride(),
-            num_heads, num_kv_heads, cos.shape[0], k_cache.shape[0] * k_cache.shape[1], k_cache.shape[1],
+            num_tokens, num_heads, num_kv_heads, cos.shape[0], k_cache.shape[0] * k_cache.shape[1], k_cache.shape[1],
             half_dim, head_dim, eps,
-            TILE_HEADS=tile_heads, TILE_KV_HEADS=tile_kv_heads, **_tile_dims(half_dim, head_dim),
-            TILE_D=next_power_of_2(head_dim), INTERLEAVED=interleaved, num_warps=num_warps, **overlapped(q),
+            TILE_TOKENS=tile_tokens, TILE_HEADS=tile_heads, TILE_KV_TOKENS=tile_kv_tokens, TILE_KV_HEADS=tile_kv_heads,
+            **_tile_dims(half_dim, head_dim), TILE_D=next_power_of_2(head_dim), INTERLEAVED=interleaved, num_warps=num_warps, **overlapped(q),
         )  # fmt: skip
     return out
 

@@ -115,7 +115,8 @@ def swiglu_linear_add(
     *,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    """Same contract as `reference.fusion.swiglu.swiglu_linear_add`. The kernel is in `_swiglu_linear`."""
+    """Same contract as `reference.fusion.swiglu.swiglu_linear_add`. The kernel is in `_swiglu_linear`, which imports
+    this file."""
     from fast.fusion import _swiglu_linear
 
     return _swiglu_linear.swiglu_linear_add(gate_up, weight, residual, bias, out=out)
