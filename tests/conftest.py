@@ -56,7 +56,8 @@ def pytest_runtest_call(item: pytest.Item):
     interpreted = callspec and is_interpreted(callspec.params.get("backend"))
     if asked is None or not interpreted:
         return (yield)
-    most = INTERPRETED_MODELS if item.get_closest_marker("whole_model") else INTERPRETED_EXAMPLES
+    mark = item.get_closest_marker("whole_model")
+    most = next(iter(mark.args), INTERPRETED_MODELS) if mark else INTERPRETED_EXAMPLES
     setattr(test, name, settings(asked, max_examples=min(asked.max_examples, most)))
     try:
         return (yield)

@@ -1,12 +1,14 @@
 """The engine on a real (small, random) decoder: laws, failures, streams."""
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fast
 import reference
 from reference.batching.request import FinishReason, Request, SamplingParams, SequenceOutput
 from reference.batching.runner import StepResult
@@ -17,15 +19,14 @@ from twofold.conformance import plain_torch
 from twofold.conformance.strategies.batching import engine_for, nothing_is_left, run_all
 from twofold.conformance.strategies.model import random_model
 
-BACKENDS = {"reference": reference, "plain_torch": plain_torch}
 FORMATS = ("float32", "float32", "int8", "kivi4")
 
 
 @cache
-def decoder(family: str = "llama", backend: str = "reference") -> Decoder:
+def decoder(family: str = "llama", backend: Any = reference) -> Decoder:
     """A decoder of one layer, made once."""
     config, tensors = random_model(family, num_layers=1, vocab_size=61, eos_token_ids=(2, 3))
-    return Decoder(config, tensors, backend=BACKENDS[backend])
+    return Decoder(config, tensors, backend=backend)
 
 
 def whole(model: Decoder, kv_format: str, token_ids: list[int]) -> np.ndarray:
@@ -108,11 +109,13 @@ def test_company_chunks_hits_and_preemption_change_nothing(workload, family, kv_
     check_workload(decoder(family), kv_format, workload)
 
 
-@given(workloads(), st.sampled_from(FORMATS))
+@pytest.mark.whole_model(1)
+@pytest.mark.parametrize("backend", [plain_torch, fast], ids=["plain_torch", "fast"])
+@given(workload=workloads(), kv_format=st.sampled_from(FORMATS))
 @settings(max_examples=25)
-def test_so_it_is_in_plain_torch(workload, kv_format):
-    """The same on another backend: nothing in the engine knows whose arrays they are."""
-    check_workload(decoder("qwen3", "plain_torch"), kv_format, workload)
+def test_so_it_is_on_other_backends(backend, workload, kv_format):
+    """The same on other backends: nothing in the engine knows whose arrays they are."""
+    check_workload(decoder("qwen3", backend), kv_format, workload)
 
 
 def test_the_window_of_kivi_comes_back_with_a_prefix():
