@@ -424,7 +424,8 @@ def rotary_write_kv(
             num_tokens, num_heads, num_kv_heads, cos.shape[0], k_cache.shape[0] * k_cache.shape[1], k_cache.shape[1],
             half_dim, head_dim, eps,
             TILE_TOKENS=tile_tokens, TILE_HEADS=tile_heads, TILE_KV_TOKENS=tile_kv_tokens, TILE_KV_HEADS=tile_kv_heads,
-            **_tile_dims(half_dim, head_dim), TILE_D=next_power_of_2(head_dim), INTERLEAVED=interleaved, num_warps=num_warps, **overlapped(q),
+            **_tile_dims(half_dim, head_dim), TILE_D=next_power_of_2(head_dim), INTERLEAVED=interleaved,
+            num_warps=num_warps, **overlapped(q),
         )  # fmt: skip
     return out
 
