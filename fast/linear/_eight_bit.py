@@ -35,6 +35,18 @@ def choose_few(num_tokens: int, out_features: int) -> Tiles:
     return Tiles(tokens, 16 if out_features <= 2048 or tokens > 16 else 32, PARTS, 4 if tokens <= 16 else 3)
 
 
+def choose_many(num_tokens: int, out_features: int, dtype: torch.dtype) -> Tiles:
+    """Large tiles read less for each product; small ones waste less where there are few tokens.
+
+    Rows are 64 for each four warps, so that all use the same instruction: a sum does not depend on the choice.
+    """
+    if dtype == torch.float32:
+        return Tiles(32, 32, 4, 2)
+    if num_tokens > 64 and out_features > 64:
+        return Tiles(128, 128, 8, 3)
+    return Tiles(max(16, next_power_of_2(min(num_tokens, 64))), 64, 4, 4)
+
+
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
@@ -51,12 +63,24 @@ def to_operand(codes, like: tl.constexpr):
 
 
 @triton.jit
+def dot_in_order(a, b, acc):
+    """``acc + a @ b``. On a GPU each element's order is the instruction's; the interpreter's BLAS has one per shape."""
+    if INTERPRETED and len(acc.shape) == 3:
+        acc = acc + tl.sum(a.to(tl.float32)[:, :, :, None] * b.to(tl.float32)[:, None, :, :], axis=2)
+    elif INTERPRETED:
+        acc = acc + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
+    else:
+        acc = dot(a, b, acc)
+    return acc
+
+
+@triton.jit
 def dot_of(codes, x, acc):
     """``acc + codes @ x``; whole numbers in int32, anything else in float32."""
     if x.dtype == tl.int8:
         acc = tl.dot(codes, x, acc, out_dtype=tl.int32)
     else:
-        acc = dot(to_operand(codes, x.dtype), to_operand(x, x.dtype), acc)
+        acc = dot_in_order(to_operand(codes, x.dtype), to_operand(x, x.dtype), acc)
     return acc
 
 
@@ -215,7 +239,7 @@ def _any_groups_kernel(
         codes = tl.load(weight_ptr + row * stride_weight_o + i, mask=in_row, other=0.0).to(tl.float32)
         scale = tl.load(weight_scale_ptr + row * stride_weight_scale_o + i // group_size, mask=in_row, other=0.0)
         x = tl.load(x_ptr + x_row + i, mask=in_batch[:, None] & (i < in_features), other=0.0)
-        acc = dot(to_dtype(codes * scale.to(tl.float32), x.dtype), tl.trans(x), acc)
+        acc = dot_in_order(to_dtype(codes * scale.to(tl.float32), x.dtype), tl.trans(x), acc)
     mask = in_batch[None, :] & (o < out_features)[:, None]
     finish(
         acc, None, None, bias_ptr, out_ptr, stride_out_t, stride_out_o, o[:, None], token.to(tl.int64)[None, :], mask
@@ -252,16 +276,24 @@ def few_tokens(
 
 
 def many_tokens(
-    x: Array, x_scale: Array | None, weight: Array, weight_scale: Array, bias: Array | None, out: Array,
-    tiles: Tiles | None = None, tile_i: int = 64,
-) -> Array:  # fmt: skip
+    x: Array,
+    x_scale: Array | None,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array | None,
+    out: Array,
+    *,
+    tiles: Tiles | None = None,
+    tile_i: int = 64,
+) -> Array:
+    """Any number of tokens; whole sums in each program, in the same order whatever the tile."""
     (num_tokens, out_features), in_features = out.shape, x.shape[1]
-    tiles = tiles or (Tiles(32, 32, 4, 2) if x.dtype == torch.float32 else Tiles(128, 128, 8, 3))
+    tiles = tiles or choose_many(num_tokens, out_features, x.dtype)
+    tile_i = 32 if x.dtype == torch.float32 else tile_i
     _many_tokens_kernel[(cdiv(out_features, tiles.rows) * cdiv(num_tokens, tiles.tokens),)](
         x, x_scale, weight, weight_scale, bias, out,
         x.stride(0), weight.stride(0), out.stride(0), out.stride(1), num_tokens, out_features, in_features,
-        TILE_T=tiles.tokens, TILE_O=tiles.rows, TILE_I=32 if x.dtype == torch.float32 else tile_i,
-        STAGES=tiles.stages, num_warps=tiles.warps,
+        TILE_T=tiles.tokens, TILE_O=tiles.rows, TILE_I=tile_i, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return out
 

@@ -5,34 +5,60 @@ bytes of a row become 16 features and 16 more without any moving about: two dot 
 A nibble becomes a float by being put into the mantissa of one (0x4300 is 128 in bfloat16, with 1 as its last place).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor as Array
 
 from fast._triton.platform import INTERPRETED, cdiv, next_power_of_2
 from fast._triton.rounding import dot, store, to_dtype
+from fast.linear._eight_bit import dot_in_order
 
 FEW_TOKENS = 64  # up to here a weight is read once, by programs that own few rows of it
+DENSE_TOKENS = 1024  # from here on, to write the weight out as floats for cuBLAS costs less than cuBLAS is faster
 GROUPS = (32, 64, 128)  # sizes of groups of which a step takes several, whole
 
 
 class Tiles(NamedTuple):
-    """How a weight is cut up."""
+    """How the work is cut up: tokens and rows of the weight that one program owns."""
 
     tokens: int
-    rows: int  # of the weight, that one program owns
-    parts: int  # groups that one step takes; in the kernel for few tokens, warps that each take their own groups
+    rows: int
+    parts: int  # for few tokens: groups that one step takes, one for each warp
     warps: int
     stages: int
 
 
-def choose_tiles(num_tokens: int, out_features: int) -> Tiles:
-    """For few tokens: enough programs for every processor, each with enough on its way from memory."""
+def choose(num_tokens: int, whole: bool, has_bias: bool, invariant: bool = False) -> str:
+    """Which kernel. ``whole``: 16-bit activations, and nothing but whole groups of one of the sizes ``GROUPS``.
+
+    Example:
+        >>> [choose(n, True, False) for n in (1, 64, 512, 4096)], choose(1, False, False)
+        (['few', 'few', 'many', 'dense'], 'any')
+    """
+    if not whole:
+        return "any"
+    if invariant:
+        return "sums"
+    if num_tokens >= DENSE_TOKENS and not has_bias:
+        return "dense"
+    return "few" if num_tokens <= FEW_TOKENS else "many"
+
+
+def choose_few(num_tokens: int, out_features: int) -> Tiles:
+    """Enough programs for every processor, each with enough on its way from memory."""
     tokens = max(8, next_power_of_2(min(num_tokens, FEW_TOKENS)))
-    rows = 16 if out_features <= 2048 else 32
-    return Tiles(tokens, rows, 4, 4, 4)
+    return Tiles(tokens, 16 if out_features <= 2048 else 32, 4, 4, 4 if tokens <= 16 else 3)
+
+
+def choose_many(num_tokens: int, out_features: int) -> Tiles:
+    """Rows are 64 for each four warps, so that all use the same instruction: a sum does not depend on the choice."""
+    if num_tokens > 64 and out_features > 64:
+        return Tiles(128, 128, 1, 8, 3)
+    return Tiles(max(16, next_power_of_2(min(num_tokens, 64))), 64, 1, 4, 4)
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
@@ -208,12 +234,12 @@ def _many_tokens_kernel(
         w_low = nibbles(packed, False, zero, x_ptr.dtype.element_ty)
         w_high = nibbles(packed, True, zero, x_ptr.dtype.element_ty)
         if SCALE_SUMS:
-            sums = dot(w_low, tl.trans(low), tl.zeros([TILE_O, TILE_T], tl.float32))
-            sums = dot(w_high, tl.trans(high), sums)
+            sums = dot_in_order(w_low, tl.trans(low), tl.zeros([TILE_O, TILE_T], tl.float32))
+            sums = dot_in_order(w_high, tl.trans(high), sums)
             acc += scale[:, None] * sums
         else:
-            acc = dot(scaled(w_low, scale), tl.trans(low), acc)
-            acc = dot(scaled(w_high, scale), tl.trans(high), acc)
+            acc = dot_in_order(scaled(w_low, scale), tl.trans(low), acc)
+            acc = dot_in_order(scaled(w_high, scale), tl.trans(high), acc)
         if min_ptr is not None:
             least = tl.load(min_ptr + row * stride_min_o + g).to(tl.float32)
             total = tl.sum(low.to(tl.float32) + high.to(tl.float32), axis=1)
@@ -276,8 +302,8 @@ def _any_groups_kernel(
         x_mask = in_batch[:, None] & in_bytes
         x_low = tl.load(x_ptr + x_row + low, mask=x_mask, other=0.0)
         x_high = tl.load(x_ptr + x_row + high, mask=x_mask, other=0.0)
-        acc = dot(to_dtype(w_low, x_low.dtype), tl.trans(x_low), acc)
-        acc = dot(to_dtype(w_high, x_high.dtype), tl.trans(x_high), acc)
+        acc = dot_in_order(to_dtype(w_low, x_low.dtype), tl.trans(x_low), acc)
+        acc = dot_in_order(to_dtype(w_high, x_high.dtype), tl.trans(x_high), acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + row).to(tl.float32)
     pointers = out_ptr + token.to(tl.int64)[None, :] * stride_out_t + o[:, None] * stride_out_o
@@ -322,14 +348,20 @@ def _dequantize_kernel(
 # ---- launching ------------------------------------------------------------------------------------------------------
 
 
-def few_tokens(x, weight, scale, least, bias, out, group_size, tiles=None):
+def few_tokens(
+    x: Array,
+    weight: Array,
+    scale: Array,
+    least: Array | None,
+    bias: Array | None,
+    out: Array,
+    group_size: int,
+    tiles: Tiles | None = None,
+) -> Array:
     num_tokens, out_features = out.shape
-    tiles = tiles or choose_tiles(num_tokens, out_features)
-    grid = (cdiv(out_features, tiles.rows), cdiv(num_tokens, tiles.tokens))
-    _few_tokens_kernel[grid](
-        x, weight, scale, least, bias, out,
-        x.stride(0), weight.stride(0), scale.stride(0), 0 if least is None else least.stride(0),
-        out.stride(0), out.stride(1),
+    tiles = tiles or choose_few(num_tokens, out_features)
+    _few_tokens_kernel[(cdiv(out_features, tiles.rows), cdiv(num_tokens, tiles.tokens))](
+        x, weight, scale, least, bias, out, *_strides(x, weight, scale, least, out),
         num_tokens, out_features, scale.shape[1],
         TILE_T=tiles.tokens, TILE_O=tiles.rows, PARTS=tiles.parts, HALF=group_size // 2, STAGES=tiles.stages,
         num_warps=tiles.warps,
@@ -337,41 +369,67 @@ def few_tokens(x, weight, scale, least, bias, out, group_size, tiles=None):
     return out
 
 
-def any_groups(x, weight, scale, least, bias, out, group_size):
+def many_tokens(
+    x: Array,
+    weight: Array,
+    scale: Array,
+    least: Array | None,
+    bias: Array | None,
+    out: Array,
+    group_size: int,
+    tiles: Tiles | None = None,
+    scale_sums: bool = False,
+) -> Array:
+    num_tokens, out_features = out.shape
+    tiles = tiles or choose_many(num_tokens, out_features)
+    _many_tokens_kernel[(cdiv(out_features, tiles.rows) * cdiv(num_tokens, tiles.tokens),)](
+        x, weight, scale, least, bias, out, *_strides(x, weight, scale, least, out),
+        num_tokens, out_features, scale.shape[1],
+        TILE_T=tiles.tokens, TILE_O=tiles.rows, HALF=group_size // 2, SCALE_SUMS=scale_sums, STAGES=tiles.stages,
+        num_warps=tiles.warps,
+    )  # fmt: skip
+    return out
+
+
+def any_groups(
+    x: Array, weight: Array, scale: Array, least: Array | None, bias: Array | None, out: Array, group_size: int
+) -> Array:
     num_tokens, out_features = out.shape
     tile_t, tile_o, tile_b = 16, 32, 64
     _any_groups_kernel[(cdiv(out_features, tile_o), cdiv(num_tokens, tile_t))](
-        x, weight, scale, least, bias, out,
-        x.stride(0), weight.stride(0), scale.stride(0), 0 if least is None else least.stride(0),
-        out.stride(0), out.stride(1),
+        x, weight, scale, least, bias, out, *_strides(x, weight, scale, least, out),
         num_tokens, out_features, x.shape[1], group_size, TILE_T=tile_t, TILE_O=tile_o, TILE_B=tile_b, num_warps=4,
         enable_fp_fusion=False,  # scale * code + min rounds twice, as whoever dequantizes elsewhere does
     )  # fmt: skip
     return out
 
 
-def dequantize(weight, scale, least, group_size, dtype):
-    """The weight as floats, in memory of its own."""
+def dense(x: Array, weight: Array, scale: Array, least: Array | None, bias: None, out: Array, group_size: int) -> Array:
+    """The weight as floats, in memory of its own, and cuBLAS."""
+    return torch.mm(x, dequantize(weight, scale, least, group_size, x.dtype).T, out=out)
+
+
+def dequantize(weight: Array, scale: Array, least: Array | None, group_size: int, dtype: torch.dtype) -> Array:
     out_features, num_groups = scale.shape
-    dense = torch.empty(out_features, num_groups * group_size, dtype=dtype, device=weight.device)
+    floats = torch.empty(out_features, num_groups * group_size, dtype=dtype, device=weight.device)
     tile_o, parts = 4, max(1, 1024 // group_size)
     _dequantize_kernel[(cdiv(out_features, tile_o), cdiv(num_groups, parts))](
-        weight, scale, least, dense, weight.stride(0), scale.stride(0), 0 if least is None else least.stride(0),
+        weight, scale, least, floats, weight.stride(0), scale.stride(0), 0 if least is None else least.stride(0),
         out_features, num_groups, TILE_O=tile_o, HALF=group_size // 2, PARTS=parts, num_warps=4,
     )  # fmt: skip
-    return dense
+    return floats
 
 
-def many_tokens(
-    x, weight, scale, least, bias, out, group_size, tile_t=128, tile_o=128, scale_sums=True, stages=3, warps=8
-):
-    num_tokens, out_features = out.shape
-    grid = (cdiv(out_features, tile_o) * cdiv(num_tokens, tile_t),)
-    _many_tokens_kernel[grid](
-        x, weight, scale, least, bias, out,
-        x.stride(0), weight.stride(0), scale.stride(0), 0 if least is None else least.stride(0),
-        out.stride(0), out.stride(1),
-        num_tokens, out_features, scale.shape[1],
-        TILE_T=tile_t, TILE_O=tile_o, HALF=group_size // 2, SCALE_SUMS=scale_sums, STAGES=stages, num_warps=warps,
-    )  # fmt: skip
-    return out
+def _strides(x: Array, weight: Array, scale: Array, least: Array | None, out: Array) -> tuple[int, ...]:
+    """In the order of the kernels' parameters."""
+    least_stride = 0 if least is None else least.stride(0)
+    return x.stride(0), weight.stride(0), scale.stride(0), least_stride, out.stride(0), out.stride(1)
+
+
+KERNELS = {
+    "few": few_tokens,
+    "many": many_tokens,
+    "sums": partial(many_tokens, scale_sums=True),
+    "any": any_groups,
+    "dense": dense,
+}

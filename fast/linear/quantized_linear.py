@@ -14,7 +14,6 @@ from reference.linear.quantized_linear import LAYOUTS
 
 FP8 = torch.float8_e4m3fn
 HALVES = (torch.bfloat16, torch.float16)
-DENSE_TOKENS = 2048  # from here on, to write a 4-bit weight out as floats for cuBLAS is a small part of the time
 
 
 def quantize_rows(
@@ -39,20 +38,14 @@ def linear_int8(
     group_size: int | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    """Same contract as `reference.linear.quantized_linear.linear_int8`."""
-    out = _door("linear_int8", x, weight, weight.shape, torch.int8, weight_scale, bias, out)
-    if group_size is None:
-        require_shape("linear_int8", "weight_scale", weight_scale, (len(weight),))
-        return _by_row(_rows(x), None, _rows(weight), weight_scale, bias, out)
-    require(group_size > 0, "linear_int8", "group_size", "a positive number, or None", group_size)
-    require_shape("linear_int8", "weight_scale", weight_scale, (len(weight), -(-x.shape[1] // group_size)))
-    arrays = _rows(x), _rows(weight), _rows(weight_scale), bias, out
-    if not out.numel():
-        return out
-    if x.dtype in HALVES and group_size in _eight_bit.GROUPS:
-        x, weight, weight_scale, bias, out = arrays
-        return _eight_bit.few_tokens(x, None, weight, weight_scale, bias, out, group_size=group_size)
-    return _eight_bit.any_groups(*arrays, group_size)
+    """Same contract as `reference.linear.quantized_linear.linear_int8`.
+
+    Grid: for few tokens, one program per few rows of the weight; for many, one per tile of the result.
+    Moves: the weight once for each tile of tokens, as codes; they become floats in registers.
+    Limits: groups of other sizes than 32, 64 and 128, and groups with float32 activations, take a slower kernel that
+    looks up a scale for each weight; it rounds ``scale * code`` to the dtype of ``x``.
+    """
+    return _int8(x, weight, weight_scale, bias, group_size, out)
 
 
 def linear_int8_int8(
@@ -63,11 +56,15 @@ def linear_int8_int8(
     *,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    """Same contract as `reference.linear.quantized_linear.linear_int8_int8`."""
+    """Same contract as `reference.linear.quantized_linear.linear_int8_int8`.
+
+    Grid: as `linear_int8`, after one program a row that rounds it. Moves: also the codes of ``x``, out and in.
+    The sums are whole numbers: the same in any batch, whichever kernel adds them.
+    """
     out = _door("linear_int8_int8", x, weight, weight.shape, torch.int8, weight_scale, bias, out)
     require_shape("linear_int8_int8", "weight_scale", weight_scale, (len(weight),))
     codes, scale = _w8a8.quantize(_rows(x), torch.int8)
-    return _by_row(codes, scale, _rows(weight), weight_scale, bias, out)
+    return _by_row(codes, scale, weight, weight_scale, bias, out)
 
 
 def linear_fp8(
@@ -78,10 +75,8 @@ def linear_fp8(
     *,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    """Same contract as `reference.linear.quantized_linear.linear_fp8`."""
-    out = _door("linear_fp8", x, weight, weight.shape, FP8, weight_scale, bias, out)
-    require_shape("linear_fp8", "weight_scale", weight_scale, (len(weight),))
-    return _by_row(_rows(x), None, _rows(weight), weight_scale, bias, out)
+    """Same contract as `reference.linear.quantized_linear.linear_fp8`; the kernels of `linear_int8`."""
+    return _fp8(x, weight, weight_scale, bias, out)
 
 
 def linear_fp8_fp8(
@@ -93,10 +88,7 @@ def linear_fp8_fp8(
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.quantized_linear.linear_fp8_fp8`."""
-    out = _door("linear_fp8_fp8", x, weight, weight.shape, FP8, weight_scale, bias, out)
-    require_shape("linear_fp8_fp8", "weight_scale", weight_scale, (len(weight),))
-    codes, scale = _w8a8.quantize(_rows(x), FP8)
-    return _by_row(codes, scale, _rows(weight), weight_scale, bias, out)
+    return _fp8_fp8(x, weight, weight_scale, bias, out)
 
 
 def linear_int4(
@@ -110,22 +102,57 @@ def linear_int4(
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.quantized_linear.linear_int4`."""
-    require_shape("linear_int4", "weight", weight, (None, None))
-    shape = (len(weight), 2 * weight.shape[1])
-    out = _door("linear_int4", x, weight, shape, torch.uint8, weight_scale, bias, out)
-    even = group_size > 0 and group_size % 2 == 0
-    require(even, "linear_int4", "group_size", "a positive even number", group_size)
-    require_shape("linear_int4", "weight_scale", weight_scale, (len(weight), -(-x.shape[1] // group_size)))
-    if weight_min is not None:
-        require_shape("linear_int4", "weight_min", weight_min, tuple(weight_scale.shape))
-        require_same_device("linear_int4", x=x, weight_min=weight_min)
-        weight_min = _rows(weight_min)
-    if not out.numel():
-        return out
-    arrays = _rows(x), _rows(weight), _rows(weight_scale), weight_min, bias, out
-    if x.dtype not in HALVES or group_size not in _int4.GROUPS or x.shape[1] % group_size:
-        return _int4.any_groups(*arrays, group_size)
-    return _int4.few_tokens(*arrays, group_size)
+    return _int4_in_groups(x, weight, weight_scale, weight_min, bias, group_size, out)
+
+
+# ---- the same, batch-invariant: of a token's sum, the order depends on in_features alone ----------------------------
+
+
+def linear_int8_invariant(
+    x: Array,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array | None = None,
+    *,
+    group_size: int | None = None,
+    out: Array | None = None,
+) -> Array:
+    """`linear_int8` with tiles of the result, whole sums in each, however few the tokens."""
+    return _int8(x, weight, weight_scale, bias, group_size, out, invariant=True)
+
+
+linear_int8_int8_invariant = linear_int8_int8
+
+
+def linear_fp8_invariant(
+    x: Array, weight: Array, weight_scale: Array, bias: Array | None = None, *, out: Array | None = None
+) -> Array:
+    """`linear_fp8`, likewise."""
+    return _fp8(x, weight, weight_scale, bias, out, invariant=True)
+
+
+def linear_fp8_fp8_invariant(
+    x: Array, weight: Array, weight_scale: Array, bias: Array | None = None, *, out: Array | None = None
+) -> Array:
+    """`linear_fp8_fp8`, likewise."""
+    return _fp8_fp8(x, weight, weight_scale, bias, out, invariant=True)
+
+
+def linear_int4_invariant(
+    x: Array,
+    weight: Array,
+    weight_scale: Array,
+    weight_min: Array | None = None,
+    bias: Array | None = None,
+    *,
+    group_size: int,
+    out: Array | None = None,
+) -> Array:
+    """`linear_int4`, likewise; the sums of a group are scaled, never the weights."""
+    return _int4_in_groups(x, weight, weight_scale, weight_min, bias, group_size, out, invariant=True)
+
+
+# ---- layouts --------------------------------------------------------------------------------------------------------
 
 
 def pack_weight(weight: Shaped[Array, "out_features stored"], *, format: str) -> Shaped[Array, "..."]:
@@ -143,16 +170,104 @@ def unpack_weight(
     return packed
 
 
+# ---- which kernel ---------------------------------------------------------------------------------------------------
+
+
+def _int8(
+    x: Array,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array | None,
+    group_size: int | None,
+    out: Array | None,
+    invariant: bool = False,
+) -> Array:
+    out = _door("linear_int8", x, weight, weight.shape, torch.int8, weight_scale, bias, out)
+    if group_size is None:
+        require_shape("linear_int8", "weight_scale", weight_scale, (len(weight),))
+        return _by_row(_rows(x), None, weight, weight_scale, bias, out, invariant)
+    require(group_size > 0, "linear_int8", "group_size", "a positive number, or None", group_size)
+    require_shape("linear_int8", "weight_scale", weight_scale, (len(weight), -(-x.shape[1] // group_size)))
+    if not out.numel():
+        return out
+    if x.dtype in HALVES and group_size in _eight_bit.GROUPS:
+        arrays = _rows(x), None, _rows(weight), _rows(weight_scale), bias, out
+        return _eight_bit.few_tokens(*arrays, group_size=group_size)  # the same order for any number of tokens
+    return _eight_bit.any_groups(_rows(x), _rows(weight), _rows(weight_scale), bias, out, group_size)
+
+
+def _fp8(
+    x: Array, weight: Array, weight_scale: Array, bias: Array | None, out: Array | None, invariant: bool = False
+) -> Array:
+    out = _door("linear_fp8", x, weight, weight.shape, FP8, weight_scale, bias, out)
+    require_shape("linear_fp8", "weight_scale", weight_scale, (len(weight),))
+    return _by_row(_rows(x), None, weight, weight_scale, bias, out, invariant)
+
+
+def _fp8_fp8(
+    x: Array, weight: Array, weight_scale: Array, bias: Array | None, out: Array | None, invariant: bool = False
+) -> Array:
+    out = _door("linear_fp8_fp8", x, weight, weight.shape, FP8, weight_scale, bias, out)
+    require_shape("linear_fp8_fp8", "weight_scale", weight_scale, (len(weight),))
+    codes, scale = _w8a8.quantize(_rows(x), FP8)
+    return _by_row(codes, scale, weight, weight_scale, bias, out, invariant)
+
+
 def _by_row(
-    x: Array, x_scale: Array | None, weight: Array, weight_scale: Array, bias: Array | None, out: Array
+    x: Array,
+    x_scale: Array | None,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array | None,
+    out: Array,
+    invariant: bool = False,
 ) -> Array:
     """A scale for each output row: ``x`` are activations, or codes and their scales."""
     if not out.numel():
         return out
-    arrays = x, x_scale, weight, weight_scale, bias, out
-    if len(x) <= _eight_bit.FEW_TOKENS:
-        return _eight_bit.few_tokens(*arrays)
-    return _eight_bit.many_tokens(*arrays)
+    arrays = x, x_scale, _rows(weight), weight_scale.contiguous(), bias, out
+    kind = choose_eight_bit(len(x), x.dtype, _w8a8.fits(x, arrays[2]), invariant)
+    return {"few": _eight_bit.few_tokens, "many": _eight_bit.many_tokens, "bytes": _w8a8.many_tokens}[kind](*arrays)
+
+
+def choose_eight_bit(num_tokens: int, x_dtype: torch.dtype, fits: bool, invariant: bool = False) -> str:
+    """Which kernel: "few" tokens, "many", or "bytes", many of which the tensor cores multiply 8-bit codes.
+
+    Example:
+        >>> choose_eight_bit(8, torch.bfloat16, True), choose_eight_bit(4096, torch.int8, True)
+        ('few', 'bytes')
+    """
+    if x_dtype == torch.int8 and num_tokens > _eight_bit.FEW_TOKENS and fits:
+        return "bytes"
+    return "few" if num_tokens <= _eight_bit.FEW_TOKENS and not invariant else "many"
+
+
+def _int4_in_groups(
+    x: Array,
+    weight: Array,
+    weight_scale: Array,
+    weight_min: Array | None,
+    bias: Array | None,
+    group_size: int,
+    out: Array | None,
+    invariant: bool = False,
+) -> Array:
+    require_shape("linear_int4", "weight", weight, (None, None))
+    shape = (len(weight), 2 * weight.shape[1])
+    out = _door("linear_int4", x, weight, shape, torch.uint8, weight_scale, bias, out)
+    even = group_size > 0 and group_size % 2 == 0
+    require(even, "linear_int4", "group_size", "a positive even number", group_size)
+    require_shape("linear_int4", "weight_scale", weight_scale, (len(weight), -(-x.shape[1] // group_size)))
+    if weight_min is not None:
+        require_shape("linear_int4", "weight_min", weight_min, tuple(weight_scale.shape))
+        require_same_device("linear_int4", x=x, weight_min=weight_min)
+        weight_min = _rows(weight_min)
+    if not out.numel():
+        return out
+    arrays = _rows(x), _rows(weight), _rows(weight_scale), weight_min, bias, out, group_size
+    whole = x.dtype in HALVES and group_size in _int4.GROUPS and x.shape[1] % group_size == 0
+    kind = _int4.choose(len(x), whole, bias is not None, invariant)
+    return _int4.KERNELS[kind](*arrays)
 
 
 def _door(
@@ -175,6 +290,7 @@ def _door(
     if bias is not None:
         require_shape(op, "bias", bias, (shape[0],))
         require_float(op, "bias", bias)
+        require(bias.stride(0) == 1 or len(bias) <= 1, op, "bias", "contiguous numbers", bias.stride())
     require_out(op, out, (len(x), shape[0]), x.dtype)
     require_same_device(op, x=x, weight=weight, weight_scale=weight_scale, bias=bias, out=out)
     return torch.empty(len(x), shape[0], dtype=x.dtype, device=x.device) if out is None else out

@@ -20,49 +20,66 @@ from fast._checks import (
     require_values,
 )
 from fast._triton.platform import cdiv, next_power_of_2
-from fast._triton.rounding import dot, store
+from fast._triton.rounding import store
+from fast.linear._eight_bit import dot_in_order
 
 ROWS = 4  # of the weight, that a program owns when there is one token
 GROUPS = 512  # of a row, that it takes in a step: 16 bytes for each of its threads, four times
 
 
 @triton.jit
+def halves(words, dtype: tl.constexpr):
+    """The two 16-bit floats of each word, the first in its low half, as float32."""
+    if dtype == tl.bfloat16:
+        first, second = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+    else:
+        first = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        second = ((words >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return first, second
+
+
+@triton.jit
 def _one_token_kernel(
     x_ptr,  # [1, in_features]
-    values_ptr,  # [out_features, in_features / 2]
+    words_ptr,  # [out_features, num_groups] int32: both weights of a group
     indices_ptr,  # [out_features, num_groups / 2] uint8
     bias_ptr,  # [out_features] or None
     out_ptr,  # [1, out_features]
-    stride_values_o,
+    stride_words_o,
     stride_indices_o,
     stride_out_o,
     out_features,
     num_groups,
+    DTYPE: tl.constexpr,
     TILE_O: tl.constexpr,
     TILE_G: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Groups in fours: 16 bytes of weights, two bytes of places, 16 activations."""
     o = tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
     row = tl.minimum(o, out_features - 1).to(tl.int64)  # rows past the end are read again, and not stored
-    acc = tl.zeros([TILE_O, TILE_G], tl.float32)
+    within = tl.arange(0, 4)
+    acc = tl.zeros([TILE_O, TILE_G // 4, 4], tl.float32)
     for start in tl.range(0, num_groups, TILE_G, num_stages=STAGES):
-        k = start * 2 + tl.arange(0, 2 * TILE_G)[None, :]
-        pairs = tl.load(values_ptr + row[:, None] * stride_values_o + k, mask=k < num_groups * 2, other=0.0)
-        first, second = tl.split(tl.reshape(pairs, [TILE_O, TILE_G, 2]))
-        group = start + tl.arange(0, TILE_G)
+        four = start // 4 + tl.arange(0, TILE_G // 4)
+        group = four[:, None] * 4 + within[None, :]
         in_row = group < num_groups
-        byte = tl.load(
-            indices_ptr + row[:, None] * stride_indices_o + (group // 2)[None, :], mask=in_row[None, :], other=0
+        words = tl.load(
+            words_ptr + row[:, None, None] * stride_words_o + group[None, :, :], mask=in_row[None, :, :], other=0
         )
-        places = byte.to(tl.int32) >> (4 * (group % 2))[None, :]
+        bytes_ptr = indices_ptr + row[:, None] * stride_indices_o + four[None, :] * 2
+        low = tl.load(bytes_ptr, mask=(four * 4 < num_groups)[None, :], other=0).to(tl.int32)
+        high = tl.load(bytes_ptr + 1, mask=(four * 4 + 2 < num_groups)[None, :], other=0).to(tl.int32)
+        places = (low | (high << 8))[:, :, None] >> (4 * within)[None, None, :]
         place, other = places & 3, (places >> 2) & 3
-        x0 = tl.load(x_ptr + group * 4, mask=in_row, other=0.0).to(tl.float32)[None, :]
-        x1 = tl.load(x_ptr + group * 4 + 1, mask=in_row, other=0.0).to(tl.float32)[None, :]
-        x2 = tl.load(x_ptr + group * 4 + 2, mask=in_row, other=0.0).to(tl.float32)[None, :]
-        x3 = tl.load(x_ptr + group * 4 + 3, mask=in_row, other=0.0).to(tl.float32)[None, :]
-        acc += first.to(tl.float32) * tl.where(place == 0, x0, tl.where(place == 1, x1, x2))
-        acc += second.to(tl.float32) * tl.where(other == 1, x1, tl.where(other == 2, x2, x3))
-    y = tl.sum(acc, axis=1)
+        x0 = tl.load(x_ptr + group * 4, mask=in_row, other=0.0).to(tl.float32)[None, :, :]
+        x1 = tl.load(x_ptr + group * 4 + 1, mask=in_row, other=0.0).to(tl.float32)[None, :, :]
+        x2 = tl.load(x_ptr + group * 4 + 2, mask=in_row, other=0.0).to(tl.float32)[None, :, :]
+        x3 = tl.load(x_ptr + group * 4 + 3, mask=in_row, other=0.0).to(tl.float32)[None, :, :]
+        first, second = halves(words, DTYPE)
+        acc += first * tl.where(place == 0, x0, tl.where(place == 1, x1, x2))
+        acc += second * tl.where(other == 1, x1, tl.where(other == 2, x2, x3))
+    y = tl.sum(tl.sum(acc, axis=2), axis=1)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + row).to(tl.float32)
     store(out_ptr + o.to(tl.int64) * stride_out_o, y, o < out_features)
@@ -112,7 +129,7 @@ def _tiles_kernel(
         i = start * 4 + tl.arange(0, 4 * TILE_G)[None, :]
         mask = in_batch[:, None] & (i < num_groups * 4)
         x = tl.load(x_ptr + token.to(tl.int64)[:, None] * stride_x_t + i, mask=mask, other=0.0)
-        acc = dot(w, tl.trans(x.to(DTYPE)), acc)
+        acc = dot_in_order(w, tl.trans(x.to(DTYPE)), acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + row).to(tl.float32)
     pointers = out_ptr + token.to(tl.int64)[None, :] * stride_out_t + o.to(tl.int64)[:, None] * stride_out_o
@@ -137,7 +154,8 @@ def sparse_linear(
     out = _door(x, values, indices, bias, out)
     if not out.numel():
         return out
-    return (one_token if is_one(len(x)) else tiles)(_rows(x), _rows(values), _rows(indices), bias, out)
+    values = _rows(values)
+    return (one_token if is_one(x, values) else tiles)(_rows(x), values, _rows(indices), bias, out)
 
 
 def sparse_linear_invariant(
@@ -148,17 +166,23 @@ def sparse_linear_invariant(
     return tiles(_rows(x), _rows(values), _rows(indices), bias, out) if out.numel() else out
 
 
-def is_one(num_tokens: int) -> bool:
-    """Whether the ordinary units multiply: for one token the tensor cores have nothing to save."""
-    return num_tokens == 1
+def is_one(x: Array, values: Array) -> bool:
+    """Whether the ordinary units multiply: for one token the tensor cores have nothing to save.
+
+    A group's two weights are read as one word, so they must be of 16 bits, at even places.
+    """
+    return len(x) == 1 and values.dtype != torch.float32 and values.stride(0) % 2 == 0 and values.data_ptr() % 4 == 0
 
 
-def one_token(x: Array, values: Array, indices: Array, bias: Array | None, out: Array) -> Array:
+def one_token(
+    x: Array, values: Array, indices: Array, bias: Array | None, out: Array, rows=ROWS, groups=GROUPS, stages=1, warps=4
+) -> Array:
     out_features, num_groups = len(values), values.shape[1] // 2
-    tile_g = max(16, min(GROUPS, next_power_of_2(num_groups)))
-    _one_token_kernel[(cdiv(out_features, ROWS),)](
-        x, values, indices, bias, out, values.stride(0), indices.stride(0), out.stride(1), out_features, num_groups,
-        TILE_O=ROWS, TILE_G=tile_g, STAGES=1, num_warps=4,
+    words = values.view(torch.int32)
+    tile_g = max(16, min(groups, next_power_of_2(num_groups)))
+    _one_token_kernel[(cdiv(out_features, rows),)](
+        x, words, indices, bias, out, words.stride(0), indices.stride(0), out.stride(1), out_features, num_groups,
+        DTYPE=_DTYPES[values.dtype], TILE_O=rows, TILE_G=tile_g, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return out
 
