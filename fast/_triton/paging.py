@@ -18,7 +18,7 @@ comes last merges all parts, in order, and sets the counter back to 0 for the ne
 
 In a kernel::
 
-    line = ...total_units(...); begin, end, num_workers = share_of(...); seq, seq_begin = find_sequence(begin, ...)
+    line, num_workers, begin, end, seq, seq_begin = find_share(...)
     while unit < end:
         first_row, num_queries, seq_len = sequence(seq, ...)
         per_head, width = units_per_head(...)
@@ -126,9 +126,9 @@ def total_units(
 
 
 @triton.jit
-def share_of(program, num_programs, total):
+def share_of(program, num_programs, total, FEWEST: tl.constexpr = MIN_UNITS):
     """(first unit, last + 1, programs that have any) of a program's share of the line."""
-    num_workers = tl.minimum(num_programs, tl.maximum(total // MIN_UNITS, 1))
+    num_workers = tl.minimum(num_programs, tl.maximum(total // FEWEST, 1))
     begin = program.to(tl.int64) * total // num_workers
     end = (program.to(tl.int64) + 1) * total // num_workers
     return begin.to(tl.int32), tl.where(program < num_workers, end, begin).to(tl.int32), num_workers
@@ -157,6 +157,38 @@ def find_sequence(
         found_begin = tl.maximum(found_begin, tl.max(tl.where(passed, ends, 0), 0))
         before = tl.max(ends, 0)
     return found, found_begin
+
+
+@triton.jit
+def find_share(
+    program, num_programs, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
+    QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr, FEWEST: tl.constexpr = MIN_UNITS,
+):  # fmt: skip
+    """``total_units``, ``share_of`` and ``find_sequence`` at once, for up to ``SEARCH`` sequences in one look.
+
+    Returns (units of the line, programs that have any, first unit of the share, last + 1, sequence, its first unit).
+    """
+    if num_seqs <= SEARCH:
+        seq = tl.arange(0, SEARCH)
+        _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
+        per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
+        ends = tl.cumsum(per_head * num_kv_heads, 0)
+        line = tl.max(ends, 0)
+        begin, end, num_workers = share_of(program, num_programs, line, FEWEST)
+        passed = (ends <= begin) & (seq < num_seqs)
+        found = tl.sum(passed.to(tl.int32), 0)
+        found_begin = tl.max(tl.where(passed, ends, 0), 0)
+    else:
+        line = total_units(
+            seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
+            QUERIES, TILE_KV, WINDOWED,
+        )  # fmt: skip
+        begin, end, num_workers = share_of(program, num_programs, line, FEWEST)
+        found, found_begin = find_sequence(
+            begin, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
+            QUERIES, TILE_KV, WINDOWED,
+        )  # fmt: skip
+    return line, num_workers, begin, end, found, found_begin
 
 
 @triton.jit
@@ -261,27 +293,69 @@ def finish_segment(
         tl.store(parts_ptr + place * (TILE_Q * TILE_D) + offset, acc, mask=stored)
         tl.store(stats_ptr + place * (2 * TILE_Q) + row, top, mask=there)
         tl.store(stats_ptr + place * (2 * TILE_Q) + TILE_Q + row, total, mask=there)
-        tl.debug_barrier()  # all of the program's stores come before its count
-        first = worker_of(seg_begin, num_workers, line)
-        last = worker_of(seg_end - 1, num_workers, line)
-        arrived = tl.atomic_add(counters_ptr + first, 1, sem="acq_rel", scope="gpu")
-        if arrived == last - first:
-            top, total = softmax.empty(TILE_Q)
-            acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
-            for part in tl.range(first, last + 1, num_stages=4 if TILE_Q <= 32 else 2):
-                place = (part * 2 + (part == first).to(tl.int32)).to(tl.int64)
-                stats = stats_ptr + place * (2 * TILE_Q) + row
-                part_top = tl.load(stats, mask=there, other=float("-inf"), cache_modifier=".cg")
-                part_total = tl.load(stats + TILE_Q, mask=there, other=0.0, cache_modifier=".cg")
-                values = tl.load(
-                    parts_ptr + place * (TILE_Q * TILE_D) + offset, mask=stored, other=0.0, cache_modifier=".cg"
-                )
-                acc, top, total = merge(acc, top, total, values, part_top, part_total)
-            store_rows(
-                acc, top, total, out_ptr, sinks_ptr, token, head, there, dim, stride_out_token, stride_out_head,
-            stride_out_dim, HEAD_DIM,
+        if is_last(seg_begin, seg_end, line, num_workers, counters_ptr):
+            first = worker_of(seg_begin, num_workers, line)
+            last = worker_of(seg_end - 1, num_workers, line)
+            merge_parts(
+                first, last, parts_ptr, stats_ptr, out_ptr, sinks_ptr, token, head, there, dim,
+                stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, TILE_Q, TILE_D,
             )  # fmt: skip
-            tl.store(counters_ptr + first, 0)
+
+
+@triton.jit
+def merge_parts(
+    first, last, parts_ptr, stats_ptr, out_ptr, sinks_ptr, token, head, there, dim,
+    stride_out_token, stride_out_head, stride_out_dim,
+    HEAD_DIM: tl.constexpr, TILE_Q: tl.constexpr, TILE_D: tl.constexpr,
+):  # fmt: skip
+    """Merge what the programs from ``first`` to ``last`` left of a segment, and store its rows.
+
+    Nobody else works on it by now, so what counts is how many loads are under way at once: a few rows of many parts.
+    """
+    FEW: tl.constexpr = 4 if TILE_Q <= 32 else 32
+    PARTS: tl.constexpr = max(1, 8192 // (FEW * TILE_D))
+    in_dims = (dim < HEAD_DIM)[None, :]
+    for first_row in range(0, tl.sum(there.to(tl.int32), 0), FEW):
+        row = first_row + tl.arange(0, FEW)
+        own = row[:, None] == tl.arange(0, TILE_Q)[None, :]
+        row_token = tl.sum(tl.where(own, token[None, :], 0), 1)
+        row_head = tl.sum(tl.where(own, head[None, :], 0), 1)
+        row_there = tl.sum((own & there[None, :]).to(tl.int32), 1) > 0
+        top, total = softmax.empty(FEW)
+        acc = tl.zeros([FEW, TILE_D], tl.float32)
+        for first_part in range(first, last + 1, PARTS):
+            part = first_part + tl.arange(0, PARTS)
+            loaded = (part <= last)[:, None] & row_there[None, :]
+            place = (part * 2 + (part == first).to(tl.int32)).to(tl.int64)[:, None] * TILE_Q
+            stats = stats_ptr + place * 2 + row[None, :]
+            part_top = tl.load(stats, mask=loaded, other=float("-inf"), cache_modifier=".cg")
+            part_total = tl.load(stats + TILE_Q, mask=loaded, other=0.0, cache_modifier=".cg")
+            values = tl.load(
+                parts_ptr + ((place + row[None, :]) * TILE_D)[:, :, None] + tl.arange(0, TILE_D)[None, None, :],
+                mask=loaded[:, :, None] & in_dims[None, :, :], other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            new_top = tl.maximum(top, tl.max(part_top, 0))
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+            old, weights = tl.exp2(top - shift), tl.exp2(part_top - shift[None, :])
+            total = total * old + tl.sum(weights * part_total, 0)
+            acc = acc * old[:, None] + tl.sum(weights[:, :, None] * values, 0)
+            top = new_top
+        store_rows(
+            acc, top, total, out_ptr, sinks_ptr, row_token, row_head, row_there, dim,
+            stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM,
+        )  # fmt: skip
+
+
+@triton.jit
+def is_last(seg_begin, seg_end, line, num_workers, counters_ptr):
+    """Count this program in, its part of a cut segment stored; whether the others were all there already."""
+    first = worker_of(seg_begin, num_workers, line)
+    last = worker_of(seg_end - 1, num_workers, line)
+    tl.debug_barrier()  # the stores of all threads come before the count
+    arrived = tl.atomic_add(counters_ptr + first, 1, sem="acq_rel", scope="gpu")
+    if arrived == last - first:
+        tl.store(counters_ptr + first, 0)
+    return arrived == last - first
 
 
 @triton.jit

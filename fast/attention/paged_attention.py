@@ -6,7 +6,7 @@ heads times as many queries as fit; the tile's size is chosen by shape, so that 
 `fast/_triton/paging.py`.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,13 +14,11 @@ import triton.language as tl
 from jaxtyping import Float, Int32
 from torch import Tensor as Array
 
-from fast._checks import require, require_same_device, require_shape
+from fast._checks import require
 from fast._triton import paging, softmax
 from fast._triton.platform import num_processors
-from fast._triton.rounding import dot, to_dtype
-from fast.attention._checks import require_attention, require_tables
-
-LONGEST_WINDOW = 2**30  # a longer one hides nothing either, and positions plus it stay below 2^31
+from fast.attention._cached_tiles import LONGEST_WINDOW, PER_BATCH, attend_cached_tiles, load_queries, require_paged
+from fast.attention.invariant_attention import paged_attention_invariant as paged_attention_invariant
 
 
 class Tiles(NamedTuple):
@@ -44,57 +42,7 @@ def choose_tiles(num_tokens: int, num_seqs: int, group: int, head_dim: int, item
     return Tiles(max(128, triton.next_power_of_2(group)), 32 if wide else 64, 8, 3, 1)
 
 
-@triton.jit
-def attend_cached_tiles(
-    q, acc, top, total, query_positions, origin, start, stop, end, row_ptr, stride_table_block,
-    k_head_ptr, v_head_ptr, scale, logit_cap, window,
-    stride_k_block, stride_k_token, stride_k_dim, stride_v_block, stride_v_token, stride_v_dim,
-    num_blocks, max_blocks_per_seq,
-    MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_KV: tl.constexpr, TILE_D: tl.constexpr,
-):  # fmt: skip
-    """Let tiles ``start`` to ``stop`` of keys pass, counted from the token ``origin`` and only up to the token ``end``.
-
-    A tile gathers from as many blocks as it covers. Their ids are loaded one tile ahead, so that the loads of keys
-    never wait for them. MASKED: some query may not see some key; a key in no block of the cache is seen by none.
-    """
-    dim = tl.arange(0, TILE_D)
-    in_dims = (dim < HEAD_DIM)[None, :]
-    column = tl.arange(0, TILE_KV)
-    ids = paging.load_block_ids(
-        row_ptr, stride_table_block, origin + start * TILE_KV + column, end, num_blocks, max_blocks_per_seq, BLOCK_SIZE
-    )
-    for tile in range(start, stop):
-        keys = origin + tile * TILE_KV + column
-        owned = (ids >= 0)[:, None]
-        block, offset = ids.to(tl.int64), (keys % BLOCK_SIZE).to(tl.int64)
-        if TILE_D > HEAD_DIM:
-            owned = owned & in_dims
-        k_rows = k_head_ptr + block * stride_k_block + offset * stride_k_token
-        v_rows = v_head_ptr + block * stride_v_block + offset * stride_v_token
-        k = tl.load(k_rows[:, None] + dim[None, :] * stride_k_dim, mask=owned, other=0.0)
-        v = tl.load(v_rows[:, None] + dim[None, :] * stride_v_dim, mask=owned, other=0.0)
-        if WIDE:
-            k, v = k.to(tl.float32), v.to(tl.float32)
-        scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], TILE_KV], tl.float32))
-        scale_log2 = scale * softmax.LOG2E
-        if CAPPED:
-            scores, scale_log2 = softmax.cap_scores(scores, scale, logit_cap), softmax.LOG2E
-        if MASKED:
-            seen = (keys[None, :] <= query_positions[:, None]) & (ids >= 0)[None, :]
-            if WINDOWED:
-                seen = seen & (keys[None, :] > query_positions[:, None] - window)
-            scores = tl.where(seen, scores, float("-inf"))
-        top, total, rescale, weights = softmax.update(scores, top, total, scale_log2)
-        acc = dot(to_dtype(weights, v.dtype), v, acc * rescale[:, None])
-        ids = paging.load_block_ids(
-            row_ptr, stride_table_block, keys + TILE_KV, end, num_blocks, max_blocks_per_seq, BLOCK_SIZE
-        )
-    return acc, top, total
-
-
-# What differs from batch to batch compiles nothing anew.
-@triton.jit(do_not_specialize=["window", "num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_blocks_per_seq"])
+@triton.jit(do_not_specialize=PER_BATCH)
 def paged_attention_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim]
     k_cache_ptr,  # [num_blocks, block_size, num_kv_heads, head_dim]
@@ -144,15 +92,15 @@ def paged_attention_kernel(
     QUERIES: tl.constexpr = TILE_Q // GROUP
     program = tl.program_id(0)
     capacity = max_blocks_per_seq * BLOCK_SIZE
-    line = paging.total_units(
-        seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
-        QUERIES, TILE_KV, WINDOWED,
+    line, num_workers, begin, end, seq, seq_begin = paging.find_share(
+        program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads,
+        window, QUERIES, TILE_KV, WINDOWED,
     )  # fmt: skip
-    begin, end, num_workers = paging.share_of(program, tl.num_programs(0), line)
-    seq, seq_begin = paging.find_sequence(
-        begin, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
-        QUERIES, TILE_KV, WINDOWED,
+    cache = (
+        k_cache_ptr, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
+        v_cache_ptr, stride_v_block, stride_v_token, stride_v_head, stride_v_dim,
     )  # fmt: skip
+    options = (scale, logit_cap, window)
     dim = tl.arange(0, TILE_D)
     unit = begin
     while unit < end:
@@ -169,20 +117,16 @@ def paged_attention_kernel(
             )
             if unit < seg_end:
                 query, token, head, there = paging.rows_of_tile(tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
-                q_rows = q_ptr + token * stride_q_token + head * stride_q_head
-                in_tile = there[:, None] & (dim < HEAD_DIM)[None, :]
-                q = tl.load(q_rows[:, None] + dim[None, :] * stride_q_dim, mask=in_tile, other=0.0)
-                if WIDE:
-                    q = q.to(tl.float32)
+                q = load_queries(
+                    q_ptr, token, head, there, stride_q_token, stride_q_head, stride_q_dim, WIDE, HEAD_DIM, TILE_D
+                )
                 context = seq_len - num_queries
-                query_positions = query + context
+                positions = query + context
                 last_key = context + tl.minimum((tile + 1) * QUERIES, num_queries)
                 start = first_tile + unit - seg_begin
                 stop = first_tile + tl.minimum(end, seg_end) - seg_begin
                 row_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_seq
-                k_head_ptr = k_cache_ptr + kv_head.to(tl.int64) * stride_k_head
-                v_head_ptr = v_cache_ptr + kv_head.to(tl.int64) * stride_v_head
-
+                table = (row_ptr, stride_table_block, num_blocks, max_blocks_per_seq)
                 top, total = softmax.empty(TILE_Q)
                 acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
                 if TILE_Q >= 64:  # arithmetic counts: tiles that every query sees pass without a mask
@@ -191,23 +135,17 @@ def paged_attention_kernel(
                         oldest = tl.maximum(last_key - window, 0)
                         cut = tl.minimum(tl.maximum((oldest + TILE_KV - 1) // TILE_KV, start), whole)
                         acc, top, total = attend_cached_tiles(
-                            q, acc, top, total, query_positions, 0, start, cut, last_key, row_ptr,
-                        stride_table_block, k_head_ptr,     v_head_ptr, scale, logit_cap, window, stride_k_block, stride_k_token, stride_k_dim,
-                            stride_v_block, stride_v_token, stride_v_dim, num_blocks, max_blocks_per_seq,
+                            q, acc, top, total, positions, 0, start, cut, last_key, table, cache, kv_head, options,
                             True, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
                         )  # fmt: skip
                         start = cut
                     acc, top, total = attend_cached_tiles(
-                        q, acc, top, total, query_positions, 0, start, whole, last_key, row_ptr,
-                        stride_table_block, k_head_ptr, v_head_ptr, scale, logit_cap, window, stride_k_block, stride_k_token, stride_k_dim,
-                        stride_v_block, stride_v_token, stride_v_dim, num_blocks, max_blocks_per_seq,
+                        q, acc, top, total, positions, 0, start, whole, last_key, table, cache, kv_head, options,
                         False, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
                     )  # fmt: skip
                     start = whole
                 acc, top, total = attend_cached_tiles(
-                    q, acc, top, total, query_positions, 0, start, stop, last_key, row_ptr,
-                    stride_table_block, k_head_ptr, v_head_ptr, scale, logit_cap, window, stride_k_block, stride_k_token, stride_k_dim,
-                    stride_v_block, stride_v_token, stride_v_dim, num_blocks, max_blocks_per_seq,
+                    q, acc, top, total, positions, 0, start, stop, last_key, table, cache, kv_head, options,
                     True, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
                 )  # fmt: skip
                 paging.finish_segment(
@@ -271,7 +209,7 @@ def paged_attention(
     return out
 
 
-@triton.jit(do_not_specialize=["window", "num_tokens", "num_seqs", "num_heads", "num_blocks", "max_blocks_per_seq"])
+@triton.jit(do_not_specialize=PER_BATCH)
 def split_paged_attention_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim]
     k_cache_ptr,  # [num_blocks, block_size, num_kv_heads, head_dim]
@@ -323,13 +261,7 @@ def split_paged_attention_kernel(
     if tile * QUERIES >= num_queries:
         return
     query, token, head, there = paging.rows_of_tile(tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
-    dim = tl.arange(0, TILE_D)
-    in_tile = there[:, None] & (dim < HEAD_DIM)[None, :]
-    q_rows = q_ptr + token * stride_q_token + head * stride_q_head
-    q = tl.load(q_rows[:, None] + dim[None, :] * stride_q_dim, mask=in_tile, other=0.0)
-    if WIDE:
-        q = q.to(tl.float32)
-
+    q = load_queries(q_ptr, token, head, there, stride_q_token, stride_q_head, stride_q_dim, WIDE, HEAD_DIM, TILE_D)
     context = seq_len - num_queries
     origin = (part * split_size).to(tl.int32)
     end = tl.minimum(context + tl.minimum((tile + 1) * QUERIES, num_queries), origin + split_size)
@@ -341,14 +273,17 @@ def split_paged_attention_kernel(
     top, total = softmax.empty(TILE_Q)
     acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
     acc, top, total = attend_cached_tiles(
-        q, acc, top, total, query + context, origin, start, stop, end, row_ptr, stride_table_block,
-        k_cache_ptr + kv_head.to(tl.int64) * stride_k_head, v_cache_ptr + kv_head.to(tl.int64) * stride_v_head,
-        scale, logit_cap, window, stride_k_block, stride_k_token, stride_k_dim,
-        stride_v_block, stride_v_token, stride_v_dim, num_blocks, max_blocks_per_seq,
+        q, acc, top, total, query + context, origin, start, stop, end,
+        (row_ptr, stride_table_block, num_blocks, max_blocks_per_seq),
+        (k_cache_ptr, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
+         v_cache_ptr, stride_v_block, stride_v_token, stride_v_head, stride_v_dim),
+        kv_head, (scale, logit_cap, window),
         True, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
     )  # fmt: skip
     factor, lse = softmax.finish(top, total)
     row = (part * num_tokens + token) * num_heads + head
+    dim = tl.arange(0, TILE_D)
+    in_tile = there[:, None] & (dim < HEAD_DIM)[None, :]
     tl.store(out_parts_ptr + row[:, None] * HEAD_DIM + dim[None, :], acc * factor[:, None], mask=in_tile)
     tl.store(lse_parts_ptr + row, lse, mask=there)
 
@@ -401,22 +336,3 @@ def split_paged_attention(
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out_parts, lse_parts
-
-
-def require_paged(
-    op: str,
-    q: Array,
-    k_cache: Array,
-    v_cache: Array,
-    block_table: Array,
-    seq_lens: Array,
-    cu_seqlens_q: Array,
-    **options: Any,
-) -> float:
-    """What attention over a cache of plain floats asks of its arguments; returns the scale of the softmax."""
-    require_shape(op, "k_cache", k_cache, (None, None, None, None))  # type: ignore[reportArgumentType]
-    scale = require_attention(op, q, k_cache, v_cache, names=("k_cache", "v_cache"), **options)
-    require_same_device(op, q=q, block_table=block_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
-    window = options.get("sliding_window")
-    require_tables(op, len(q), *k_cache.shape[:2], block_table, seq_lens, cu_seqlens_q, window)
-    return scale
