@@ -6,10 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fast
 import reference
+from fast.linear import _eight_bit, _int4, _w8a8, quantized_linear
 from reference.linear.quantized_linear import matmul_int8
 from twofold.conformance.properties import linear as properties
 from twofold.conformance.properties.fusion import writes_only_where_it_says
+from twofold.conformance.strategies.fusion import Call
 from twofold.conformance.strategies.linear import LINEAR_OPS, activations, int8_matrices, linear_calls
 
 OPS = [op for op in LINEAR_OPS if op not in ("linear", "sparse_linear")]
@@ -119,6 +122,102 @@ def test_float64_is_computed_in_float64(op):
     )
     assert got.dtype == np.float64, f"got {got.dtype}"
     assert (np.abs(got - ref64) <= 1e-12 * magnitude).all(), f"off by {np.abs(got - ref64).max()}"
+
+
+# ---- the kernels of the fast backend --------------------------------------------------------------------------------
+
+
+def layer(op, num_tokens, in_features, group_size=None, dtype="bfloat16", bias=False, with_min=False, out_features=70):
+    """A call with codes of every kind."""
+    rng = np.random.default_rng(num_tokens)
+    codes = rng.integers(0, 256, (out_features, in_features // (2 if op == "linear_int4" else 1)), np.uint8)
+    if "fp8" in op:
+        codes[codes & 0x7F == 0x7F] = 0
+    groups = () if group_size is None else (-(-in_features // group_size),)
+    scale = rng.uniform(0.01, 0.1, (out_features, *groups)).astype(np.float16 if groups else np.float32)
+    x = rng.normal(size=(num_tokens, in_features)).astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    arrays = {"x": x, "weight": codes.view(properties.LAYOUTS[op[7:]]), "weight_scale": scale}
+    if with_min:
+        arrays["weight_min"] = rng.normal(size=scale.shape).astype(scale.dtype)
+    if bias:
+        arrays["bias"] = rng.normal(size=out_features).astype(x.dtype)
+    return Call(op, arrays, {} if group_size is None else {"group_size": group_size})
+
+
+def recorded(monkeypatch, owner, names):
+    """Which of the functions ``names`` of ``owner`` (a module, or a dict of them) were called, in order."""
+    seen = []
+    for name in names:
+        function = owner[name] if isinstance(owner, dict) else getattr(owner, name)
+        spy = lambda *args, name=name, function=function, **kw: (seen.append(name), function(*args, **kw))[1]  # noqa: E731
+        monkeypatch.setitem(owner, name, spy) if isinstance(owner, dict) else monkeypatch.setattr(owner, name, spy)
+    return seen
+
+
+@pytest.mark.parametrize("with_min", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "num_tokens", "in_features", "group_size", "dtype", "bias"),
+    [
+        ("few", 1, 256, 128, "bfloat16", True),
+        ("few", 17, 192, 32, "float16", False),
+        ("many", 65, 256, 128, "bfloat16", False),
+        ("many", 65, 256, 64, "float16", True),
+        ("dense", 1024, 64, 32, "bfloat16", False),
+        ("many", 1024, 64, 32, "bfloat16", True),  # cuBLAS would round before it adds the bias
+        ("any", 3, 256, 128, "float32", True),
+        ("any", 3, 256, 16, "bfloat16", False),
+        ("any", 3, 320, 128, "bfloat16", False),  # the last group has 64
+    ],
+)
+def test_each_kernel_for_4_bits(monkeypatch, kernel, num_tokens, in_features, group_size, dtype, bias, with_min):
+    """Sizes choose a kernel, and each of them is right."""
+    seen = recorded(monkeypatch, _int4.KERNELS, list(_int4.KERNELS))
+    properties.matches_the_oracle(
+        fast, layer("linear_int4", num_tokens, in_features, group_size, dtype, bias, with_min)
+    )
+    assert seen == [kernel], f"expected the kernel {kernel}, got {seen}"
+
+
+@pytest.mark.parametrize(
+    ("op", "kernel", "num_tokens", "in_features", "group_size", "dtype"),
+    [
+        ("linear_int8", "few_tokens", 5, 100, None, "bfloat16"),
+        ("linear_int8", "few_tokens", 5, 320, 32, "float16"),
+        ("linear_int8", "many_tokens", 65, 100, None, "bfloat16"),
+        ("linear_int8", "any_groups", 5, 100, 30, "bfloat16"),
+        ("linear_int8", "any_groups", 5, 128, 32, "float32"),
+        ("linear_fp8", "few_tokens", 5, 100, None, "float16"),
+        ("linear_fp8", "many_tokens", 65, 96, None, "float16"),
+        ("linear_fp8_fp8", "few_tokens", 64, 96, None, "bfloat16"),
+        ("linear_fp8_fp8", "many_tokens", 65, 96, None, "float32"),
+        ("linear_int8_int8", "few_tokens", 5, 96, None, "bfloat16"),
+        ("linear_int8_int8", "many_tokens", 65, 100, None, "bfloat16"),  # rows that do not begin at 16 bytes
+        ("linear_int8_int8", "bytes", 65, 96, None, "bfloat16"),
+    ],
+)
+def test_each_kernel_for_8_bits(monkeypatch, op, kernel, num_tokens, in_features, group_size, dtype):
+    """Sizes choose a kernel, and each of them is right."""
+    seen = recorded(monkeypatch, _eight_bit, ["few_tokens", "many_tokens", "any_groups"])
+    bytes_ = recorded(monkeypatch, _w8a8, ["many_tokens"])
+    properties.matches_the_oracle(fast, layer(op, num_tokens, in_features, group_size, dtype, bias=True))
+    assert seen + ["bytes"] * len(bytes_) == [kernel], f"expected the kernel {kernel}, got {seen} and {bytes_}"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("op", "group_size"), [(op, None) for op in OPS if op != "linear_int4"] + [("linear_int4", 32), ("linear_int8", 32)]
+)
+def test_invariant_variants_do_not_see_the_batch(op, group_size, dtype):
+    """A token's bits are the same alone, in a small batch and in a large one, wherever in it; and they are right."""
+    call = layer(op, 70, 96, group_size, dtype, bias=True)
+    run = getattr(quantized_linear, f"{op}_invariant")
+    place = {name: fast.from_host(array) for name, array in call.arrays.items()}
+    whole = fast.to_host(run(**place, **call.options))
+    properties.assert_within(whole, *properties.expected(fast, call), f"{op}_invariant", ("token", "feature"))
+    for tokens in ([0], [69], [3, 68, 5], list(range(20, 60))):
+        part = place | {"x": fast.from_host(call.arrays["x"][tokens])}
+        got = fast.to_host(run(**part, **call.options))
+        assert got.tobytes() == whole[tokens].tobytes(), f"{op}: tokens {tokens} differ from themselves in the batch"
 
 
 FP8 = {"weight": np.ones((4, 6), ml_dtypes.float8_e4m3fn), "weight_scale": np.ones(4, np.float32)}

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fast
 import reference
 from reference.linear import pruning
 from reference.linear.weight import WEIGHT_FORMATS, Weight, weight_format
@@ -40,7 +41,12 @@ def with_layout_of_its_own(base: Any) -> SimpleNamespace:
     return SimpleNamespace(**ops | {"pack_weight": pack, "unpack_weight": unpack})
 
 
-BACKENDS = {"reference": reference, "plain_torch": plain_torch, "packed": with_layout_of_its_own(reference)}
+BACKENDS = {
+    "reference": reference,
+    "plain_torch": plain_torch,
+    "fast": fast,
+    "packed": with_layout_of_its_own(reference),
+}
 FORMATS = [*WEIGHT_FORMATS, "int4-6", "q4_1-64", "q8_0-40"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 
