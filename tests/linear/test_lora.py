@@ -1,7 +1,9 @@
 """Adapters."""
 
+import sys
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import peft
 import pytest
@@ -10,10 +12,13 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fast
 import reference
+from fast.linear.lora import lora_invariant
 from reference.linear.weight import Weight
 from twofold.conformance.properties import linear as properties
 from twofold.conformance.properties.fusion import run, writes_only_where_it_says
+from twofold.conformance.strategies.fusion import Call
 from twofold.conformance.strategies.linear import lora_calls
 from twofold.conformance.tolerance import assert_within, matmul_bound
 
@@ -54,6 +59,49 @@ def test_rank_is_padded_with_zeros(backend, call, extra):
         lora_b=np.concatenate([a["lora_b"], np.zeros_like(a["lora_b"][:, :, :1]).repeat(extra, 2)], axis=2),
     )
     assert_within(run(backend, padded)["out"], *properties.lora_expected(call), "padded")
+
+
+# ---- the kernels of the fast backend --------------------------------------------------------------------------------
+
+
+def batch(num_tokens: int, dtype: str, num_adapters: int = 5, in_features: int = 600) -> Call:
+    """Adapters anywhere in the batch, one that nobody uses, tokens without one."""
+    rng = np.random.default_rng(0)
+    cast = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    shapes = {
+        "base": (num_tokens, 40),
+        "x": (num_tokens, in_features),
+        "lora_a": (num_adapters, 8, in_features),
+        "lora_b": (num_adapters, 40, 8),
+    }
+    arrays = {name: rng.normal(size=shape).astype(cast) for name, shape in shapes.items()}
+    ids = rng.integers(-1, num_adapters - 1, num_tokens).astype(np.int32)
+    return Call("lora", arrays | {"scaling": rng.normal(size=num_adapters).astype(np.float32), "adapter_ids": ids})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("kernels", "num_tokens"), [("few_tokens", 33), ("many_tokens", 257)])
+def test_each_kernel_is_chosen_and_right(monkeypatch, kernels, num_tokens, dtype):
+    """Few tokens each look up their own adapter; many go through tiles. Both over more than one part of x."""
+    module, seen = sys.modules["fast.linear.lora"], []
+    for name in ("few_tokens", "many_tokens"):
+        run_it = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, run_it=run_it: (seen.append(name), run_it(*a))[1])
+    properties.lora_matches_the_oracle(fast, batch(num_tokens, dtype))
+    assert seen == [kernels], f"expected {kernels}, got {seen}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_invariant_variant_does_not_see_the_batch(dtype):
+    """A token's bits are the same alone, in a small batch and in a large one, wherever in it."""
+    call = batch(300, dtype, in_features=100)
+    place = {name: fast.from_host(array) for name, array in call.arrays.items()}
+    whole = fast.to_host(lora_invariant(**place))
+    assert_within(whole, *properties.lora_expected(call), "lora_invariant", ("token", "feature"))
+    for tokens in ([0], [299], [7, 298, 8]):
+        part = {name: fast.from_host(call.arrays[name][tokens]) for name in ("base", "x", "adapter_ids")}
+        got = fast.to_host(lora_invariant(**place | part))
+        assert got.tobytes() == whole[tokens].tobytes(), f"tokens {tokens} differ from themselves in the batch"
 
 
 # ---- against peft -----------------------------------------------------------------------------------------------

@@ -1,16 +1,21 @@
 """The linear layer with two of every four weights."""
 
+import sys
+
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fast
 import reference
+from fast.linear.sparse_linear import sparse_linear_invariant
 from reference.linear.pruning import compress_24, magnitude_score, mask_24
 from twofold.conformance import plain_torch
 from twofold.conformance.properties import linear as properties
 from twofold.conformance.properties.fusion import writes_only_where_it_says
-from twofold.conformance.strategies.fusion import widen
+from twofold.conformance.strategies.fusion import Call, widen
 from twofold.conformance.strategies.linear import float_matrices, linear_calls
 from twofold.conformance.tolerance import assert_within, matmul_bound
 
@@ -51,6 +56,44 @@ def test_it_is_the_dense_layer_with_zeros(backend, weight):
     if backend is not reference and backend is not plain_torch:
         bound = 2 * matmul_bound(widen(dense), np.abs(widen(x)) @ np.abs(widen(pruned)).T, x.shape[1], "float32")
     assert_within(sparse, widen(dense), bound, "sparse, against dense", ("token", "feature"))
+
+
+# ---- the kernels of the fast backend --------------------------------------------------------------------------------
+
+
+def layer(num_tokens: int, in_features: int, dtype: str) -> Call:
+    rng, cast = np.random.default_rng(0), np.dtype(getattr(ml_dtypes, dtype, dtype))
+    weight = rng.normal(size=(70, in_features)).astype(np.float32)
+    values, indices = compress_24(np.where(mask_24(magnitude_score(weight)), weight, np.float32(0)))
+    x = rng.normal(size=(num_tokens, in_features)).astype(cast)
+    return Call("sparse_linear", {"x": x, "values": values.astype(cast), "indices": indices})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "num_tokens", "dtype"),
+    [("one_token", 1, "bfloat16"), ("one_token", 1, "float16"), ("tiles", 1, "float32"), ("tiles", 2, "bfloat16")]
+    + [("tiles", 70, dtype) for dtype in ("float16", "float32")],
+)
+def test_each_kernel_is_chosen_and_right(monkeypatch, kernel, num_tokens, dtype):
+    """One token and several go to different kernels, over an odd number of groups and more than one step."""
+    module, seen = sys.modules["fast.linear.sparse_linear"], []
+    for name in ("one_token", "tiles"):
+        run_it = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, run_it=run_it: (seen.append(name), run_it(*a))[1])
+    properties.matches_the_oracle(fast, layer(num_tokens, 4 * 519, dtype))
+    assert seen == [kernel], f"expected {kernel}, got {seen}"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_invariant_variant_does_not_see_the_batch(dtype):
+    """A token's bits are the same alone, in a small batch and in a large one, wherever in it."""
+    call = layer(70, 100, dtype)
+    place = {name: fast.from_host(array) for name, array in call.arrays.items()}
+    whole = fast.to_host(sparse_linear_invariant(**place))
+    assert_within(whole, *properties.expected(fast, call), "sparse_linear_invariant", ("token", "feature"))
+    for tokens in ([0], [69], [3, 68, 5], list(range(20, 60))):
+        got = fast.to_host(sparse_linear_invariant(**place | {"x": fast.from_host(call.arrays["x"][tokens])}))
+        assert got.tobytes() == whole[tokens].tobytes(), f"tokens {tokens} differ from themselves in the batch"
 
 
 GOOD = {"values": np.ones((3, 4), np.float32), "indices": np.full((3, 1), 0x44, np.uint8)}
