@@ -1,15 +1,25 @@
 """Paged attention: the oracle's attention, wherever the tokens lie and however the work is cut."""
 
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fast
+import reference
+from fast._triton import paging
+from fast._triton.platform import INTERPRETING
+from fast.attention import invariant_attention, paged_attention
 from twofold.conformance.properties import attention as properties
 from twofold.conformance.strategies.attention import COUNTED_FEATURES, paged_cases
 
 laws = settings(max_examples=200)
+kernels = settings(max_examples=8 if INTERPRETING else 100)  # of tests about fast alone
+invariant = SimpleNamespace(**vars(fast) | {"paged_attention": invariant_attention.paged_attention_invariant})
 
 
 @given(case=paged_cases())
@@ -100,3 +110,147 @@ def test_the_cases_have_what_matters():
     draw()
     rare = {name: counts[name] for name in COUNTED_FEATURES if 5 * counts[name] < num_cases}
     assert not rare, f"of {num_cases} cases, too few had: {rare}"
+
+
+# ---- the kernels of fast ----------------------------------------------------------------------------------------
+
+
+def test_tiles_follow_from_shapes():
+    """Decodes get the fewest rows that hold a group, chunks the most; never fewer than a group, whatever the dtype."""
+    of = paged_attention.choose_tiles
+    assert {of(32, 32, 4, 128, 2).tile_q, of(1, 1, 1, 64, 2).tile_q} == {16}, "decodes"
+    assert of(64, 64, 32, 128, 2).tile_q == 32, "decodes of one KV head for 32"
+    assert [of(n, 32, 4, 128, 2).tile_q for n in (128, 256)] == [16, 32], "a few drafts each"
+    assert of(512, 1, 4, 128, 2).tile_q == 128, "a chunk"
+    assert of(512 + 31, 32, 4, 128, 2).tile_q == 128, "a chunk among decodes"
+    for rows in (1, 3, 48, 1000):
+        for group in (1, 3, 17, 200):
+            for itemsize in (2, 4):
+                tile_q = of(rows, 1, group, 64, itemsize).tile_q
+                assert tile_q >= max(16, group), f"{rows} queries of {group} heads: {tile_q} rows"
+                assert tile_q.bit_count() == 1, f"{rows} queries of {group} heads: {tile_q} rows"
+
+
+def test_every_variant_is_reached():
+    """Among the drawn cases are some for the tiles of decodes and some for those of chunks, in either precision."""
+    reached = set()
+
+    @settings(max_examples=40)
+    @given(case=paged_cases(dtypes=["bfloat16", "float16", "float32"]))
+    def draw(case):
+        if len(case.host_q):
+            itemsize = 2 if case.dtype == case.pool.dtype.name != "float32" else 4
+            shape = len(case.host_q), len(case.seq_lens), case.num_heads // case.num_kv_heads, case.head_dim, itemsize
+            reached.add((paged_attention.choose_tiles(*shape).tile_q >= 64, itemsize))
+
+    draw()
+    assert {(False, 2), (True, 2), (False, 4)} <= reached, f"reached only {reached}"
+
+
+@kernels
+@given(case=paged_cases(dtypes=["float32", "bfloat16"]))
+def test_counters_are_zero_between_launches(case):
+    """Whoever merges last sets its counter back: the next launch on the stream finds zeros."""
+    properties.paged_of(fast, case)
+    assert all(int(counters.abs().sum()) == 0 for counters in paging._counters.values())
+
+
+def test_a_long_sequence_is_cut_and_merged(monkeypatch):
+    """One sequence of one head is taken by more than one program, which leave parts of it, and is right."""
+    taken, make_scratch = [], paging.make_scratch
+
+    def spy(*sizes):
+        taken.append(make_scratch(*sizes))
+        taken[-1].stats.fill_(np.nan)
+        return taken[-1]
+
+    monkeypatch.setattr(paging, "make_scratch", spy)
+    assert_right(fast.paged_attention, decodes([309], np.random.default_rng(0)))
+    num_parts = int(taken[0].stats.isfinite().any(-1).any(-1).sum())
+    assert num_parts > 1, f"the sequence left {num_parts} parts in the scratch"
+
+
+@pytest.mark.parametrize("op", ["paged_attention", "paged_attention_invariant"])
+def test_more_sequences_than_one_look_takes(op):
+    """Programs find their share among more sequences than they look through at a time."""
+    rng = np.random.default_rng(0)
+    num_seqs = paging.SEARCH.value + 10
+    queries = np.isin(np.arange(num_seqs), [0, 3, 100, num_seqs - 11, num_seqs - 10, num_seqs - 9, num_seqs - 1])
+    assert_right(getattr(paged_attention, op), decodes([7] * num_seqs, rng, queries))
+
+
+def decodes(lens: list[int], rng: np.random.Generator, queries: np.ndarray | int = 1) -> tuple:
+    """So many queries for each sequence; two heads that share a KV head, blocks of four."""
+    offsets = np.concatenate([[0], np.cumsum(queries * np.ones(len(lens), np.int32))]).astype(np.int32)
+    num_blocks = [-(-n // 4) for n in lens]
+    table = np.full((len(lens), max(num_blocks)), -1, np.int32)
+    for seq, n in enumerate(num_blocks):
+        table[seq, :n] = sum(num_blocks[:seq]) + np.arange(n)
+    shapes = (offsets[-1], 2, 16), (sum(num_blocks), 4, 1, 16), (sum(num_blocks), 4, 1, 16)
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    return (*arrays, table, np.array(lens, np.int32), offsets)
+
+
+def assert_right(op, arguments: tuple) -> None:
+    """Against the reference in float64; the numbers are ordinary ones."""
+    expected = reference.paged_attention(*(x.astype(np.float64) if x.dtype.kind == "f" else x for x in arguments))
+    got = fast.to_host(op(*map(fast.from_host, arguments)))
+    assert np.abs(got - expected).max() < 1e-5, f"off by {np.abs(got - expected).max()}"
+
+
+def invariant_of(case, **constants):
+    """The batch-invariant attention, its parts so short that drawn sequences have several."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ({"SPLIT": 48} | constants).items():
+            patch.setattr(invariant_attention, name, value)
+        return properties.paged_of(invariant, case)
+
+
+@kernels
+@given(case=paged_cases())
+def test_invariant_matches_the_oracle(case):
+    """The batch-invariant attention is within the same rule."""
+
+    def run(backend, case):
+        return invariant_of(case) if backend is invariant else properties.paged_of(backend, case)
+
+    properties.assert_out(invariant, case, run, "batch-invariant paged_attention")
+
+
+@kernels
+@given(case=paged_cases(), cut=st.integers(0, 40))
+def test_invariant_is_bitwise_the_same(case, cut):
+    """A query has the same bits in the batch, alone, and in whatever chunk of its prompt it comes."""
+    whole = invariant_of(case)
+    for seq, rows in properties.sequence_rows(case):
+        one = slice(seq, seq + 1)
+        alone = replace(
+            case, sequences=case.sequences[one], block_table=case.block_table[one], seq_lens=case.seq_lens[one]
+        )
+        assert_same_bits(invariant_of(alone), whole[rows], f"sequence {seq} alone")
+        if not (len(case.sequences[seq].q) and case.seq_lens[seq]):
+            continue
+        (s,) = alone.sequences
+        first = cut % (len(s.q) + 1)
+        for chunk in (range(first), range(first, len(s.q))):
+            if len(chunk):
+                seq_len = len(s.k) - len(s.q) + chunk.stop
+                part = replace(s, q=s.q[chunk.start : chunk.stop], k=s.k[:seq_len], v=s.v[:seq_len])
+                part = replace(alone, sequences=[part], seq_lens=np.array([seq_len], np.int32))
+                got = invariant_of(part)
+                expected = whole[rows][chunk.start : chunk.stop]
+                assert_same_bits(got, expected, f"sequence {seq}, queries {chunk} as a chunk")
+
+
+@kernels
+@given(case=paged_cases(dtypes=["float32", "bfloat16"]))
+def test_invariant_cut_or_not(case):
+    """Whether programs may share a sequence changes no bit."""
+    cut, whole = invariant_of(case), invariant_of(case, MOST_SCRATCH=0)
+    assert_same_bits(cut, whole, "cut against whole")
+
+
+def assert_same_bits(got: np.ndarray, expected: np.ndarray, what: str) -> None:
+    """Equal as bytes, not as numbers."""
+    same = got.tobytes() == np.ascontiguousarray(expected).tobytes()
+    assert same, f"{what}: {np.count_nonzero(got != expected)} of {got.size} numbers have other bits"
