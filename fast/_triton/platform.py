@@ -47,6 +47,11 @@ def num_processors(array: torch.Tensor) -> int:
     return 2 if array.device.type != "cuda" else device_properties(array.device.index).multi_processor_count
 
 
+def is_hopper(array: torch.Tensor) -> bool:
+    """Whether the array is on a GPU of the Hopper generation, whose own instructions a kernel may use."""
+    return COMPILE_ONLY or (array.is_cuda and device_properties(array.device.index).major == 9)
+
+
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 

@@ -15,10 +15,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fast._checks import require_same_device, require_shape
 from fast._triton import softmax
-from fast._triton.platform import INTERPRETING
+from fast._triton.platform import INTERPRETING, is_hopper
 from fast._triton.rounding import dot, store, to_dtype
 from fast.attention._checks import require_attention, require_cu_seqlens
 
+HOPPER = False
 SEARCH = 128  # sequences that a program looks through at a time for its own
 
 
@@ -46,14 +47,21 @@ def choose_tiles(head_dim: int, itemsize: int, tokens_per_seq: float) -> Tiles:
     return Tiles(64, 64, 4, 2) if tokens_per_seq <= 64 else Tiles(128, 128, 8, 2)
 
 
-def descriptors_fit(k: Array, v: Array) -> bool:
-    """Whether tiles of K and V can be fetched by the copy engine (TMA): whole rows of a power of two, aligned."""
-    head_dim = k.shape[2]
-    if head_dim < 16 or head_dim & (head_dim - 1) or not len(k):
-        return False
-    return all(
-        x.data_ptr() % 16 == 0 and x.stride(1) == head_dim and x.stride(0) * x.element_size() % 16 == 0 for x in (k, v)
-    )
+def choose_kernel(q: Array, k: Array, v: Array, tokens_per_seq: float, plain: bool) -> str:
+    """Which kernel: "hopper", or the portable one, which fetches K and V by "descriptors" or by "pointers".
+
+    Descriptors are for the copy engine (TMA), which takes aligned rows of a power of two. ``plain``: no window, no cap.
+    """
+    head_dim, itemsize = q.shape[2], q.element_size()
+    if head_dim < 16 or head_dim & (head_dim - 1) or not len(k) or not rows_are_aligned(k) or not rows_are_aligned(v):
+        return "pointers"
+    hopper = HOPPER and plain and head_dim in (64, 128) and itemsize == 2 and tokens_per_seq > 64
+    return "hopper" if hopper and rows_are_aligned(q) and is_hopper(q) else "descriptors"
+
+
+def rows_are_aligned(x: Array) -> bool:
+    """Whether a token's heads lie end to end, and tokens at multiples of 16 bytes."""
+    return x.stride(1) == x.shape[2] and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 @triton.jit
@@ -301,47 +309,73 @@ def attend(
             q, k, v = q.to(wide), k.to(wide), v.to(wide)
         q, scale = softmax.positive_scale(q, scale)
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-        num_tokens, num_heads, head_dim = q.shape
-        tiles = choose_tiles(head_dim, q.element_size(), num_tokens / num_seqs)
-        TILE_D = max(16, triton.next_power_of_2(head_dim))
-        descriptors = descriptors_fit(k, v)
-        if descriptors:
-            k_tiles, v_tiles = (
-                TensorDescriptor(x, [len(x), x.shape[1] * head_dim], [x.stride(0), 1], [tiles.tile_kv, TILE_D])
-                for x in (k, v)
-            )
+        offsets = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        tokens_per_seq = len(q) / num_seqs
+        kernel = choose_kernel(q, k, v, tokens_per_seq, plain=sliding_window is None and logit_cap is None)
+        if kernel == "hopper":
+            from fast.attention.flash_attention_hopper import attend_on_hopper
+
+            attend_on_hopper(q, k, v, *offsets, causal, scale, sinks, result, lse)
         else:
-            k_tiles, v_tiles = k, v
-        num_slots = num_tokens // tiles.tile_q + num_seqs
-        flash_attention_kernel[(num_slots * num_heads,)](
-            q,
-            k_tiles,
-            v_tiles,
-            result,
-            lse,
-            sinks,
-            cu_seqlens_q.contiguous(),
-            cu_seqlens_k.contiguous(),
-            scale,
-            logit_cap or 0.0,
-            min(sliding_window or 0, 2**30),
-            *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
-            *(result.stride(0), result.stride(1)),
-            *(num_tokens, len(k), num_seqs, num_heads, num_slots, num_heads // k.shape[1]),
-            CAUSAL=causal,
-            WINDOWED=sliding_window is not None,
-            CAPPED=logit_cap is not None,
-            SINKS=sinks is not None,
-            DESCRIPTORS=descriptors,
-            HEAD_DIM=head_dim,
-            TILE_Q=tiles.tile_q,
-            TILE_KV=tiles.tile_kv,
-            TILE_D=TILE_D,
-            SEARCH=SEARCH,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-        )
+            tiles = choose_tiles(q.shape[2], q.element_size(), tokens_per_seq)
+            descriptors = kernel == "descriptors"
+            _attend(q, k, v, *offsets, causal, scale, sliding_window, sinks, logit_cap, result, lse, tiles, descriptors)
     if out is not None and result is not out:
-        out.copy_(result)
-        return out, lse
+        return out.copy_(result), lse
     return result, lse
+
+
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    causal: bool,
+    scale: float,
+    sliding_window: int | None,
+    sinks: Array | None,
+    logit_cap: float | None,
+    out: Array,
+    lse: Array,
+    tiles: Tiles,
+    descriptors: bool,
+) -> None:
+    """Fill ``out`` and ``lse``, with the portable kernel."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_seqs = len(cu_seqlens_q) - 1
+    num_slots = num_tokens // tiles.tile_q + num_seqs
+    TILE_D = max(16, triton.next_power_of_2(head_dim))
+    k_tiles, v_tiles = k, v
+    if descriptors:
+        k_tiles, v_tiles = (
+            TensorDescriptor(x, [len(x), x.shape[1] * head_dim], [x.stride(0), 1], [tiles.tile_kv, TILE_D])
+            for x in (k, v)
+        )
+    flash_attention_kernel[(num_slots * num_heads,)](
+        q,
+        k_tiles,
+        v_tiles,
+        out,
+        lse,
+        sinks,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        scale,
+        logit_cap or 0.0,
+        min(sliding_window or 0, 2**30),
+        *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1)),
+        *(num_tokens, len(k), num_seqs, num_heads, num_slots, num_heads // k.shape[1]),
+        CAUSAL=causal,
+        WINDOWED=sliding_window is not None,
+        CAPPED=logit_cap is not None,
+        SINKS=sinks is not None,
+        DESCRIPTORS=descriptors,
+        HEAD_DIM=head_dim,
+        TILE_Q=tiles.tile_q,
+        TILE_KV=tiles.tile_kv,
+        TILE_D=TILE_D,
+        SEARCH=SEARCH,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )

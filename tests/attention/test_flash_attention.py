@@ -5,10 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fast
 import reference
+from fast._triton.platform import is_hopper
+from fast.attention.flash_attention import choose_kernel, choose_tiles
 from reference.attention import flash_attention as module
+from reference.numerics.arrays import dtype_named
 from twofold.conformance.properties import attention as properties
-from twofold.conformance.strategies.attention import packed_cases
+from twofold.conformance.strategies.attention import PackedCase, SequenceInput, packed_cases
 
 
 @given(case=packed_cases())
@@ -93,3 +97,47 @@ def test_refuses_bad_shapes(backend):
 def test_refuses_bad_values(backend):
     """Offsets that are none raise a ValueError that names the argument."""
     properties.refuses_bad_values(backend, "flash_attention")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "lens", "options", "expected"),
+    [
+        ("bfloat16", 64, [(100, 140), (70, 70)], {}, "hopper"),
+        ("float16", 128, [(129, 257), (0, 3), (64, 64), (300, 300)], {"sinks": True}, "hopper"),
+        ("bfloat16", 128, [(130, 128), (90, 0)], {"causal": False}, "hopper"),
+        ("bfloat16", 128, [(130, 200)], {"sliding_window": 65}, "descriptors"),
+        ("float16", 64, [(130, 200)], {"logit_cap": 5.0}, "descriptors"),
+        ("float32", 128, [(70, 90)], {}, "descriptors"),
+        ("bfloat16", 256, [(70, 90)], {}, "descriptors"),
+        ("bfloat16", 16, [(20, 40), (40, 40)], {}, "descriptors"),
+        ("bfloat16", 80, [(70, 90)], {}, "pointers"),
+        ("float32", 1, [(7, 90)], {}, "pointers"),
+    ],
+)
+def test_each_kernel_is_chosen_and_right(dtype, head_dim, lens, options, expected):
+    """Which kernel serves follows from the shapes alone, and each is within the rule."""
+    rng = np.random.default_rng(head_dim)
+    sinks = rng.normal(size=4).astype(dtype_named(dtype)) if options.get("sinks") else None
+    sequences = []
+    for num_queries, num_keys in lens:
+        shapes = (num_queries, 4, head_dim), (num_keys, 2, head_dim), (num_keys, 2, head_dim)
+        sequences.append(SequenceInput(*(rng.normal(size=shape).astype(dtype_named(dtype)) for shape in shapes)))
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": head_dim}
+    case = PackedCase(dtype=dtype, sequences=sequences, **heads, **(options | {"sinks": sinks}))
+    properties.assert_out(fast, case, lambda backend, case: properties.flash_of(backend, case)[0], expected)
+
+    q, k, v, *_ = case.arguments(fast)
+    plain = not {"sliding_window", "logit_cap"} & set(options)
+    chosen = choose_kernel(q, k, v, len(q) / len(lens), plain)
+    if expected == "hopper" and not is_hopper(q):
+        expected = "descriptors"
+    assert chosen == expected, f"expected {expected}, got {chosen}"
+
+
+def test_tiles_follow_the_shape():
+    """Small tiles where sequences have few queries, large head sizes or no tensor cores; large ones otherwise."""
+    few, some, many = (choose_tiles(128, 2, n).tile_q for n in (1, 64, 65))
+    assert few < some <= many, f"expected rising tiles, got {few}, {some}, {many}"
+    wide = choose_tiles(256, 2, 4096)
+    area = wide.tile_q * wide.tile_kv
+    assert area <= 64 * 64, f"head_dim 256: expected a tile that does not spill, got {wide}"
