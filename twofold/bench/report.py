@@ -9,11 +9,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("twofold", "numpy", "torch", "transformers")
+from twofold.errors import TwofoldError
+
+PACKAGES = ("twofold", "numpy", "torch", "triton", "transformers", "flashinfer-python")
 
 
-def provenance(command: str) -> dict[str, Any]:
-    """Command, date, device and versions: without them a figure means nothing."""
+def provenance(command: str, device: str | None = None) -> dict[str, Any]:
+    """Command, date, device (by default this CPU) and versions: without them a figure means nothing."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -23,7 +25,7 @@ def provenance(command: str) -> dict[str, Any]:
     return {
         "command": command,
         "date": date.today().isoformat(),
-        "device": f"{_cpu_name()}, {os.cpu_count()} cores",
+        "device": device or f"{_cpu_name()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "versions": versions,
     }
@@ -38,11 +40,24 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def save(path: Path, command: str, results: Mapping[str, Any]) -> None:
+def gpu_name() -> str:
+    """Of the current GPU.
+
+    Raises:
+        TwofoldError: If there is none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise TwofoldError("this needs a GPU, and torch finds none")
+    return torch.cuda.get_device_name()
+
+
+def save(path: Path, command: str, results: Mapping[str, Any], *, device: str | None = None) -> None:
     """Write a result file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({**provenance(command), "results": results}, indent=1) + "\n")
+    unfinished.write_text(json.dumps({**provenance(command, device), "results": results}, indent=1) + "\n")
     unfinished.replace(path)
 
 

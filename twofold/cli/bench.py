@@ -1,5 +1,6 @@
 """`twofold bench`: measurements, side by side with what people would use otherwise."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -32,4 +33,51 @@ def cpu(
         found[name] = figures
         table(name, ("figure", "value"), list(figures.items()))
         save(results, f"twofold bench cpu --rounds {rounds}", found)  # what is measured is kept, whatever comes
+    return 0
+
+
+@app.command()
+def kernels(
+    backend: Annotated[
+        str, typer.Option(help="fast, plain_torch, or an importable module with some of the ops.", metavar="NAME")
+    ] = "fast",
+    only: Annotated[
+        list[str] | None, typer.Option(help="An op, or attention, linear, fusion or sampling; again for more.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer decks and replays.")] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Where the JSON goes; by default benchmarks/results/kernels-DEVICE.json.", metavar="FILE"),
+    ] = None,
+) -> int:
+    """Every kernel beside the best there is, on a GPU, in one run."""
+    from itertools import groupby
+
+    from rich.console import Console
+
+    from twofold.bench.kernels import geometric_means, run
+    from twofold.bench.kernels.show import table
+    from twofold.bench.report import gpu_name, save
+
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    command = " ".join(
+        ["twofold bench kernels", f"--backend {backend}", *(f"--only {op}" for op in only or ())] + ["--quick"] * quick
+    )
+    device = gpu_name()
+    results = results or Path(f"benchmarks/results/kernels-{device.lower().replace(' ', '-')}.json")
+    ceilings, rows = run(backend, only=only or (), quick=quick)
+    console.print(f"{device}: copies {ceilings.copy / 1e12:.3f} TB/s, multiplies {ceilings.matmul / 1e12:.0f} TFLOP/s")
+    measured = []
+    for _, of_one_op in groupby(rows, key=lambda found: found.row.op):
+        found = list(of_one_op)
+        measured += found
+        table(found, ceilings, console)
+        figures = {
+            "ceilings": {"copy_TB/s": ceilings.copy / 1e12, "matmul_TFLOP/s": ceilings.matmul / 1e12},
+            "geometric_means": geometric_means(measured, ceilings),
+            "rows": [row.as_json(ceilings) for row in measured],
+        }
+        save(results, command, figures, device=device)  # what is measured is kept, whatever comes
+    for name, mean in geometric_means(measured, ceilings).items():
+        console.print(f"geometric mean of {name}: {mean:.2f}")
     return 0

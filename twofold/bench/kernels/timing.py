@@ -1,0 +1,56 @@
+"""Device time of calls: the median over replays of a CUDA graph that runs them on buffers no cache holds."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from twofold.bench.kernels.rows import Call
+
+COLD_BYTES = 300e6  # several times the largest cache
+MOST_SETS = 48
+
+
+def num_sets(num_bytes: int) -> int:
+    """How many sets of buffers make sure that a call finds its own out of the cache."""
+    return max(1, min(MOST_SETS, math.ceil(COLD_BYTES / max(num_bytes, 1))))
+
+
+def seconds(calls: Sequence[Call], replays: int) -> float:
+    """Of one call, when they run one after another."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls[:2]:  # compiles, allocates
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def copy_bandwidth(replays: int) -> float:
+    """Bytes a second, read and written, of the largest plain copy."""
+    arrays = [torch.empty(2**29, dtype=torch.uint8, device="cuda").random_(0, 255) for _ in range(4)]
+    pairs = [(arrays[0], arrays[1]), (arrays[2], arrays[3])]
+    return 2 * arrays[0].numel() / seconds([lambda a=a, b=b: a.copy_(b) for a, b in pairs], replays)
+
+
+def matmul_rate(replays: int) -> float:
+    """Operations a second of a large bfloat16 product of random numbers, by cuBLAS."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * 8192**3 / seconds([lambda: torch.matmul(a, b, out=out)] * 2, replays)
