@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from reference.numerics.philox import PURPOSE_ACCEPT, PURPOSE_DRAW, PURPOSE_RESAMPLE
+from twofold.conformance.backends import assume_supported
 from twofold.conformance.properties.numerics import Backend, call, same_bits
 from twofold.conformance.strategies.sampling import Beams, Drafted, Filtering, Penalties, PerRow, Sampling
 from twofold.conformance.tolerance import assert_within, compute_unit, norm_bound
@@ -27,6 +28,7 @@ def computed(array: np.ndarray) -> np.dtype:
 
 def rows_do_not_depend_on_company(backend: Backend, op: str, case: PerRow, **options: Any) -> None:
     """A row gives the same bits alone, in the batch, and in the batch in reverse order."""
+    assume_supported(backend, case.args()[0].dtype)
 
     def results(some: PerRow) -> tuple[np.ndarray, ...]:
         result = call(backend, op, *some.args(), **options)
@@ -43,6 +45,7 @@ def rows_do_not_depend_on_company(backend: Backend, op: str, case: PerRow, **opt
 
 def writes_to_out(backend: Backend, op: str, case: PerRow) -> None:
     """What is written to ``out`` (another array, or the logits themselves) is what is returned without it."""
+    assume_supported(backend, case.args()[0].dtype)
     expected = call(backend, op, *case.args())
     assert same_bits(call(backend, op, *case.args(), out=np.full_like(expected, np.nan)), expected), f"{op}: out"
     if expected.dtype == case.args()[0].dtype:
@@ -56,6 +59,7 @@ def writes_to_out(backend: Backend, op: str, case: PerRow) -> None:
 
 def penalties_are_the_equations(backend: Backend, case: Penalties) -> None:
     """Each logit is what the three equations make of it, token by token, in float64."""
+    assume_supported(backend, case.logits.dtype)
     got = call(backend, "penalize", *case.args())
     assert got.dtype == computed(case.logits), f"penalize: dtype {got.dtype}"
     expected, magnitude = case.logits.astype(np.float64), np.abs(case.logits.astype(np.float64))
@@ -83,6 +87,7 @@ def penalties_are_the_equations(backend: Backend, case: Penalties) -> None:
 def filters_keep_what_they_say(backend: Backend, case: Filtering) -> None:
     """What is kept is the logit, relative to the best, over the temperature; and a token is kept iff min-p, top-k and
     top-p each say so, in that order, up to rounding where a threshold is met; never up to rounding for top-k."""
+    assume_supported(backend, case.logits.dtype)
     got = call(backend, "filter_logits", *case.args())
     assert got.dtype == computed(case.logits), f"filter_logits: dtype {got.dtype}"
     assert got.shape == case.logits.shape, f"filter_logits: shape {got.shape}"
@@ -132,6 +137,7 @@ def fates(case: Filtering, row: int, scaled: np.ndarray, u: float) -> tuple[np.n
 def sample_is_the_noisy_maximum(backend: Backend, case: Sampling) -> None:
     """The token is the argmax of the filtered logits plus the Gumbel noise of (seed, position, sample index), or within
     rounding of it; greedy rows give the first best logit exactly; no token is one that is masked."""
+    assume_supported(backend, case.logits.dtype)
     tokens = call(backend, "sample", *case.args())
     assert tokens.dtype == np.int64, f"sample: dtype {tokens.dtype}"
     assert tokens.shape == (len(case.logits),), f"sample: shape {tokens.shape}"
@@ -151,6 +157,7 @@ def sample_is_the_noisy_maximum(backend: Backend, case: Sampling) -> None:
 
 def top_k_1_is_greedy(backend: Backend, case: Sampling) -> None:
     """At any temperature, one candidate is the best one (of several equal ones, one of them)."""
+    assume_supported(backend, case.logits.dtype)
     tokens = call(backend, "sample", *replace(case, top_k=np.ones_like(case.top_k)).args())
     for row, token in enumerate(tokens):
         logits = case.logits[row].astype(np.float64)
@@ -159,6 +166,7 @@ def top_k_1_is_greedy(backend: Backend, case: Sampling) -> None:
 
 def cold_is_greedy(backend: Backend, case: Sampling) -> None:
     """Once the temperature makes the second best further away than the noise reaches, the best is drawn."""
+    assume_supported(backend, case.logits.dtype)
     gaps = []
     for row in case.logits.astype(np.float64):
         others = row[row < row.max()]
@@ -206,6 +214,7 @@ def draws_follow_the_softmax(backend: Backend, row: Filtering, varied: str, num_
 def log_probs_are_the_logarithms(backend: Backend, logits: np.ndarray, token_ids: np.ndarray, num_top: int) -> None:
     """Log-probabilities are the log-softmax in float64; the rank counts greater logits; the best tokens are in order,
     equal ones by id."""
+    assume_supported(backend, logits.dtype)
     logprob, rank, top_ids, top_logprobs = call(backend, "log_probs", logits, token_ids, num_top=num_top)
     assert (rank.dtype, top_ids.dtype) == (np.int32, np.int64), f"log_probs: dtypes {rank.dtype}, {top_ids.dtype}"
     assert logprob.dtype == top_logprobs.dtype == computed(logits), f"log_probs: dtype {logprob.dtype}"
@@ -240,6 +249,7 @@ def log_softmax_bound(scores: np.ndarray, logs: np.ndarray, u: float) -> np.ndar
 def beams_are_the_best(backend: Backend, case: Beams) -> None:
     """Each group's candidates are real, distinct, in order, and no other is better by more than rounding; where there
     are too few, the rest is -inf, -1, -1."""
+    assume_supported(backend, case.logits.dtype)
     arrays = (case.logits, case.scores, case.cu_beams)
     best, rows, tokens = call(backend, "beam_scores", *arrays, num_candidates=case.num_candidates)
     shape = (len(case.cu_beams) - 1, case.num_candidates)
@@ -273,6 +283,7 @@ def beams_are_the_best(backend: Backend, case: Beams) -> None:
 
 def groups_do_not_depend_on_company(backend: Backend, case: Beams) -> None:
     """A group of beams gives the same bits alone."""
+    assume_supported(backend, case.logits.dtype)
     arrays = (case.logits, case.scores, case.cu_beams)
     full = call(backend, "beam_scores", *arrays, num_candidates=case.num_candidates)
     for group, (start, end) in enumerate(pairwise(case.cu_beams.tolist())):
@@ -288,6 +299,7 @@ def groups_do_not_depend_on_company(backend: Backend, case: Beams) -> None:
 def verify_is_rejection_sampling(backend: Backend, case: Drafted) -> None:
     """Each draft is accepted iff its uniform number is below target / draft; the token after is the Gumbel-max draw
     from the residual or from the last row, each with the numbers of its own position and purpose; up to rounding."""
+    assume_supported(backend, case.target_probs.dtype)
     accepted, tokens = call(backend, "verify", *case.args())
     assert (accepted.dtype, tokens.dtype) == (np.int32, np.int64), f"verify: {accepted.dtype}, {tokens.dtype}"
     assert accepted.shape == tokens.shape == case.seeds.shape, f"verify: shapes {accepted.shape}, {tokens.shape}"
@@ -334,6 +346,7 @@ def verify_is_rejection_sampling(backend: Backend, case: Drafted) -> None:
 def greedy_targets_accept_the_greedy_prefix(backend: Backend, case: Drafted) -> None:
     """With one-hot target rows the result is greedy decoding: the drafts that are greedy, up to the first that is not,
     and then the greedy token."""
+    assume_supported(backend, case.target_probs.dtype)
     accepted, tokens = call(backend, "verify", *case.args())
     for seq in range(len(case.seeds)):
         one = case.seq(seq)
@@ -346,6 +359,7 @@ def greedy_targets_accept_the_greedy_prefix(backend: Backend, case: Drafted) -> 
 
 def own_drafts_are_all_accepted(backend: Backend, case: Drafted) -> None:
     """Drafts from the target's own distributions are accepted, every one."""
+    assume_supported(backend, case.target_probs.dtype)
     row_of_draft = np.arange(len(case.draft_tokens)) + np.repeat(np.arange(len(case.seeds)), np.diff(case.cu_drafts))
     draft_probs = case.target_probs[row_of_draft]
     tokens = draft_probs.astype(np.float64).argmax(axis=1)
@@ -355,6 +369,7 @@ def own_drafts_are_all_accepted(backend: Backend, case: Drafted) -> None:
 
 def without_drafts_is_sample(backend: Backend, case: Sampling) -> None:
     """A sequence without drafts draws the token that `sample` draws at that position from the same distribution."""
+    assume_supported(backend, case.logits.dtype)
     filtered = call(backend, "filter_logits", *case.filtering().args())
     shifted = np.exp(filtered.astype(np.float64))
     probs = (shifted / shifted.sum(axis=1, keepdims=True)).astype(filtered.dtype)
@@ -373,6 +388,7 @@ def without_drafts_is_sample(backend: Backend, case: Sampling) -> None:
 
 def sequences_do_not_depend_on_company(backend: Backend, case: Drafted) -> None:
     """A sequence alone is verified as in the batch."""
+    assume_supported(backend, case.target_probs.dtype)
     accepted, tokens = call(backend, "verify", *case.args())
     for seq in range(len(case.seeds)):
         alone = tuple(x.item() for x in call(backend, "verify", *case.seq(seq).args()))
