@@ -14,11 +14,13 @@ import reference
 from fast import invariant
 from fast.linear._matmul import TILES, choose_tile, matmul
 from twofold.conformance.properties import fusion as fusion_properties
+from twofold.conformance.properties import kv_cache as cache_properties
 from twofold.conformance.properties import linear as linear_properties
 from twofold.conformance.properties import parity
 from twofold.conformance.properties.fusion import run
 from twofold.conformance.strategies import fusion as fusion_calls
-from twofold.conformance.strategies.linear import linear_calls
+from twofold.conformance.strategies.kv_cache import batches
+from twofold.conformance.strategies.linear import LINEAR_OPS, linear_calls, lora_calls
 
 HAS_GPU = torch.cuda.is_available()
 PER_TOKEN = ("x", "residual", "gate_up", "base", "adapter_ids", "token_ids", "q", "k", "v", "positions", "slot_mapping")
@@ -59,6 +61,20 @@ def test_linear(call, data):
     rows_stay_the_same(call, some_tokens(data, len(call.arrays["x"])))
 
 
+@settings(max_examples=50 if HAS_GPU else 4)
+@pytest.mark.parametrize("op", [op for op in LINEAR_OPS if op != "linear"])
+@given(data=st.data())
+def test_quantized_and_sparse_layers(op, data):
+    call = data.draw(linear_calls(op))
+    rows_stay_the_same(call, some_tokens(data, len(call.arrays["x"])))
+
+
+@few
+@given(call=lora_calls(), data=st.data())
+def test_lora(call, data):
+    rows_stay_the_same(call, some_tokens(data, len(call.arrays["x"])))
+
+
 @few
 @given(call=fusion_calls.norm_calls() | fusion_calls.linear_add_calls() | fusion_calls.swiglu_calls(), data=st.data())
 def test_fused_layers(call, data):
@@ -72,6 +88,48 @@ def test_fused_layers(call, data):
 def test_embedding_and_rotary(call, data):
     num_tokens = next(len(array) for name, array in call.arrays.items() if name in PER_TOKEN)
     rows_stay_the_same(call, some_tokens(data, num_tokens))
+
+
+@settings(max_examples=30 if HAS_GPU else 4)
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+@given(data=st.data())
+def test_attention_over_codes(format, data):
+    """It is right; of its bits, the next test."""
+    cache_properties.attends_over_what_is_stored(invariant, data.draw(batches(format)))
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+def test_attention_over_codes_in_any_company(format):
+    """A decode has the bits of that token in its prompt's chunk, alone or among other sequences."""
+    rng, lens, block_size, num_kv_heads, head_dim = np.random.default_rng(0), [9, 40, 23], 4, 2, 16
+    place = fast.from_host
+    slots = np.concatenate([seq * 40 + np.arange(n) for seq, n in enumerate(lens)])  # ten blocks for each sequence
+    arrays = cache_of(format, 30, block_size, num_kv_heads, head_dim)
+    q, k, v = (rng.normal(size=(sum(lens), heads, head_dim)).astype(np.float32) for heads in (4, 2, 2))
+    getattr(invariant, f"write_kv_{format}")(place(k), place(v), *arrays, place(slots))
+    attend = getattr(invariant, f"paged_attention_{format}")
+    table, ends = np.arange(30, dtype=np.int32).reshape(3, 10), np.cumsum(lens)
+    offsets = np.array([0, *ends], np.int32)
+    prefill = attend(place(q), *arrays, place(table), place(np.array(lens, np.int32)), place(offsets))
+    decode = attend(
+        place(q[ends - 1]), *arrays, place(table), place(np.array(lens, np.int32)), place(np.arange(4, dtype=np.int32))
+    )
+    assert torch.equal(decode, prefill[torch.from_numpy(ends - 1).to(prefill.device)])
+    for seq, n in enumerate(lens):
+        tables = table[seq : seq + 1], np.array([n], np.int32), np.array([0, 1], np.int32)
+        alone = attend(place(q[ends[seq] - 1][None]), *arrays, *map(place, tables))
+        assert torch.equal(alone[0], decode[seq]), f"sequence {seq}"
+
+
+def cache_of(format: str, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> list[torch.Tensor]:
+    """The arrays of an empty cache, in the order of the ops' arguments."""
+    shape, device = (num_blocks, block_size, num_kv_heads), fast.empty((1,), dtype="float32").device
+    if format == "int4":
+        codes = [torch.zeros(*shape, head_dim // 2, dtype=torch.uint8, device=device) for _ in range(2)]
+        return codes + [torch.zeros(*shape, 1, dtype=torch.float16, device=device) for _ in range(4)]
+    dtype = torch.int8 if format == "int8" else torch.float8_e4m3fn
+    codes = [torch.zeros(*shape, head_dim, dtype=torch.int8, device=device).view(dtype) for _ in range(2)]
+    return codes + [torch.zeros(*shape, device=device) for _ in range(2)]
 
 
 def test_small_and_large_tiles_are_chosen():

@@ -140,7 +140,7 @@ def matmul(
         "NUM_LINES": lines,
         "LINE": LINE // weight.element_size(),
         "num_warps": tile.warps,
-        **overlapped(x),
+        **(overlapped(weight) if in_features else {"OVERLAP": False}),  # nothing to prefetch
     }
     _matmul_kernel[(cdiv(num_tokens, tile.tokens) * cdiv(out_features, tile.rows),)](
         x, weight, bias, residual, out, x.stride(0), weight.stride(0),

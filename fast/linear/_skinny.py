@@ -235,7 +235,7 @@ def skinny_linear(
         "LINE": LINE // itemsize,
         "STAGES": tiles.stages,
         "num_warps": tiles.warps,
-        **overlapped(weight),
+        **(overlapped(weight) if in_features else {"OVERLAP": False}),  # nothing to prefetch
     }
     if tiles.tokens == 1:
         even = in_features % tiles.columns == 0
