@@ -62,6 +62,19 @@ def test_tiles_suit_the_layer():
         assert choose_tiles(num_tokens, 512, 4096, 2).rows < choose_tiles(num_tokens, 28672, 4096, 2).rows
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="4 GB of weights")
+@pytest.mark.parametrize("num_tokens", [1, 8, 64])
+def test_more_than_2_31_weights(num_tokens):
+    """The last row of so many is found, and it alone."""
+    x, weight = (torch.zeros(n, 2**15, dtype=torch.bfloat16, device="cuda") for n in (num_tokens, 66_000))
+    x += 1
+    weight[-1] = 1
+    for backend in (fast, fast.invariant):
+        out = backend.linear(x, weight)
+        assert (out[:, -1] == 2**15).all()
+        assert not out[:, :-1].any()
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3, 80])
 def test_float64_is_computed_in_float64(backend, num_tokens):
     """Sums of integers far beyond float32's 2**24 are exact; a backend without float64 refuses."""
