@@ -315,7 +315,7 @@ def merge_parts(
     FEW: tl.constexpr = 4 if TILE_Q <= 32 else 32
     PARTS: tl.constexpr = max(1, 8192 // (FEW * TILE_D))
     in_dims = (dim < HEAD_DIM)[None, :]
-    for first_row in range(0, tl.sum(there.to(tl.int32), 0), FEW):
+    for first_row in range(0, tl.max(tl.where(there, tl.arange(0, TILE_Q) + 1, 0), 0), FEW):  # they may have gaps
         row = first_row + tl.arange(0, FEW)
         own = row[:, None] == tl.arange(0, TILE_Q)[None, :]
         row_token = tl.sum(tl.where(own, token[None, :], 0), 1)
