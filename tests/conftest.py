@@ -25,7 +25,7 @@ if not HAS_GPU:
 import fast
 import reference  # first: pytest, importing reference/linear/*.py for doctests, would put it over the op
 from twofold.conformance import plain_torch
-from twofold.conformance.backends import is_interpreted
+from twofold.conformance.backends import float_dtypes, is_interpreted
 
 BACKENDS = {"reference": reference, "plain_torch": plain_torch, "fast": fast}
 CHOSEN = os.environ.get("TWOFOLD_BACKENDS", ",".join(BACKENDS)).split(",")
@@ -44,7 +44,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes ``backend``, and does not say which, takes all of them."""
     chosen_itself = any("backend" in str(mark.args[:1]) for mark in metafunc.definition.iter_markers("parametrize"))
     if "backend" in metafunc.fixturenames and not chosen_itself:
-        metafunc.parametrize("backend", [BACKENDS[name] for name in CHOSEN], ids=CHOSEN)
+        needs = {dtype for mark in metafunc.definition.iter_markers("needs") for dtype in mark.args}
+        able = [name for name in CHOSEN if needs <= set(float_dtypes(BACKENDS[name]))]
+        metafunc.parametrize("backend", [BACKENDS[name] for name in able], ids=able)
 
 
 @pytest.hookimpl(wrapper=True)

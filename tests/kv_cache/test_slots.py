@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 import fast
 import reference
-from twofold.conformance.backends import float_dtypes
 from twofold.conformance.properties import kv_cache as properties
 from twofold.conformance.strategies.kv_cache import FORMATS, batches, cuts, pools, tokens, valid_calls
 
@@ -37,10 +36,9 @@ def test_a_copy_of_a_block_is_a_deep_copy(backend, batch):
     properties.copied_blocks_are_deep_copies(backend, batch)
 
 
+@pytest.mark.needs("float64")
 @given(batch=st.sampled_from(FORMATS).flatmap(batches))
 def test_float64_queries_compute_in_float64(backend, batch):
-    if "float64" not in float_dtypes(backend):
-        pytest.skip("no float64 there")
     properties.attends_over_what_is_stored(backend, replace(batch, q=batch.q.astype(np.float64)))
 
 

@@ -5,15 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twofold.conformance.backends import float_dtypes
 from twofold.conformance.properties import numerics as properties
 from twofold.conformance.strategies import numerics as inputs
-
-
-def needs_float64(backend):
-    if "float64" not in float_dtypes(backend):
-        pytest.skip("this backend does not compute with float64")
-
 
 narrow_formats = pytest.mark.parametrize("format", inputs.NARROW_FORMATS)
 
@@ -28,11 +21,11 @@ def test_everything_around_every_value_rounds_as_in_ml_dtypes(backend, format):
     properties.rounds_like_ml_dtypes(backend, inputs.around_every_value(format, "float32"), format)
 
 
+@pytest.mark.needs("float64")
 @narrow_formats
 @pytest.mark.parametrize("saturate", [False, True])
 def test_float64_is_rounded_once(backend, format, saturate):
     """Next to a midpoint by less than float32 can tell, the side still decides."""
-    needs_float64(backend)
     properties.rounds_to_nearest_even(backend, inputs.around_every_value(format, "float64"), format, saturate)
 
 
@@ -42,9 +35,9 @@ def test_rounds_to_nearest_even(backend, case, saturate):
     properties.rounds_to_nearest_even(backend, x, format, saturate)
 
 
+@pytest.mark.needs("float64")
 def test_float64_to_float32_is_the_hardware_s(backend):
     """From below float32's subnormals to beyond its largest value, rounding is what the processor does."""
-    needs_float64(backend)
     rng = np.random.default_rng(0)
     x = rng.uniform(-2, 2, 20000) * 2.0 ** rng.integers(-152, 130, 20000)
     edge = (2 - 2.0**-24) * 2.0**127  # halfway from the largest to 2**128
