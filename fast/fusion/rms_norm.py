@@ -11,18 +11,20 @@ from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import cdiv, next_power_of_2
 from fast._triton.rounding import store, to_dtype
 
-# Numbers that a thread holds of a row: 16 are two loads of 16 bytes in bf16, and leave room for many programs.
-PER_THREAD = 16
 # A program of narrow rows (heads) takes as many as make up this many numbers.
 TILE_SIZE = 2048
 
 
 def choose_tile(hidden_size: int) -> tuple[int, int, int]:
     """(rows, columns, warps) of a program. By the width of a row alone: then the order in which a row is summed, and
-    every bit of its result, is the same in any batch."""
+    every bit of its result, is the same in any batch.
+
+    A thread holds 8 to 16 numbers of a row, one or two loads of 16 bytes in bf16; more only in very wide rows.
+    """
     columns = next_power_of_2(hidden_size)
     rows = max(1, TILE_SIZE // columns)
-    return rows, columns, min(max(rows * columns // (32 * PER_THREAD), 1), 16)
+    size = rows * columns
+    return rows, columns, min(max(size // 256, 1), 8) if size <= 4096 else min(size // 512, 32)
 
 
 @triton.jit

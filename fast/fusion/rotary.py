@@ -22,21 +22,20 @@ from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import cdiv, next_power_of_2
 from fast._triton.rounding import to_dtype, to_dtype_saturating
 
-# Numbers a program turns at once, and those a thread holds of them: two loads of 16 bytes, of each half of a head.
+# Numbers a program turns at once, and those a thread holds of them: a load of 16 bytes of each half of a head.
 TILE_SIZE = 2048
-PER_THREAD = 32
+PER_THREAD = 16
 
 
-def choose_tile(head_dim: int, num_heads: int) -> tuple[int, int, int]:
-    """(tokens, heads, warps) of a program: part of the heads of a token, or those of several. By the shape of a token
-    alone: then a head is summed in the same order, and has the same bits, in any batch."""
+def choose_tile(head_dim: int) -> tuple[int, int]:
+    """(rows, warps) of a program; a row is a head of a token, so a program may end in the middle of a token. By the
+    width of a head alone: then it is summed in the same order, and has the same bits, in any batch."""
     width = next_power_of_2(head_dim)
     rows = max(TILE_SIZE // width, 1)
-    heads = min(rows, next_power_of_2(num_heads))
-    return rows // heads, heads, min(max(rows * width // (32 * PER_THREAD), 1), 16)
+    return rows, min(max(rows * width // (32 * PER_THREAD), 1), 16)
 
 
-# ---- heads of some tokens ---------------------------------------------------------------------------------------
+# ---- some heads, of one token or several ------------------------------------------------------------------------
 
 
 @triton.jit
@@ -46,21 +45,24 @@ def _load_angles(
     token, num_tokens, max_positions, half_dim,
     HALF: tl.constexpr,
 ):  # fmt: skip
-    """A row of each table for each token, [tokens, 1, HALF]; zeros for a position that has none."""
+    """The angles of each row's token, [rows, HALF]; zeros for a position that has none.
+
+    A token's heads read the same row of a table, but from the nearest cache: no layout has to change to share it.
+    """
     position = tl.load(positions_ptr + token * stride_positions, mask=token < num_tokens, other=-1).to(tl.int64)
     pair = tl.arange(0, HALF)
     mask = ((position >= 0) & (position < max_positions))[:, None] & (pair < half_dim)[None, :]
     cos_ptrs = cos_ptr + (position * stride_cos_row)[:, None] + (pair * stride_cos_pair)[None, :]
     sin_ptrs = sin_ptr + (position * stride_sin_row)[:, None] + (pair * stride_sin_pair)[None, :]
-    return tl.load(cos_ptrs, mask=mask, other=0.0)[:, None, :], tl.load(sin_ptrs, mask=mask, other=0.0)[:, None, :]
+    return tl.load(cos_ptrs, mask=mask, other=0.0), tl.load(sin_ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
 def _turn_heads(
-    in_ptrs, out_ptrs,  # the first number of each head, [tokens, heads]
+    in_ptrs, out_ptrs,  # the first number of each head, [rows]
     stride_in_dim, stride_out_dim,
-    exist, written,  # which heads do, and which are, [tokens, heads]
-    cos, sin,  # [tokens, 1, HALF]
+    exist, written,  # which heads do, and which are, [rows]
+    cos, sin,  # [rows, HALF]
     norm_ptr, stride_norm, eps,  # [head_dim]; or None
     half_dim, head_dim,
     HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -71,10 +73,10 @@ def _turn_heads(
         dim = 2 * half_dim + tl.arange(0, REST)
         rest = _load(in_ptrs, dim, stride_in_dim, exist, dim < head_dim)
     if norm_ptr is not None:
-        square = tl.sum(first * first + second * second, axis=2)
+        square = tl.sum(first * first + second * second, axis=1)
         if REST:
-            square += tl.sum(rest * rest, axis=2)
-        inverse_rms = tl.rsqrt(square / head_dim + eps)[:, :, None]
+            square += tl.sum(rest * rest, axis=1)
+        inverse_rms = tl.rsqrt(square / head_dim + eps)[:, None]
         pair = tl.arange(0, HALF)
         at_first, at_second = _place(pair, half_dim, 0, INTERLEAVED), _place(pair, half_dim, 1, INTERLEAVED)
         first *= inverse_rms * _load_norm(norm_ptr, at_first, stride_norm, pair < half_dim)
@@ -107,11 +109,11 @@ def _place(pair, half_dim, WHICH: tl.constexpr, INTERLEAVED: tl.constexpr):
 
 @triton.jit
 def _load_pairs(ptrs, stride_dim, exist, half_dim, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """(first, second) of each pair, [tokens, heads, HALF] each."""
+    """(first, second) of each pair, [rows, HALF] each."""
     if INTERLEAVED:  # read as they lie, then parted: loads of every other number would be half as wide
         dim = tl.arange(0, 2 * HALF)
         pairs = _load(ptrs, dim, stride_dim, exist, dim < 2 * half_dim)
-        first, second = tl.split(tl.reshape(pairs, [pairs.shape[0], pairs.shape[1], HALF, 2]))
+        first, second = tl.split(tl.reshape(pairs, [pairs.shape[0], HALF, 2]))
     else:
         pair = tl.arange(0, HALF)
         first = _load(ptrs, pair, stride_dim, exist, pair < half_dim)
@@ -123,7 +125,7 @@ def _load_pairs(ptrs, stride_dim, exist, half_dim, HALF: tl.constexpr, INTERLEAV
 def _store_pairs(ptrs, stride_dim, first, second, written, half_dim, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     if INTERLEAVED:
         dim = tl.arange(0, 2 * HALF)
-        pairs = tl.reshape(tl.join(first, second), [first.shape[0], first.shape[1], 2 * HALF])
+        pairs = tl.reshape(tl.join(first, second), [first.shape[0], 2 * HALF])
         _store(ptrs, dim, stride_dim, pairs, written, dim < 2 * half_dim)
     else:
         pair = tl.arange(0, HALF)
@@ -133,26 +135,27 @@ def _store_pairs(ptrs, stride_dim, first, second, written, half_dim, HALF: tl.co
 
 @triton.jit
 def _load(ptrs, dim, stride_dim, exist, in_head):
-    mask = exist[:, :, None] & in_head[None, None, :]
-    offset = (dim.to(tl.int64) * stride_dim)[None, None, :]
-    return tl.load(ptrs[:, :, None] + offset, mask=mask, other=0.0).to(tl.float32)
+    mask = exist[:, None] & in_head[None, :]
+    offset = (dim.to(tl.int64) * stride_dim)[None, :]
+    return tl.load(ptrs[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store(ptrs, dim, stride_dim, values, written, in_head):
-    mask = written[:, :, None] & in_head[None, None, :]
-    tl.store(ptrs[:, :, None] + (dim.to(tl.int64) * stride_dim)[None, None, :], values, mask=mask)
+    mask = written[:, None] & in_head[None, :]
+    tl.store(ptrs[:, None] + (dim.to(tl.int64) * stride_dim)[None, :], values, mask=mask)
 
 
 @triton.jit
 def _load_norm(norm_ptr, dim, stride_norm, in_head):
-    return tl.load(norm_ptr + dim * stride_norm, mask=in_head, other=0.0).to(tl.float32)[None, None, :]
+    return tl.load(norm_ptr + dim * stride_norm, mask=in_head, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
-def _heads_at(ptr, token, stride_token, head, stride_head):
-    """Pointers to the first number of each head, [tokens, heads]."""
-    return ptr + (token * stride_token)[:, None] + (head * stride_head)[None, :]
+def _token_and_head(program, num_heads, TILE_ROWS: tl.constexpr):
+    """Of each row of a program. Tokens past the last are rows that do not exist."""
+    row = program * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    return (row // num_heads).to(tl.int64), (row % num_heads).to(tl.int64)
 
 
 # ---- the rotation alone -----------------------------------------------------------------------------------------
@@ -181,27 +184,23 @@ def _rotary_kernel(
     max_positions,
     half_dim,
     head_dim,
-    TILE_TOKENS: tl.constexpr,
-    TILE_HEADS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     wait_for_predecessor(OVERLAP)
-    tiles_per_token = tl.cdiv(num_heads, TILE_HEADS)
-    token = (tl.program_id(0) // tiles_per_token).to(tl.int64) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
-    head = (tl.program_id(0) % tiles_per_token).to(tl.int64) * TILE_HEADS + tl.arange(0, TILE_HEADS)
+    token, head = _token_and_head(tl.program_id(0), num_heads, TILE_ROWS)
     cos, sin = _load_angles(
         cos_ptr, sin_ptr, positions_ptr,
         stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
         token, num_tokens, max_positions, half_dim, HALF,
     )  # fmt: skip
-    exist = (token < num_tokens)[:, None] & (head < num_heads)[None, :]
     _turn_heads(
-        _heads_at(x_ptr, token, stride_x_token, head, stride_x_head),
-        _heads_at(out_ptr, token, stride_out_token, head, stride_out_head),
-        stride_x_dim, stride_out_dim, exist, exist, cos, sin, None, 0, 0.0,
+        x_ptr + token * stride_x_token + head * stride_x_head,
+        out_ptr + token * stride_out_token + head * stride_out_head,
+        stride_x_dim, stride_out_dim, token < num_tokens, token < num_tokens, cos, sin, None, 0, 0.0,
         half_dim, head_dim, HALF, REST, INTERLEAVED,
     )  # fmt: skip
 
@@ -217,8 +216,8 @@ def rotary(
 ) -> tuple[Float[Array, "num_tokens num_heads head_dim"], Float[Array, "num_tokens num_kv_heads head_dim"]]:
     """Same contract as `reference.fusion.rotary.rotary`.
 
-    Grid: one program per some heads of a token, or all heads of some; one launch for q, one for k. (A step of the
-    engine takes ``rotary_write_kv``, where all is one launch.)
+    Grid: one program per some heads, of one token or several; one launch for q, one for k. (A step of the engine takes
+    ``rotary_write_kv``, where all is one launch.)
     Moves: every head once in and once out; a token's rows of the tables.
     Limits: a position that has no row (an error when values are checked) gives zeros.
     """
@@ -227,12 +226,12 @@ def rotary(
     for x, out in zip((q, k), turned):
         if out.numel():
             num_tokens, num_heads, _ = x.shape
-            tile_tokens, tile_heads, num_warps = choose_tile(head_dim, num_heads)
-            _rotary_kernel[(cdiv(num_tokens, tile_tokens) * cdiv(num_heads, tile_heads),)](
+            tile_rows, num_warps = choose_tile(head_dim)
+            _rotary_kernel[(cdiv(num_tokens * num_heads, tile_rows),)](
                 x, cos, sin, positions, out,
                 *x.stride(), *cos.stride(), *sin.stride(), positions.stride(0), *out.stride(),
                 num_tokens, num_heads, cos.shape[0], half_dim, head_dim,
-                TILE_TOKENS=tile_tokens, TILE_HEADS=tile_heads, **_tile_dims(half_dim, head_dim),
+                TILE_ROWS=tile_rows, **_tile_dims(half_dim, head_dim),
                 INTERLEAVED=interleaved, num_warps=num_warps, **overlapped(x),
             )  # fmt: skip
     return turned
@@ -316,10 +315,7 @@ def _rotary_write_kv_kernel(
     half_dim,
     head_dim,
     eps,
-    TILE_TOKENS: tl.constexpr,
-    TILE_HEADS: tl.constexpr,
-    TILE_KV_TOKENS: tl.constexpr,
-    TILE_KV_HEADS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
     TILE_D: tl.constexpr,
@@ -327,49 +323,39 @@ def _rotary_write_kv_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait_for_predecessor(OVERLAP)
-    q_tiles_per_token, kv_tiles_per_token = tl.cdiv(num_heads, TILE_HEADS), tl.cdiv(num_kv_heads, TILE_KV_HEADS)
-    num_q_programs = tl.cdiv(num_tokens, TILE_TOKENS) * q_tiles_per_token
-    if tl.program_id(0) < num_q_programs:
-        tile = tl.program_id(0)
-        token = (tile // q_tiles_per_token).to(tl.int64) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
-        head = (tile % q_tiles_per_token).to(tl.int64) * TILE_HEADS + tl.arange(0, TILE_HEADS)
-        cos, sin = _load_angles(
-            cos_ptr, sin_ptr, positions_ptr,
-            stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
-            token, num_tokens, max_positions, half_dim, HALF,
-        )  # fmt: skip
-        exist = (token < num_tokens)[:, None] & (head < num_heads)[None, :]
+    num_q_programs = tl.cdiv(num_tokens * num_heads, TILE_ROWS)
+    is_q = tl.program_id(0) < num_q_programs
+    program = tl.where(is_q, tl.program_id(0), tl.program_id(0) - num_q_programs)
+    token, head = _token_and_head(program, tl.where(is_q, num_heads, num_kv_heads), TILE_ROWS)
+    exist = token < num_tokens
+    cos, sin = _load_angles(
+        cos_ptr, sin_ptr, positions_ptr,
+        stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
+        token, num_tokens, max_positions, half_dim, HALF,
+    )  # fmt: skip
+    if is_q:
         _turn_heads(
-            _heads_at(q_ptr, token, stride_q_token, head, stride_q_head),
-            _heads_at(out_ptr, token, stride_out_token, head, stride_out_head),
+            q_ptr + token * stride_q_token + head * stride_q_head,
+            out_ptr + token * stride_out_token + head * stride_out_head,
             stride_q_dim, stride_out_dim, exist, exist, cos, sin, q_norm_ptr, stride_q_norm, eps,
             half_dim, head_dim, HALF, REST, INTERLEAVED,
         )  # fmt: skip
     else:
-        kv_tile = tl.program_id(0) - num_q_programs
-        kv_token = (kv_tile // kv_tiles_per_token).to(tl.int64) * TILE_KV_TOKENS + tl.arange(0, TILE_KV_TOKENS)
-        kv_head = (kv_tile % kv_tiles_per_token).to(tl.int64) * TILE_KV_HEADS + tl.arange(0, TILE_KV_HEADS)
-        kv_cos, kv_sin = _load_angles(
-            cos_ptr, sin_ptr, positions_ptr,
-            stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
-            kv_token, num_tokens, max_positions, half_dim, HALF,
-        )  # fmt: skip
-        slot = tl.load(slot_mapping_ptr + kv_token * stride_slot_mapping, mask=kv_token < num_tokens, other=-1)
-        block, offset = slot.to(tl.int64) // block_size, slot.to(tl.int64) % block_size
-        kv_exist = (kv_token < num_tokens)[:, None] & (kv_head < num_kv_heads)[None, :]
-        written = ((slot >= 0) & (slot < num_slots))[:, None] & (kv_head < num_kv_heads)[None, :]
-        k_slots = k_cache_ptr + (block * stride_k_cache_block + offset * stride_k_cache_slot)[:, None]
-        v_slots = v_cache_ptr + (block * stride_v_cache_block + offset * stride_v_cache_slot)[:, None]
+        slot = tl.load(slot_mapping_ptr + token * stride_slot_mapping, mask=exist, other=-1)
+        written = (slot >= 0) & (slot < num_slots)
+        place = slot.to(tl.int32)  # of those that exist; dividing 64 bits takes a hundred instructions
+        block, offset = (place // block_size).to(tl.int64), (place % block_size).to(tl.int64)
         _turn_heads(
-            _heads_at(k_ptr, kv_token, stride_k_token, kv_head, stride_k_head),
-            k_slots + (kv_head * stride_k_cache_head)[None, :],
-            stride_k_dim, stride_k_cache_dim, kv_exist, written, kv_cos, kv_sin, k_norm_ptr, stride_k_norm, eps,
+            k_ptr + token * stride_k_token + head * stride_k_head,
+            k_cache_ptr + block * stride_k_cache_block + offset * stride_k_cache_slot + head * stride_k_cache_head,
+            stride_k_dim, stride_k_cache_dim, exist, written, cos, sin, k_norm_ptr, stride_k_norm, eps,
             half_dim, head_dim, HALF, REST, INTERLEAVED,
         )  # fmt: skip
         dim = tl.arange(0, TILE_D)
-        v_ptrs = _heads_at(v_ptr, kv_token, stride_v_token, kv_head, stride_v_head)
-        v = _as_stored(_load(v_ptrs, dim, stride_v_dim, kv_exist, dim < head_dim), v_slots, v_ptr.dtype.element_ty)
-        _store(v_slots + (kv_head * stride_v_cache_head)[None, :], dim, stride_v_cache_dim, v, written, dim < head_dim)
+        v = _load(v_ptr + token * stride_v_token + head * stride_v_head, dim, stride_v_dim, exist, dim < head_dim)
+        v_ptrs = v_cache_ptr + block * stride_v_cache_block + offset * stride_v_cache_slot + head * stride_v_cache_head
+        v = _as_stored(v, v_ptrs, v_ptr.dtype.element_ty)
+        _store(v_ptrs, dim, stride_v_cache_dim, v, written, dim < head_dim)
 
 
 def rotary_write_kv(
@@ -391,7 +377,7 @@ def rotary_write_kv(
 ) -> Float[Array, "num_tokens num_heads head_dim"]:
     """Same contract as `reference.fusion.rotary.rotary_write_kv`.
 
-    Grid: programs for the queries, each some heads of a token or all heads of some; then likewise for keys with values.
+    Grid: one program per some query heads, of one token or several; then one per so many keys with their values.
     Moves: q, k and v once in and once out, where norms, rotary and a write by themselves move q and k three times.
     Limits: a slot out of range is skipped like -1, a position that has no row of the tables gives zeros (errors when
     values are checked). Nothing is rounded between the norm and the rotation.
@@ -412,20 +398,17 @@ def rotary_write_kv(
     require_out(op, out, tuple(q.shape), q.dtype)
     out = q.new_empty(q.shape) if out is None else out
     if num_tokens and head_dim:
-        tile_tokens, tile_heads, num_warps = choose_tile(head_dim, num_heads)
-        tile_kv_tokens, tile_kv_heads, _ = choose_tile(head_dim, num_kv_heads)
-        num_q_programs = cdiv(num_tokens, tile_tokens) * cdiv(num_heads, tile_heads)
-        num_kv_programs = cdiv(num_tokens, tile_kv_tokens) * cdiv(num_kv_heads, tile_kv_heads)
-        _rotary_write_kv_kernel[(num_q_programs + num_kv_programs,)](
+        tile_rows, num_warps = choose_tile(head_dim)
+        num_programs = cdiv(num_tokens * num_heads, tile_rows) + cdiv(num_tokens * num_kv_heads, tile_rows)
+        _rotary_write_kv_kernel[(num_programs,)](
             q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping, q_norm, k_norm, out,
             *q.stride(), *k.stride(), *v.stride(), *cos.stride(), *sin.stride(), positions.stride(0),
             *k_cache.stride(), *v_cache.stride(), slot_mapping.stride(0),
             0 if q_norm is None else q_norm.stride(0), 0 if k_norm is None else k_norm.stride(0), *out.stride(),
             num_tokens, num_heads, num_kv_heads, cos.shape[0], k_cache.shape[0] * k_cache.shape[1], k_cache.shape[1],
             half_dim, head_dim, eps,
-            TILE_TOKENS=tile_tokens, TILE_HEADS=tile_heads, TILE_KV_TOKENS=tile_kv_tokens, TILE_KV_HEADS=tile_kv_heads,
-            **_tile_dims(half_dim, head_dim), TILE_D=next_power_of_2(head_dim), INTERLEAVED=interleaved,
-            num_warps=num_warps, **overlapped(q),
+            TILE_ROWS=tile_rows, **_tile_dims(half_dim, head_dim), TILE_D=next_power_of_2(head_dim),
+            INTERLEAVED=interleaved, num_warps=num_warps, **overlapped(q),
         )  # fmt: skip
     return out
 
