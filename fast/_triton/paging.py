@@ -129,15 +129,18 @@ def total_units(
 def share_of(program, num_programs, total, FEWEST: tl.constexpr = MIN_UNITS):
     """(first unit, last + 1, programs that have any) of a program's share of the line."""
     num_workers = tl.minimum(num_programs, tl.maximum(total // FEWEST, 1))
-    begin = program.to(tl.int64) * total // num_workers
-    end = (program.to(tl.int64) + 1) * total // num_workers
-    return begin.to(tl.int32), tl.where(program < num_workers, end, begin).to(tl.int32), num_workers
+    share, more = total // num_workers, total % num_workers  # the first ``more`` programs take one unit more
+    begin = program * share + tl.minimum(program, more)
+    end = begin + share + (program < more).to(tl.int32)
+    return begin, tl.where(program < num_workers, end, begin), num_workers
 
 
 @triton.jit
 def worker_of(unit, num_workers, total):
     """The program whose share holds a unit."""
-    return (((unit.to(tl.int64) + 1) * num_workers - 1) // total).to(tl.int32)
+    share, more = total // num_workers, total % num_workers
+    long = more * (share + 1)  # units of the programs that take one more
+    return tl.where(unit < long, unit // (share + 1), more + (unit - long) // tl.maximum(share, 1))
 
 
 @triton.jit

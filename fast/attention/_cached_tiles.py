@@ -36,22 +36,30 @@ def load_queries(
 
 
 @triton.jit
+def tile_ids(origin, tile, end, table, BLOCK_SIZE: tl.constexpr, TILE_KV: tl.constexpr):
+    """The block of each key of a tile, -1 for none; load them as soon as they are known: all else waits for them."""
+    row_ptr, stride_table_block, num_blocks, max_blocks_per_seq = table
+    keys = origin + tile * TILE_KV + tl.arange(0, TILE_KV)
+    return paging.load_block_ids(row_ptr, stride_table_block, keys, end, num_blocks, max_blocks_per_seq, BLOCK_SIZE)
+
+
+@triton.jit
 def attend_cached_tiles(
-    q, acc, top, total, query_positions, origin, start, stop, end, table, cache, kv_head, options,
+    q, ids, acc, top, total, query_positions, origin, start, stop, end, table, cache, kv_head, options,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_KV: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """Let tiles ``start`` to ``stop`` of keys pass, counted from the token ``origin`` and only up to the token ``end``.
 
-    A tile gathers from as many blocks as it covers. Their ids are loaded one tile ahead, so that the loads of keys
-    never wait for them. MASKED: some query may not see some key; a key in no block of the cache is seen by none.
+    A tile gathers from as many blocks as it covers. Their ids are loaded one tile ahead (``ids``: those of the first),
+    so that the loads of keys never wait for them. MASKED: some query may not see some key; a key in no block of the
+    cache is seen by none.
 
     Args:
         table: (the sequence's row of the block table, its stride, blocks in the cache, blocks in the row).
         cache: (keys, their strides of block, token, head and dim, values, their strides).
         options: (scale, logit_cap, window).
     """
-    row_ptr, stride_table_block, num_blocks, max_blocks_per_seq = table
     k_ptr, stride_k_block, stride_k_token, stride_k_head, stride_k_dim = cache[:5]
     v_ptr, stride_v_block, stride_v_token, stride_v_head, stride_v_dim = cache[5:]
     scale, logit_cap, window = options
@@ -59,8 +67,6 @@ def attend_cached_tiles(
     v_head_ptr = v_ptr + kv_head.to(tl.int64) * stride_v_head
     dim = tl.arange(0, TILE_D)
     column = tl.arange(0, TILE_KV)
-    keys = origin + start * TILE_KV + column
-    ids = paging.load_block_ids(row_ptr, stride_table_block, keys, end, num_blocks, max_blocks_per_seq, BLOCK_SIZE)
     for tile in range(start, stop):
         keys = origin + tile * TILE_KV + column
         owned = (ids >= 0)[:, None]
@@ -84,9 +90,7 @@ def attend_cached_tiles(
             scores = tl.where(seen, scores, float("-inf"))
         top, total, rescale, weights = softmax.update(scores, top, total, scale_log2)
         acc = dot(to_dtype(weights, v.dtype), v, acc * rescale[:, None])
-        ids = paging.load_block_ids(
-            row_ptr, stride_table_block, keys + TILE_KV, end, num_blocks, max_blocks_per_seq, BLOCK_SIZE
-        )
+        ids = tile_ids(origin, tile + 1, end, table, BLOCK_SIZE, TILE_KV)
     return acc, top, total
 
 

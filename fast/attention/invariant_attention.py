@@ -15,8 +15,16 @@ from jaxtyping import Float, Int32
 from torch import Tensor as Array
 
 from fast._triton import paging, softmax
+from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import num_processors
-from fast.attention._cached_tiles import LONGEST_WINDOW, PER_BATCH, attend_cached_tiles, load_queries, require_paged
+from fast.attention._cached_tiles import (
+    LONGEST_WINDOW,
+    PER_BATCH,
+    attend_cached_tiles,
+    load_queries,
+    require_paged,
+    tile_ids,
+)
 
 SPLIT = 1024  # tokens in a part: a long sequence alone still gives every processor a few
 MOST_SCRATCH = 2**28  # bytes of parts; where there could be more, there are sequences enough not to cut any
@@ -77,7 +85,9 @@ def invariant_attention_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
     TILE_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    wait_for_predecessor(OVERLAP)
     QUERIES: tl.constexpr = TILE_Q // GROUP
     capacity = max_blocks_per_seq * BLOCK_SIZE
     line, num_workers, begin, end, seq, seq_begin = paging.find_share(
@@ -104,9 +114,6 @@ def invariant_attention_kernel(
             alone = (seg_begin >= begin) & (seg_end <= end)
             if first < stop:
                 query, token, head, there = paging.rows_of_tile(tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
-                q = load_queries(
-                    q_ptr, token, head, there, stride_q_token, stride_q_head, stride_q_dim, WIDE, HEAD_DIM, TILE_D
-                )
                 context = seq_len - num_queries
                 last_key = context + tl.minimum((tile + 1) * QUERIES, num_queries)
                 oldest = 0
@@ -116,17 +123,22 @@ def invariant_attention_kernel(
                 num_rows = num_tokens.to(tl.int64) * (num_kv_heads * GROUP)
                 stored = there[:, None] & (dim < HEAD_DIM)[None, :]
 
+                row_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_seq
+                table = (row_ptr, stride_table_block, num_blocks, max_blocks_per_seq)
+                q = load_queries(
+                    q_ptr, token, head, there, stride_q_token, stride_q_head, stride_q_dim, WIDE, HEAD_DIM, TILE_D
+                )
                 top, total = softmax.empty(TILE_Q)
                 acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
                 for part in range(first, stop):
-                    part_end = tl.minimum(last_key, (part + 1) * SPLIT)
+                    origin, part_end = part * SPLIT, tl.minimum(last_key, (part + 1) * SPLIT)
+                    start = tl.maximum(oldest - origin, 0) // TILE_KV
+                    end_tile = (tl.maximum(part_end - origin, 0) + TILE_KV - 1) // TILE_KV
+                    ids = tile_ids(origin, start, part_end, table, BLOCK_SIZE, TILE_KV)
                     part_top, part_total = softmax.empty(TILE_Q)
                     part_acc, part_top, part_total = attend_cached_tiles(
-                        q, tl.zeros([TILE_Q, TILE_D], tl.float32), part_top, part_total, query + context,
-                        part * SPLIT, tl.maximum(oldest - part * SPLIT, 0) // TILE_KV,
-                        (tl.maximum(part_end - part * SPLIT, 0) + TILE_KV - 1) // TILE_KV, part_end,
-                        (block_table_ptr + seq.to(tl.int64) * stride_table_seq, stride_table_block,
-                         num_blocks, max_blocks_per_seq),
+                        q, ids, tl.zeros([TILE_Q, TILE_D], tl.float32), part_top, part_total, query + context,
+                        origin, start, end_tile, part_end, table,
                         (k_cache_ptr, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
                          v_cache_ptr, stride_v_block, stride_v_token, stride_v_head, stride_v_dim),
                         kv_head, (scale, logit_cap, window),
@@ -210,5 +222,6 @@ def paged_attention_invariant(
         CUT=cut, WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None, WIDE=wide, GROUP=group,
         HEAD_DIM=head_dim, BLOCK_SIZE=block_size, SPLIT=SPLIT, TILE_Q=tile_q, TILE_KV=tile_kv,
         TILE_D=max(16, triton.next_power_of_2(head_dim)), num_warps=num_warps, num_stages=num_stages,
+        **overlapped(q),
     )  # fmt: skip
     return out

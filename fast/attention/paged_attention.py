@@ -16,8 +16,16 @@ from torch import Tensor as Array
 
 from fast._checks import require
 from fast._triton import paging, softmax
+from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import num_processors
-from fast.attention._cached_tiles import LONGEST_WINDOW, PER_BATCH, attend_cached_tiles, load_queries, require_paged
+from fast.attention._cached_tiles import (
+    LONGEST_WINDOW,
+    PER_BATCH,
+    attend_cached_tiles,
+    load_queries,
+    require_paged,
+    tile_ids,
+)
 from fast.attention.invariant_attention import paged_attention_invariant as paged_attention_invariant
 
 
@@ -29,6 +37,7 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     programs_per_processor: int
+    fewest_units: int = 2  # that a program takes: a shorter share costs more to merge than it saves
 
 
 def choose_tiles(num_tokens: int, num_seqs: int, group: int, head_dim: int, itemsize: int) -> Tiles:
@@ -88,13 +97,16 @@ def paged_attention_kernel(
     TILE_Q: tl.constexpr,
     TILE_KV: tl.constexpr,
     TILE_D: tl.constexpr,
+    FEWEST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     QUERIES: tl.constexpr = TILE_Q // GROUP
     program = tl.program_id(0)
+    wait_for_predecessor(OVERLAP)
     capacity = max_blocks_per_seq * BLOCK_SIZE
     line, num_workers, begin, end, seq, seq_begin = paging.find_share(
         program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads,
-        window, QUERIES, TILE_KV, WINDOWED,
+        window, QUERIES, TILE_KV, WINDOWED, FEWEST,
     )  # fmt: skip
     cache = (
         k_cache_ptr, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
@@ -117,9 +129,6 @@ def paged_attention_kernel(
             )
             if unit < seg_end:
                 query, token, head, there = paging.rows_of_tile(tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
-                q = load_queries(
-                    q_ptr, token, head, there, stride_q_token, stride_q_head, stride_q_dim, WIDE, HEAD_DIM, TILE_D
-                )
                 context = seq_len - num_queries
                 positions = query + context
                 last_key = context + tl.minimum((tile + 1) * QUERIES, num_queries)
@@ -127,6 +136,10 @@ def paged_attention_kernel(
                 stop = first_tile + tl.minimum(end, seg_end) - seg_begin
                 row_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_seq
                 table = (row_ptr, stride_table_block, num_blocks, max_blocks_per_seq)
+                ids = tile_ids(0, start, last_key, table, BLOCK_SIZE, TILE_KV)
+                q = load_queries(
+                    q_ptr, token, head, there, stride_q_token, stride_q_head, stride_q_dim, WIDE, HEAD_DIM, TILE_D
+                )
                 top, total = softmax.empty(TILE_Q)
                 acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
                 if TILE_Q >= 64:  # arithmetic counts: tiles that every query sees pass without a mask
@@ -135,17 +148,19 @@ def paged_attention_kernel(
                         oldest = tl.maximum(last_key - window, 0)
                         cut = tl.minimum(tl.maximum((oldest + TILE_KV - 1) // TILE_KV, start), whole)
                         acc, top, total = attend_cached_tiles(
-                            q, acc, top, total, positions, 0, start, cut, last_key, table, cache, kv_head, options,
+                            q, ids, acc, top, total, positions, 0, start, cut, last_key, table, cache, kv_head, options,
                             True, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
                         )  # fmt: skip
                         start = cut
+                        ids = tile_ids(0, start, last_key, table, BLOCK_SIZE, TILE_KV)
                     acc, top, total = attend_cached_tiles(
-                        q, acc, top, total, positions, 0, start, whole, last_key, table, cache, kv_head, options,
+                        q, ids, acc, top, total, positions, 0, start, whole, last_key, table, cache, kv_head, options,
                         False, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
                     )  # fmt: skip
                     start = whole
+                    ids = tile_ids(0, start, last_key, table, BLOCK_SIZE, TILE_KV)
                 acc, top, total = attend_cached_tiles(
-                    q, acc, top, total, positions, 0, start, stop, last_key, table, cache, kv_head, options,
+                    q, ids, acc, top, total, positions, 0, start, stop, last_key, table, cache, kv_head, options,
                     True, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
                 )  # fmt: skip
                 paging.finish_segment(
@@ -204,7 +219,7 @@ def paged_attention(
         num_tokens, num_seqs, num_kv_heads, num_blocks, max_blocks_per_seq,
         WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None, WIDE=wide, GROUP=group,
         HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE_Q=tiles.tile_q, TILE_KV=tiles.tile_kv, TILE_D=tile_d,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        FEWEST=tiles.fewest_units, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **overlapped(q),
     )  # fmt: skip
     return out
 
@@ -261,7 +276,6 @@ def split_paged_attention_kernel(
     if tile * QUERIES >= num_queries:
         return
     query, token, head, there = paging.rows_of_tile(tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
-    q = load_queries(q_ptr, token, head, there, stride_q_token, stride_q_head, stride_q_dim, WIDE, HEAD_DIM, TILE_D)
     context = seq_len - num_queries
     origin = (part * split_size).to(tl.int32)
     end = tl.minimum(context + tl.minimum((tile + 1) * QUERIES, num_queries), origin + split_size)
@@ -270,11 +284,13 @@ def split_paged_attention_kernel(
         start = tl.maximum(context + tile * QUERIES + 1 - window - origin, 0) // TILE_KV
     stop = (tl.maximum(end - origin, 0) + TILE_KV - 1) // TILE_KV
     row_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_seq
+    table = (row_ptr, stride_table_block, num_blocks, max_blocks_per_seq)
+    ids = tile_ids(origin, start, end, table, BLOCK_SIZE, TILE_KV)
+    q = load_queries(q_ptr, token, head, there, stride_q_token, stride_q_head, stride_q_dim, WIDE, HEAD_DIM, TILE_D)
     top, total = softmax.empty(TILE_Q)
     acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
     acc, top, total = attend_cached_tiles(
-        q, acc, top, total, query + context, origin, start, stop, end,
-        (row_ptr, stride_table_block, num_blocks, max_blocks_per_seq),
+        q, ids, acc, top, total, query + context, origin, start, stop, end, table,
         (k_cache_ptr, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
          v_cache_ptr, stride_v_block, stride_v_token, stride_v_head, stride_v_dim),
         kv_head, (scale, logit_cap, window),
