@@ -21,16 +21,9 @@ MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 KEY_STEP_0, KEY_STEP_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 
 # -log(1 - v) / v for 0 <= v < 1/4: a polynomial fitted to the relative error (4e-08)
-LOG_SERIES_0, LOG_SERIES_1, LOG_SERIES_2 = (
-    tl.constexpr(0.9999999625),
-    tl.constexpr(0.5000105607),
-    tl.constexpr(0.3328547747),
-)
-LOG_SERIES_3, LOG_SERIES_4, LOG_SERIES_5 = (
-    tl.constexpr(0.2578205147),
-    tl.constexpr(0.1438185175),
-    tl.constexpr(0.3399521923),
-)
+LOG_SERIES_0, LOG_SERIES_1 = tl.constexpr(0.9999999625), tl.constexpr(0.5000105607)
+LOG_SERIES_2, LOG_SERIES_3 = tl.constexpr(0.3328547747), tl.constexpr(0.2578205147)
+LOG_SERIES_4, LOG_SERIES_5 = tl.constexpr(0.1438185175), tl.constexpr(0.3399521923)
 
 UNIFORM, GUMBEL, NORMAL = (tl.constexpr(law) for law in range(3))
 

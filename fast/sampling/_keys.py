@@ -14,6 +14,8 @@ import triton.language as tl
 # Bits that a value of this dtype leaves at zero once it is float32.
 IDLE_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
+FIRST_STEP = tl.constexpr(1 << 20)  # an eighth of a power of two
+
 
 @triton.jit
 def sort_key(x, SHIFT: tl.constexpr):
@@ -47,6 +49,12 @@ def midpoint(low, high):
 
 
 @triton.jit
+def first_guess(low, high, step):
+    """Where to look next: what is sought is usually near the top, so from there on in steps eightfold, then halves."""
+    return tl.maximum(midpoint(low, high).to(tl.int64), high.to(tl.int64) - step).to(tl.int32)
+
+
+@triton.jit
 def count_from(values_ptr, stride, num_values, bound, SHIFT: tl.constexpr, TILE: tl.constexpr):
     """How many values have a key of at least ``bound`` (which is above that of -inf)."""
     count = tl.zeros([TILE], tl.int32)
@@ -74,9 +82,9 @@ def kth_key(values_ptr, stride, num_values, k, slack, low, high, SHIFT: tl.const
 
     Where values tie there may be none: then the largest that at least k values reach; ``low`` if fewer than k reach it.
     """
-    low, high = low.to(tl.int32), high.to(tl.int32)
+    low, high, step = low.to(tl.int32), high.to(tl.int32), tl.full([], FIRST_STEP >> SHIFT, tl.int64)
     while low + 1 < high:
-        middle = midpoint(low, high)
+        middle, step = first_guess(low, high, step), tl.minimum(step * 8, 1 << 32)
         count = count_from(values_ptr, stride, num_values, middle, SHIFT, TILE)
         enough = count >= k
         low = tl.where(enough, middle, low)
@@ -89,8 +97,9 @@ def nucleus_key(
     values_ptr, stride, num_values, target, low, high, top, inverse_temperature, SHIFT: tl.constexpr, TILE: tl.constexpr
 ):
     """The largest key in [``low``, ``high``) above which, itself included, there is a mass of at least ``target``."""
+    low, high, step = low.to(tl.int32), high.to(tl.int32), tl.full([], FIRST_STEP >> SHIFT, tl.int64)
     while low + 1 < high:
-        middle = midpoint(low, high)
+        middle, step = first_guess(low, high, step), tl.minimum(step * 8, 1 << 32)
         mass = mass_from(values_ptr, stride, num_values, middle, top, inverse_temperature, SHIFT, TILE)
         enough = mass >= target
         low = tl.where(enough, middle, low)

@@ -16,7 +16,6 @@ import triton.language as tl
 from fast._triton.platform import INTERPRETING
 from fast.numerics.philox import PURPOSE_DRAW, gumbel_at, quick_gumbel, words_of_tile
 from fast.sampling._keys import (
-    count_from,
     from_key,
     highest_key,
     kth_key,
@@ -320,7 +319,9 @@ def best_of_tiles(
 
 
 @triton.jit
-def to_one_scale(chunk_noisy_ptr, num_chunks, tile_max_ptr, top, inverse_temperature, TILE: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+def to_one_scale(
+    chunk_noisy_ptr, num_chunks, tile_max_ptr, top, inverse_temperature, TILE: tl.constexpr, COLS: tl.constexpr
+):
     """Make each tile's perturbed maxima relative to the row's best logit."""
     for start in range(0, num_chunks, TILE):
         chunk = start + tl.arange(0, TILE)

@@ -66,9 +66,9 @@ def _merge_beams_kernel(
     pair = tl.full([TILE_CANDIDATES], 9223372036854775807, tl.int64)  # row * vocab_size + token: in order of preference
     for first in range(start, end, TILE_BEAMS):
         inside = (first + beam < end)[:, None] & (place < num_candidates)[None, :]
-        where = (first + beam).to(tl.int64)[:, None] * num_candidates + place[None, :]
-        new = tl.load(totals_ptr + where, mask=inside, other=float("-inf"))
-        token = tl.load(tokens_ptr + where, mask=inside, other=0)
+        entry = (first + beam).to(tl.int64)[:, None] * num_candidates + place[None, :]
+        new = tl.load(totals_ptr + entry, mask=inside, other=float("-inf"))
+        token = tl.load(tokens_ptr + entry, mask=inside, other=0)
         new_pair = (first + beam - start).to(tl.int64)[:, None] * vocab_size + token
         new_pair = tl.where(new > float("-inf"), new_pair, 9223372036854775807)
         old, old_pair = best, pair
@@ -81,9 +81,10 @@ def _merge_beams_kernel(
             new = tl.where(new_pair == chosen, float("-inf"), new)
             old = tl.where(old_pair == chosen, float("-inf"), old)
     exists, inside = best > float("-inf"), place < num_candidates
-    tl.store(best_ptr + group * num_candidates + place, best, mask=inside)
-    tl.store(rows_ptr + group * num_candidates + place, tl.where(exists, pair // vocab_size, -1).to(tl.int32), mask=inside)  # fmt: skip
-    tl.store(best_tokens_ptr + group * num_candidates + place, tl.where(exists, pair % vocab_size, -1), mask=inside)
+    where = group * num_candidates + place
+    tl.store(best_ptr + where, best, mask=inside)
+    tl.store(rows_ptr + where, tl.where(exists, pair // vocab_size, -1).to(tl.int32), mask=inside)
+    tl.store(best_tokens_ptr + where, tl.where(exists, pair % vocab_size, -1), mask=inside)
 
 
 def beam_scores(

@@ -80,7 +80,8 @@ def penalize(
 
     result = torch.empty(logits.shape, dtype=torch.float32, device=logits.device) if out is None else out
     per_row = rows_together(prompt_lens, *penalties.values())
-    _penalize.penalize_into(result, logits, history.contiguous(), per_row, bias_ids.contiguous(), bias_values.contiguous())  # fmt: skip
+    biases = rows_together(bias_ids, bias_values)
+    _penalize.penalize_into(result, logits, history.contiguous(), per_row, *biases)
     return result
 
 
@@ -151,8 +152,8 @@ def sample(
     common, pivots = _common(found, logits), {"NUM_PIVOTS": _select.NUM_PIVOTS, "PLAN_WIDTH": _select.PLAN_WIDTH}
     sizes = {name: size for name, size in _select.SIZES.items() if name != "TILE_ALL"}
     plan = torch.empty(num_rows, _select.PLAN_WIDTH, dtype=torch.int32, device=logits.device)
-    weights = torch.empty(num_rows, 1 + found.num_tiles, 2 * _select.NUM_PIVOTS, device=logits.device)
-    pivot_logits, above = weights.view(-1)[: num_rows * 2 * _select.NUM_PIVOTS], weights.view(-1)[num_rows * 2 * _select.NUM_PIVOTS :]  # fmt: skip
+    pivot_logits = torch.empty(num_rows, 2 * _select.NUM_PIVOTS, device=logits.device)
+    above = torch.empty(num_rows, found.num_tiles, 2 * _select.NUM_PIVOTS, device=logits.device)
     strides = (*logits.stride(), vocab_size, found.num_tiles)
     _select._choose_kernel[(num_rows,)](
         logits, *filters, *draws, *found, *_scratch(logits), plan, pivot_logits, tokens, *strides,
@@ -203,6 +204,9 @@ def _common(found: Scan, logits: Array) -> dict[str, int]:
 
 def _scratch(logits: Array) -> tuple[Array, Array, Array]:
     """Chunks listed, and the candidates' tokens and logits."""
-    words = torch.empty(len(logits), _select.MAX_CHUNKS + _select.MAX_CANDIDATES, dtype=torch.int32, device=logits.device)  # fmt: skip
-    listed, candidates = words.view(-1).split([len(logits) * _select.MAX_CHUNKS, len(logits) * _select.MAX_CANDIDATES])
-    return listed, candidates, torch.empty(len(logits), _select.MAX_CANDIDATES, device=logits.device)
+    num_rows, ints = len(logits), {"dtype": torch.int32, "device": logits.device}
+    return (
+        torch.empty((num_rows, _select.MAX_CHUNKS), **ints),
+        torch.empty((num_rows, _select.MAX_CANDIDATES), **ints),
+        torch.empty((num_rows, _select.MAX_CANDIDATES), device=logits.device),
+    )
