@@ -1,8 +1,5 @@
 """Rounding in kernels, and dot products: right in the interpreter too, which truncates where a GPU rounds."""
 
-# pyright: reportArgumentType=false, reportOperatorIssue=false
-# A constexpr parameter takes a plain number, and a constexpr computes with one; Triton's types know neither.
-
 import triton
 import triton.language as tl
 
