@@ -1,7 +1,7 @@
 """flash_attention, in Triton. What the technique is for: `reference/attention/flash_attention.py`.
 
 A program owns a tile of queries of one head and lets the keys of its sequence pass, as ``attend_query_tile`` of the
-reference does. Only the tiles that the mask cuts are masked; the ones before them are all seen, and pass unmasked.
+reference does. Only the tiles that the mask cuts are masked.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,8 @@ from fast._triton.platform import INTERPRETING, is_hopper
 from fast._triton.rounding import dot, store, to_dtype
 from fast.attention._checks import require_attention, require_cu_seqlens
 
-HOPPER = False
+# Numbers that differ from batch to batch: no kernel of its own for one that is 1 or a multiple of 16.
+COUNTS = ("window", "num_tokens", "total_keys", "num_seqs", "num_heads", "num_slots", "group")
 SEARCH = 128  # sequences that a program looks through at a time for its own
 
 
@@ -33,18 +34,21 @@ class Tiles(NamedTuple):
 
 
 def choose_tiles(head_dim: int, itemsize: int, tokens_per_seq: float) -> Tiles:
-    """Tiles by the shape of the work: the largest that fit, and small ones where sequences have few queries.
+    """Tiles by the shape of the work: small where sequences have few queries, and where the head is wide.
 
-    float32 runs without tensor cores, a thread holding whole rows of its operands in registers, so tiles are small;
-    not in the interpreter, where a program costs milliseconds whatever its size.
+    64x64 leaves room for two programs a processor, the softmax of one beside the products of the other: faster than one
+    with tiles of 128. float32 runs without tensor cores, a thread holding whole rows of its operands in registers. In
+    the interpreter a program costs milliseconds whatever its size, so there are few.
     """
-    if itemsize == 4 and not INTERPRETING:
+    if INTERPRETING:
+        return Tiles(128, 64, 4, 1)
+    if itemsize == 4:
         return Tiles(32, 32, 8, 1) if head_dim <= 64 else Tiles(16, 16, 8, 1)
     if tokens_per_seq <= 16:
-        return Tiles(16, 64, 4, 2)
+        return Tiles(16, 32, 4, 3)
     if head_dim > 128:
         return Tiles(64, 64, 8, 2)
-    return Tiles(64, 64, 4, 2) if tokens_per_seq <= 64 else Tiles(128, 128, 8, 2)
+    return Tiles(64, 64, 4, 3)
 
 
 def choose_kernel(q: Array, k: Array, v: Array, tokens_per_seq: float, plain: bool) -> str:
@@ -55,7 +59,7 @@ def choose_kernel(q: Array, k: Array, v: Array, tokens_per_seq: float, plain: bo
     head_dim, itemsize = q.shape[2], q.element_size()
     if head_dim < 16 or head_dim & (head_dim - 1) or not len(k) or not rows_are_aligned(k) or not rows_are_aligned(v):
         return "pointers"
-    hopper = HOPPER and plain and head_dim in (64, 128) and itemsize == 2 and tokens_per_seq > 64
+    hopper = plain and head_dim in (64, 128) and itemsize == 2 and tokens_per_seq > 64
     return "hopper" if hopper and rows_are_aligned(q) and is_hopper(q) else "descriptors"
 
 
@@ -110,12 +114,15 @@ def load_tile(
 
 @triton.jit
 def attend_tiles(
-    q, acc, top, total, k, v, first_key, kv_head, num_keys, start, stop, queries, window, scale, scale_log2, logit_cap,
-    stride_k_token, stride_k_head, stride_v_token, stride_v_head,
-    MASKED: tl.constexpr, RAGGED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    q, acc, top, total, k, v, first_key, kv_head, num_keys, start, stop, seen_first, seen_end, queries, window,
+    scale, scale_log2, logit_cap, stride_k_token, stride_k_head, stride_v_token, stride_v_head,
+    RAGGED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     HEAD_DIM: tl.constexpr, TILE_KV: tl.constexpr, TILE_D: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Let the keys from ``start`` to ``stop`` pass, a tile at a time. RAGGED: the sequence may end in the tile."""
+    """Let the keys from ``start`` to ``stop`` pass, a tile at a time; every query sees ``seen_first`` to ``seen_end``.
+
+    RAGGED: the sequence may end in the tile.
+    """
     for first in range(start, stop, TILE_KV):
         k_tile = load_tile(
             k, first_key + first, kv_head, first_key + num_keys, stride_k_token, stride_k_head,
@@ -124,9 +131,10 @@ def attend_tiles(
         scores = dot(q, tl.trans(k_tile), tl.zeros([q.shape[0], TILE_KV], tl.float32))
         if CAPPED:
             scores = softmax.cap_scores(scores, scale, logit_cap)
-        if MASKED:
-            keys = first + tl.arange(0, TILE_KV)
-            scores = softmax.hide(scores, queries, keys, num_keys, window, CAUSAL, WINDOWED)
+        if RAGGED or CAUSAL or WINDOWED:  # noqa: SIM102 (known when compiled, unlike the next)
+            if RAGGED or (first < seen_first) or (first >= seen_end):
+                keys = first + tl.arange(0, TILE_KV)
+                scores = softmax.hide(scores, queries, keys, num_keys, window, CAUSAL, WINDOWED)
         top, total, rescale, weights = softmax.update(scores, top, total, scale_log2)
         acc = acc * rescale[:, None]
         v_tile = load_tile(
@@ -139,7 +147,7 @@ def attend_tiles(
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def flash_attention_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim]
     k,  # [num_keys, num_kv_heads, head_dim], a pointer or a descriptor
@@ -223,28 +231,13 @@ def flash_attention_kernel(
     if SINKS:
         top, total = softmax.empty_with_sink(tl.load(sinks_ptr + head), TILE_Q)
     acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
-    if WINDOWED:
+    for RAGGED in tl.static_range(2):
         acc, top, total = attend_tiles(
-            q, acc, top, total, k, v, first_key, kv_head, num_keys, start, seen_first, queries, window,
+            q, acc, top, total, k, v, first_key, kv_head, num_keys, whole if RAGGED else start,
+            stop if RAGGED else whole_stop, seen_first, seen_end, queries, window,
             scale, scale_log2, logit_cap, stride_k_token, stride_k_head, stride_v_token, stride_v_head,
-            True, False, CAUSAL, WINDOWED, CAPPED, HEAD_DIM, TILE_KV, TILE_D, DESCRIPTORS,
+            RAGGED, CAUSAL, WINDOWED, CAPPED, HEAD_DIM, TILE_KV, TILE_D, DESCRIPTORS,
         )  # fmt: skip
-    acc, top, total = attend_tiles(
-        q, acc, top, total, k, v, first_key, kv_head, num_keys, seen_first, seen_end, queries, window,
-        scale, scale_log2, logit_cap, stride_k_token, stride_k_head, stride_v_token, stride_v_head,
-        False, False, CAUSAL, WINDOWED, CAPPED, HEAD_DIM, TILE_KV, TILE_D, DESCRIPTORS,
-    )  # fmt: skip
-    if CAUSAL or WINDOWED:
-        acc, top, total = attend_tiles(
-            q, acc, top, total, k, v, first_key, kv_head, num_keys, seen_end, whole_stop, queries, window,
-            scale, scale_log2, logit_cap, stride_k_token, stride_k_head, stride_v_token, stride_v_head,
-            True, False, CAUSAL, WINDOWED, CAPPED, HEAD_DIM, TILE_KV, TILE_D, DESCRIPTORS,
-        )  # fmt: skip
-    acc, top, total = attend_tiles(
-        q, acc, top, total, k, v, first_key, kv_head, num_keys, whole, stop, queries, window,
-        scale, scale_log2, logit_cap, stride_k_token, stride_k_head, stride_v_token, stride_v_head,
-        True, True, CAUSAL, WINDOWED, CAPPED, HEAD_DIM, TILE_KV, TILE_D, DESCRIPTORS,
-    )  # fmt: skip
 
     factor, lse = softmax.finish(top, total)
     out_offset = token[:, None] * stride_out_token + head.to(tl.int64) * stride_out_head + dim[None, :]

@@ -12,7 +12,6 @@ What it does not do: windows, caps, float32, head sizes other than 64 and 128; t
 """
 
 import torch
-import triton
 from torch import Tensor as Array
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -30,8 +29,17 @@ from fast._triton.platform import num_processors
 TILE_Q = 128  # of a program: 64 for each consumer
 TILE_KV = 128
 NUM_STAGES = 2  # tiles of K, and as many of V, in shared memory
+IN_TURN = True  # the consumers start their products in turn, so that one's softmax falls beside the other's products
+COUNTS = ("num_seqs", "num_tokens", "total_keys", "num_heads", "group", "num_slots", "num_halvings")
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def item_of(turn):
+    """The item a program takes in its ``turn``: to and fro, because items get shorter and the first is the longest."""
+    place = gl.where(turn % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+    return turn * gl.num_programs(0) + place
 
 
 @gluon.jit
@@ -44,7 +52,7 @@ def find_item(
     Slots of queries are counted as in the portable kernel's ``find_tile``; here the sequence is found by bisection.
     """
     head = item % num_heads
-    slot = num_slots - 1 - item // num_heads
+    slot = num_slots - 1 - item // num_heads  # below 0: no item is left
     seq = 0
     end = num_seqs
     for _ in range(num_halvings):
@@ -59,7 +67,7 @@ def find_item(
     first_key = gl.minimum(gl.maximum(gl.load(cu_seqlens_k_ptr + seq), 0), total_keys)
     num_keys = gl.minimum(gl.maximum(gl.load(cu_seqlens_k_ptr + seq + 1), first_key), total_keys) - first_key
 
-    rows_left = num_queries - tile * TILE_Q
+    rows_left = gl.where(slot >= 0, num_queries - tile * TILE_Q, 0)
     position = tile * TILE_Q + num_keys - num_queries  # of the first query
     seen_tiles = num_keys // TILE_KV  # those that every query sees whole
     num_tiles = (num_keys + TILE_KV - 1) // TILE_KV
@@ -80,18 +88,21 @@ def produce(
     """The producer: for each item, its queries once and its keys and values from the last tile to the first."""
     passed = 0  # tiles of keys, of all items
     items = 0
-    for item in range(gl.program_id(0), num_slots * num_heads, gl.num_programs(0)):
-        head, token, rows_left, position, first_key, num_keys, num_tiles, seen_tiles = find_item(
+    num_items = num_slots * num_heads
+    for round in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
+        item = item_of(round)
+        head, token, _rows, _position, first_key, _keys, num_tiles, _seen = find_item(
             item, cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, num_slots,
             num_halvings, CAUSAL, TILE_Q, TILE_KV,
         )  # fmt: skip
         kv_column = head // group * HEAD_DIM
         if num_tiles > 0:
             for which in gl.static_range(2):
-                mbarrier.wait(q_empty.index(which), (items & 1) ^ 1)
-                mbarrier.expect(q_full.index(which), q_desc.block_type.nbytes)
+                half = items % 2 * 2 + which
+                mbarrier.wait(q_empty.index(half), (items // 2 & 1) ^ 1)
+                mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(
-                    q_desc, [token + which * (TILE_Q // 2), head * HEAD_DIM], q_full.index(which), q_smem.index(which)
+                    q_desc, [token + which * (TILE_Q // 2), head * HEAD_DIM], q_full.index(half), q_smem.index(half)
                 )
             items += 1
             for step in range(num_tiles):
@@ -147,19 +158,26 @@ def clean(v_tile, num_rows, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr):
 
 @gluon.jit
 def pass_tiles(
-    scores_of, acc, weights, top, total, passed, start, stop, position, num_keys, scale_log2,
-    q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-    MASKED: gl.constexpr, CAUSAL: gl.constexpr, TILE_KV: gl.constexpr, STAGES: gl.constexpr,
+    scores_of, acc, weights, top, total, rescale, passed, turns, start, stop, position, num_keys, scale_log2,
+    q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
+    WHICH: gl.constexpr, IN_TURN: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
+    TILE_KV: gl.constexpr, STAGES: gl.constexpr,
     S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Tiles of keys from ``start`` down to ``stop``; the values of a tile are added while the next one is scored."""
     for step in range(start - stop):
         tile = start - 1 - step
         stage = passed % STAGES
+        if IN_TURN:
+            mbarrier.wait(my_turn, (turns & 1) ^ (1 - WHICH))
         scores = warpgroup_mma(q_tile, k_smem.index(stage).permute((1, 0)), scores_of, use_acc=False, is_async=True)
+        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, P_LAYOUT.parent))[:, None]
         before = (passed - 1) % STAGES
         mbarrier.wait(v_full.index(before), (passed - 1) // STAGES & 1)
         acc = warpgroup_mma(weights, v_smem.index(before), acc, is_async=True)
+        if IN_TURN:
+            mbarrier.arrive(other_turn, count=1)
+            turns += 1
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
         if MASKED:
@@ -170,18 +188,18 @@ def pass_tiles(
         mbarrier.wait(k_full.index((passed + 1) % STAGES), (passed + 1) // STAGES & 1, pred=tile > 0)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(before), count=1)
-        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, P_LAYOUT.parent))[:, None]
         weights = gl.convert_layout(new_weights.to(q_tile.dtype), P_LAYOUT)
         passed += 1
-    return acc, weights, top, total, passed
+    return acc, weights, top, total, rescale, passed, turns
 
 
 @gluon.jit
 def consume(
-    q_tile, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, out_ptr, lse_ptr, sinks_ptr, scale_log2,
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
+    out_ptr, lse_ptr, sinks_ptr, scale_log2,
     stride_out_token, stride_out_head,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, num_slots, num_halvings,
-    WHICH: gl.constexpr, SINKS: gl.constexpr, CAUSAL: gl.constexpr,
+    WHICH: gl.constexpr, IN_TURN: gl.constexpr, SINKS: gl.constexpr, CAUSAL: gl.constexpr,
     TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 of an item's queries, through all its tiles of keys."""
@@ -191,15 +209,24 @@ def consume(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     STORE_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [4, 1], [1, 0])
-    dtype: gl.constexpr = q_tile.dtype
+    dtype: gl.constexpr = k_smem.dtype
     scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, S_LAYOUT)
 
     passed = 0
     items = 0
-    for item in range(gl.program_id(0), num_slots * num_heads, gl.num_programs(0)):
-        head, token, rows_left, position, first_key, num_keys, num_tiles, seen_tiles = find_item(
-            item, cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, num_slots,
-            num_halvings, CAUSAL, TILE_Q, TILE_KV,
+    turns = 0
+    num_items = num_slots * num_heads
+    next_head, next_token, next_rows, next_position, _, next_keys, next_tiles, next_seen = find_item(
+        item_of(0), cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, num_slots,
+        num_halvings, CAUSAL, TILE_Q, TILE_KV,
+    )  # fmt: skip
+    for round in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
+        head, token, rows_left, position = next_head, next_token, next_rows, next_position
+        num_keys, num_tiles, seen_tiles = next_keys, next_tiles, next_seen
+        # What comes next is looked up now, while the first keys are on their way.
+        next_head, next_token, next_rows, next_position, _, next_keys, next_tiles, next_seen = find_item(
+            item_of(round + 1), cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads,
+            num_slots, num_halvings, CAUSAL, TILE_Q, TILE_KV,
         )  # fmt: skip
         token += WHICH * ROWS
         rows_left -= WHICH * ROWS
@@ -209,7 +236,9 @@ def consume(
         total = gl.zeros([ROWS], gl.float32, ROW_LAYOUT)
         acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
         if num_tiles > 0:
-            mbarrier.wait(q_full, items & 1)
+            half = items % 2 * 2 + WHICH
+            q_tile = q_smem.index(half)
+            mbarrier.wait(q_full.index(half), items // 2 & 1)
             items += 1
             stage = passed % STAGES
             mbarrier.wait(k_full.index(stage), passed // STAGES & 1)
@@ -227,17 +256,20 @@ def consume(
             mbarrier.wait(k_full.index(passed % STAGES), passed // STAGES & 1, pred=num_tiles > 1)
 
             middle = gl.minimum(seen_tiles, num_tiles - 1)
-            acc, weights, top, total, passed = pass_tiles(
-                scores_of, acc, weights, top, total, passed, num_tiles - 1, middle, position, num_keys, scale_log2,
-                q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                True, CAUSAL, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
+            acc, weights, top, total, rescale, passed, turns = pass_tiles(
+                scores_of, acc, weights, top, total, rescale, passed, turns,
+                num_tiles - 1, middle, position, num_keys, scale_log2,
+                q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
+                WHICH, IN_TURN, True, CAUSAL, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
             )  # fmt: skip
-            acc, weights, top, total, passed = pass_tiles(
-                scores_of, acc, weights, top, total, passed, middle, 0, position, num_keys, scale_log2,
-                q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                False, CAUSAL, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
+            acc, weights, top, total, rescale, passed, turns = pass_tiles(
+                scores_of, acc, weights, top, total, rescale, passed, turns,
+                middle, 0, position, num_keys, scale_log2,
+                q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
+                WHICH, IN_TURN, False, CAUSAL, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
             )  # fmt: skip
-            mbarrier.arrive(q_empty, count=1)
+            mbarrier.arrive(q_empty.index(half), count=1)
+            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
             stage = (passed - 1) % STAGES
             mbarrier.wait(v_full.index(stage), (passed - 1) // STAGES & 1)
             acc = warpgroup_mma(weights, v_smem.index(stage), acc, is_async=True)
@@ -265,7 +297,7 @@ def consume(
             gl.store(out_ptr + offset, result, mask=row < rows_left)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=COUNTS)
 def flash_attention_hopper_kernel(
     q_desc,  # [num_tokens, num_heads * head_dim]
     k_desc,  # [num_keys, num_kv_heads * head_dim]
@@ -285,6 +317,7 @@ def flash_attention_hopper_kernel(
     group,
     num_slots,
     num_halvings,
+    IN_TURN: gl.constexpr,
     SINKS: gl.constexpr,
     CAUSAL: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -293,16 +326,19 @@ def flash_attention_hopper_kernel(
     STAGES: gl.constexpr,
 ):
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [2, TILE_Q // 2, HEAD_DIM], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [4, TILE_Q // 2, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE_KV, HEAD_DIM], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE_KV, HEAD_DIM], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for which in gl.static_range(2):
+        mbarrier.init(turn.index(which), count=1)
+    for which in gl.static_range(4):
         mbarrier.init(q_full.index(which), count=1)
         mbarrier.init(q_empty.index(which), count=1)
     for stage in gl.static_range(STAGES):
@@ -315,16 +351,18 @@ def flash_attention_hopper_kernel(
     gl.warp_specialize(
         [
             (consume, (
-                q_smem.index(0), k_smem, v_smem, q_full.index(0), q_empty.index(0), k_full, k_empty, v_full, v_empty,
-                out_ptr, lse_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head,
+                q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                turn.index(0), turn.index(1), out_ptr, lse_ptr, sinks_ptr, scale_log2,
+                stride_out_token, stride_out_head,
                 cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, num_slots,
-                num_halvings, 0, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                num_halvings, 0, IN_TURN, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
             )),
             (consume, (
-                q_smem.index(1), k_smem, v_smem, q_full.index(1), q_empty.index(1), k_full, k_empty, v_full, v_empty,
-                out_ptr, lse_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head,
+                q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                turn.index(1), turn.index(0), out_ptr, lse_ptr, sinks_ptr, scale_log2,
+                stride_out_token, stride_out_head,
                 cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, num_slots,
-                num_halvings, 1, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                num_halvings, 1, IN_TURN, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
             )),
             (produce, (
                 q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -378,6 +416,7 @@ def attend_on_hopper(
         num_heads // k.shape[1],
         num_slots,
         (num_seqs - 1).bit_length(),
+        IN_TURN=IN_TURN,
         SINKS=sinks is not None,
         CAUSAL=causal,
         TILE_Q=TILE_Q,
