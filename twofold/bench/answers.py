@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.file.write_text(json.dumps(make(options.model, options.backend)))
         return 0
     answers = json.loads(options.file.read_text())
-    wide = {"max_num_seqs": 512, "max_num_batched_tokens": 8192}  # all places in a few steps
+    wide = {"max_num_seqs": 512, "max_num_batched_tokens": 8192, "num_blocks": 2048}  # all places in a few steps
     results = []
     for result in check(answers, options.model, backend=options.backend, dtype=options.dtype, **wide):
         print(result, flush=True)
