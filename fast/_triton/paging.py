@@ -313,40 +313,42 @@ def merge_parts(
 ):  # fmt: skip
     """Merge what the programs from ``first`` to ``last`` left of a segment, and store its rows.
 
-    Nobody else works on it by now, so what counts is how many loads are under way at once: a few rows of many parts.
+    Nobody else works on it by now, so what counts is how many loads are under way at once: a step takes a few rows of
+    many parts, and the loads of the steps after it are started before it is computed.
     """
     FEW: tl.constexpr = 4 if TILE_Q <= 32 else 32
     PARTS: tl.constexpr = max(1, 8192 // (FEW * TILE_D))
     in_dims = (dim < HEAD_DIM)[None, :]
-    for first_row in range(0, tl.max(tl.where(there, tl.arange(0, TILE_Q) + 1, 0), 0), FEW):  # they may have gaps
-        row = first_row + tl.arange(0, FEW)
-        own = row[:, None] == tl.arange(0, TILE_Q)[None, :]
-        row_token = tl.sum(tl.where(own, token[None, :], 0), 1)
-        row_head = tl.sum(tl.where(own, head[None, :], 0), 1)
-        row_there = tl.sum((own & there[None, :]).to(tl.int32), 1) > 0
-        top, total = softmax.empty(FEW)
-        acc = tl.zeros([FEW, TILE_D], tl.float32)
-        for first_part in range(first, last + 1, PARTS):
-            part = first_part + tl.arange(0, PARTS)
-            loaded = (part <= last)[:, None] & row_there[None, :]
-            place = (part * 2 + (part == first).to(tl.int32)).to(tl.int64)[:, None] * TILE_Q
-            stats = stats_ptr + place * 2 + row[None, :]
-            part_top = tl.load(stats, mask=loaded, other=float("-inf"), cache_modifier=".cg")
-            part_total = tl.load(stats + TILE_Q, mask=loaded, other=0.0, cache_modifier=".cg")
-            values = tl.load(
-                parts_ptr + ((place + row[None, :]) * TILE_D)[:, :, None] + tl.arange(0, TILE_D)[None, None, :],
-                mask=loaded[:, :, None] & in_dims[None, :, :], other=0.0, cache_modifier=".cg",
-            )  # fmt: skip
-            new_top = tl.maximum(top, tl.max(part_top, 0))
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            old, weights = tl.exp2(top - shift), tl.exp2(part_top - shift[None, :])
-            total = total * old + tl.sum(weights * part_total, 0)
-            acc = acc * old[:, None] + tl.sum(weights[:, :, None] * values, 0)
-            top = new_top
-        store_rows(
-            acc, top, total, out_ptr, sinks_ptr, row_token, row_head, row_there, dim,
-            stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM,
+    steps = (last - first + PARTS) // PARTS  # for the same rows
+    num_rows = tl.sum(there.to(tl.int32), 0)
+    top, total = softmax.empty(FEW)
+    acc = tl.zeros([FEW, TILE_D], tl.float32)
+    for step in tl.range(0, (num_rows + FEW - 1) // FEW * steps, num_stages=3):
+        row = step // steps * FEW + tl.arange(0, FEW)
+        part = first + step % steps * PARTS + tl.arange(0, PARTS)
+        loaded = (part <= last)[:, None] & (row < num_rows)[None, :]
+        place = (part * 2 + (part == first).to(tl.int32)).to(tl.int64)[:, None] * TILE_Q
+        stats = stats_ptr + place * 2 + row[None, :]
+        part_top = tl.load(stats, mask=loaded, other=float("-inf"), cache_modifier=".cg")
+        part_total = tl.load(stats + TILE_Q, mask=loaded, other=0.0, cache_modifier=".cg")
+        values = tl.load(
+            parts_ptr + ((place + row[None, :]) * TILE_D)[:, :, None] + tl.arange(0, TILE_D)[None, None, :],
+            mask=loaded[:, :, None] & in_dims[None, :, :], other=0.0, cache_modifier=".cg",
         )  # fmt: skip
+        top = tl.where(step % steps == 0, float("-inf"), top)  # other rows begin: what came before counts for nothing
+        new_top = tl.maximum(top, tl.max(part_top, 0))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        old, weights = tl.exp2(top - shift), tl.exp2(part_top - shift[None, :])
+        total = total * old + tl.sum(weights * part_total, 0)
+        acc = acc * old[:, None] + tl.sum(weights[:, :, None] * values, 0)
+        top = new_top
+        if step % steps == steps - 1:
+            own = row[:, None] == tl.arange(0, TILE_Q)[None, :]
+            store_rows(
+                acc, top, total, out_ptr, sinks_ptr,
+                tl.sum(tl.where(own, token[None, :], 0), 1), tl.sum(tl.where(own, head[None, :], 0), 1),
+                row < num_rows, dim, stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -27,6 +27,9 @@ from fast.attention._cached_tiles import (
     tile_ids,
 )
 from fast.attention.invariant_attention import paged_attention_invariant as paged_attention_invariant
+from fast.attention.paged_attention_hopper import attend_chunks_on_hopper, hopper_fits, is_hopper
+
+CHUNK = 128  # queries a sequence, in the mean, from which on a batch is one of chunks
 
 
 class Tiles(NamedTuple):
@@ -38,6 +41,7 @@ class Tiles(NamedTuple):
     num_stages: int
     programs_per_processor: int
     fewest_units: int = 2  # that a program takes: a shorter share costs more to merge than it saves
+    max_registers: int | None = None  # of a thread, to have more programs on a processor
 
 
 def choose_tiles(num_tokens: int, num_seqs: int, group: int, head_dim: int, itemsize: int) -> Tiles:
@@ -49,6 +53,12 @@ def choose_tiles(num_tokens: int, num_seqs: int, group: int, head_dim: int, item
     if rows <= 64:
         return Tiles(triton.next_power_of_2(rows), 32 if wide else 64, 4, 3, 2)
     return Tiles(max(128, triton.next_power_of_2(group)), 32 if wide else 64, 8, 3, 1)
+
+
+def runs_on_hopper(q: Array, k_cache: Array, v_cache: Array, block_table: Array) -> bool:
+    """Whether the batch is mostly chunks, and a Hopper GPU and the layout allow the kernel made for those."""
+    chunks = len(q) >= CHUNK * len(block_table)
+    return chunks and is_hopper(q) and hopper_fits(q, k_cache, v_cache, block_table)
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
@@ -203,6 +213,9 @@ def paged_attention(
     if len(q) == 0:
         return out
     q, scale = softmax.positive_scale(q, scale)
+    if sliding_window is None and logit_cap is None and runs_on_hopper(q, k_cache, v_cache, block_table):
+        attend_chunks_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out)
+        return out
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, block_size, num_kv_heads, _ = k_cache.shape
     num_seqs, max_blocks_per_seq = block_table.shape
@@ -219,7 +232,8 @@ def paged_attention(
         num_tokens, num_seqs, num_kv_heads, num_blocks, max_blocks_per_seq,
         WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None, WIDE=wide, GROUP=group,
         HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE_Q=tiles.tile_q, TILE_KV=tiles.tile_kv, TILE_D=tile_d,
-        FEWEST=tiles.fewest_units, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **overlapped(q),
+        FEWEST=tiles.fewest_units, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        maxnreg=tiles.max_registers, **overlapped(q),
     )  # fmt: skip
     return out
 

@@ -1,0 +1,436 @@
+"""Chunks of prompts over a paged cache on a Hopper GPU, in Gluon: `flash_attention_hopper.py`, its keys in blocks.
+
+The copy engine (TMA) sees the cache as rows of slots. The producer reads the ids of a tile's blocks from the block
+table and asks for one block after the other; each lands in its rows of the tile, and the consumers see no difference.
+A block id of -1, or one that the cache does not have, is a place outside the array, for which the engine gives zeros.
+
+What it does not do: windows, caps, float32, head sizes other than 64 and 128, blocks that do not divide a tile or whose
+tokens do not lie one behind another; and one sequence's decode is one program's. `paged_attention.py` does all that.
+"""
+
+import torch
+from torch import Tensor as Array
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from fast._triton.platform import COMPILE_ONLY, device_properties, num_processors
+
+TILE_Q = 128  # of a program: 64 for each consumer
+TILE_KV = 128
+IN_TURN = True  # the consumers start their products in turn, so that one's softmax falls beside the other's products
+NUM_STAGES = 2  # tiles of K, and as many of V, in shared memory
+LOG2E = gl.constexpr(1.4426950408889634)
+PER_BATCH = [
+    "stride_table_seq", "num_seqs", "num_tokens", "num_heads", "group", "num_slots", "num_halvings", "num_blocks",
+    "max_blocks_per_seq", "k_rows_per_block", "v_rows_per_block",
+]  # fmt: skip
+
+
+@gluon.jit
+def item_of(turn):
+    """The item a program takes in its ``turn``: to and fro, because items get shorter and the first is the longest."""
+    place = gl.where(turn % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+    return turn * gl.num_programs(0) + place
+
+
+@gluon.jit
+def find_item(
+    item, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity,
+    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr,
+):  # fmt: skip
+    """What a program has to do next: head, tile of queries, their sequence, and which tiles of keys.
+
+    Sequence s has the slots from ``cu_seqlens_q[s] // TILE_Q + s``, and is found by bisection.
+    """
+    head = item % num_heads
+    slot = num_slots - 1 - item // num_heads  # below 0: no item is left
+    seq = 0
+    end = num_seqs
+    for _ in range(num_halvings):
+        middle = (seq + end) // 2
+        below = gl.load(cu_seqlens_q_ptr + middle) // TILE_Q + middle <= slot
+        seq = gl.where(below, middle, seq)
+        end = gl.where(below, end, middle)
+    begin_q = gl.load(cu_seqlens_q_ptr + seq)
+    tile = slot - (begin_q // TILE_Q + seq)
+    first_query = gl.minimum(gl.maximum(begin_q, 0), num_tokens)
+    num_queries = gl.minimum(gl.maximum(gl.load(cu_seqlens_q_ptr + seq + 1), first_query), num_tokens) - first_query
+    seq_len = gl.minimum(gl.maximum(gl.load(seq_lens_ptr + seq), 0), capacity)
+
+    rows_left = gl.where(slot >= 0, num_queries - tile * TILE_Q, 0)
+    position = tile * TILE_Q + seq_len - num_queries  # of the first query
+    num_keys = gl.maximum(position + gl.minimum(rows_left, TILE_Q), 0)
+    num_tiles = gl.where(rows_left > 0, (num_keys + TILE_KV - 1) // TILE_KV, 0)
+    seen_tiles = gl.maximum(position + 1, 0) // TILE_KV
+    return head, seq, first_query + tile * TILE_Q, rows_left, position, seq_len, num_tiles, seen_tiles
+
+
+@gluon.jit
+def load_blocks(
+    desc, row_ptr, first_block, num_blocks, max_blocks_per_seq, rows_per_block, column, full, tile,
+    BLOCK_SIZE: gl.constexpr, TILE_KV: gl.constexpr,
+):  # fmt: skip
+    """Ask for the blocks of a tile of keys or values, each to its own rows of the tile."""
+    for index in gl.static_range(TILE_KV // BLOCK_SIZE):
+        known = first_block + index < max_blocks_per_seq
+        block = gl.load(row_ptr + gl.minimum(first_block + index, max_blocks_per_seq - 1))
+        block = gl.where(known & (block >= 0) & (block < num_blocks), block, -1)
+        rows = tile.slice(index * BLOCK_SIZE, BLOCK_SIZE)
+        tma.async_copy_global_to_shared(desc, [block * rows_per_block, column], full, rows)
+
+
+@gluon.jit
+def produce(
+    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads, group,
+    num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
+    BLOCK_SIZE: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer: for each item, its queries once and its keys and values from the last tile to the first."""
+    TILE_BYTES: gl.constexpr = TILE_KV * HEAD_DIM * 2
+    passed = 0  # tiles of keys, of all items
+    items = 0
+    num_items = num_slots * num_heads
+    for round in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
+        item = item_of(round)
+        head, seq, token, _, _, _, num_tiles, _ = find_item(
+            item, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings,
+            max_blocks_per_seq * BLOCK_SIZE, TILE_Q, TILE_KV,
+        )  # fmt: skip
+        kv_column = head // group * HEAD_DIM
+        row_ptr = block_table_ptr + seq.to(gl.int64) * stride_table_seq
+        if num_tiles > 0:
+            for which in gl.static_range(2):
+                mbarrier.wait(q_empty.index(which), (items & 1) ^ 1)
+                mbarrier.expect(q_full.index(which), q_desc.block_type.nbytes)
+                tma.async_copy_global_to_shared(
+                    q_desc, [token + which * (TILE_Q // 2), head * HEAD_DIM], q_full.index(which), q_smem.index(which)
+                )
+            items += 1
+            for step in range(num_tiles):
+                first_block = (num_tiles - 1 - step) * (TILE_KV // BLOCK_SIZE)
+                stage = passed % STAGES
+                phase = (passed // STAGES & 1) ^ 1
+                mbarrier.wait(k_empty.index(stage), phase)
+                mbarrier.expect(k_full.index(stage), TILE_BYTES)
+                load_blocks(
+                    k_desc, row_ptr, first_block, num_blocks, max_blocks_per_seq, k_rows_per_block, kv_column,
+                    k_full.index(stage), k_smem.index(stage), BLOCK_SIZE, TILE_KV,
+                )  # fmt: skip
+                mbarrier.wait(v_empty.index(stage), phase)
+                mbarrier.expect(v_full.index(stage), TILE_BYTES)
+                load_blocks(
+                    v_desc, row_ptr, first_block, num_blocks, max_blocks_per_seq, v_rows_per_block, kv_column,
+                    v_full.index(stage), v_smem.index(stage), BLOCK_SIZE, TILE_KV,
+                )  # fmt: skip
+                passed += 1
+
+
+@gluon.jit
+def hide(scores, first, position, num_keys, LAYOUT: gl.constexpr):
+    """-inf for every score of a key that its query does not see."""
+    rows: gl.constexpr = scores.shape[0]
+    columns: gl.constexpr = scores.shape[1]
+    key = first + gl.arange(0, columns, gl.SliceLayout(0, LAYOUT))[None, :]
+    query = position + gl.arange(0, rows, gl.SliceLayout(1, LAYOUT))[:, None]
+    return gl.where((key < num_keys) & (key <= query), scores, float("-inf"))
+
+
+@gluon.jit
+def weigh(scores, top, total, scale_log2):
+    """``softmax.update`` of `fast._triton.softmax`."""
+    new_top = gl.maximum(top, gl.max(scores, 1) * scale_log2)
+    shift = gl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = gl.exp2(scores * scale_log2 - shift[:, None])
+    rescale = gl.exp2(top - shift)
+    return new_top, total * rescale + gl.sum(weights, 1), rescale, weights
+
+
+@gluon.jit
+def clean(v_tile, num_rows, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Zero the rows of a tile of V that are another sequence's: a weight of 0 times its NaN would be NaN.
+
+    Both consumers do it, with the same zeros, each before it reads the tile.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [4, 1], [1, 0])
+    for part in gl.static_range(TILE_KV // 32):
+        rows = v_tile.slice(part * 32, 32)
+        row = part * 32 + gl.arange(0, 32, gl.SliceLayout(1, layout))
+        values = rows.load(layout)
+        rows.store(gl.where((row < num_rows)[:, None], values, gl.zeros_like(values)))
+    fence_async_shared()
+
+
+@gluon.jit
+def pass_tiles(
+    scores_of, acc, weights, top, total, rescale, passed, turns, start, stop, position, num_keys, scale_log2,
+    q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
+    WHICH: gl.constexpr, IN_TURN: gl.constexpr, MASKED: gl.constexpr, TILE_KV: gl.constexpr, STAGES: gl.constexpr,
+    S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Tiles of keys from ``start`` down to ``stop``; the values of a tile are added while the next one is scored."""
+    for step in range(start - stop):
+        tile = start - 1 - step
+        stage = passed % STAGES
+        if IN_TURN:
+            mbarrier.wait(my_turn, (turns & 1) ^ (1 - WHICH))
+        scores = warpgroup_mma(q_tile, k_smem.index(stage).permute((1, 0)), scores_of, use_acc=False, is_async=True)
+        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, P_LAYOUT.parent))[:, None]
+        before = (passed - 1) % STAGES
+        mbarrier.wait(v_full.index(before), (passed - 1) // STAGES & 1)
+        acc = warpgroup_mma(weights, v_smem.index(before), acc, is_async=True)
+        if IN_TURN:
+            mbarrier.arrive(other_turn, count=1)
+            turns += 1
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        if MASKED:
+            scores = hide(scores, tile * TILE_KV, position, num_keys, S_LAYOUT)
+        top, total, rescale, new_weights = weigh(scores, top, total, scale_log2)
+        # The next keys are waited for here because the assembler moves no arithmetic over the loop of a wait: without
+        # one it would put the wait for the values before the softmax that is to hide it.
+        mbarrier.wait(k_full.index((passed + 1) % STAGES), (passed + 1) // STAGES & 1, pred=tile > 0)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty.index(before), count=1)
+        weights = gl.convert_layout(new_weights.to(q_tile.dtype), P_LAYOUT)
+        passed += 1
+    return acc, weights, top, total, rescale, passed, turns
+
+
+@gluon.jit
+def consume(
+    q_tile, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
+    out_ptr, sinks_ptr, scale_log2,
+    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots,
+    num_halvings, capacity, WHICH: gl.constexpr, IN_TURN: gl.constexpr, SINKS: gl.constexpr,
+    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A consumer: 64 of an item's queries, through all its tiles of keys."""
+    ROWS: gl.constexpr = TILE_Q // 2
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    STORE_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [4, 1], [1, 0])
+    dtype: gl.constexpr = q_tile.dtype
+    scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, S_LAYOUT)
+
+    passed = 0
+    items = 0
+    turns = 0
+    num_items = num_slots * num_heads
+    for round in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
+        item = item_of(round)
+        head, _, token, rows_left, position, num_keys, num_tiles, seen_tiles = find_item(
+            item, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity,
+            TILE_Q, TILE_KV,
+        )  # fmt: skip
+        token += WHICH * ROWS
+        rows_left -= WHICH * ROWS
+        position += WHICH * ROWS
+
+        top = gl.full([ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
+        total = gl.zeros([ROWS], gl.float32, ROW_LAYOUT)
+        acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
+        if num_tiles > 0:
+            mbarrier.wait(q_full, items & 1)
+            items += 1
+            stage = passed % STAGES
+            mbarrier.wait(k_full.index(stage), passed // STAGES & 1)
+            scores = warpgroup_mma(q_tile, k_smem.index(stage).permute((1, 0)), scores_of, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            first = (num_tiles - 1) * TILE_KV
+            scores = hide(scores, first, position, num_keys, S_LAYOUT)
+            top, total, rescale, new_weights = weigh(scores, top, total, scale_log2)
+            weights = gl.convert_layout(new_weights.to(dtype), P_LAYOUT)
+            if num_keys - first < TILE_KV:
+                mbarrier.wait(v_full.index(stage), passed // STAGES & 1)
+                clean(v_smem.index(stage), num_keys - first, TILE_KV, HEAD_DIM)
+            passed += 1
+            mbarrier.wait(k_full.index(passed % STAGES), passed // STAGES & 1, pred=num_tiles > 1)
+
+            middle = gl.minimum(seen_tiles, num_tiles - 1)
+            acc, weights, top, total, rescale, passed, turns = pass_tiles(
+                scores_of, acc, weights, top, total, rescale, passed, turns,
+                num_tiles - 1, middle, position, num_keys, scale_log2,
+                q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
+                WHICH, IN_TURN, True, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
+            )  # fmt: skip
+            acc, weights, top, total, rescale, passed, turns = pass_tiles(
+                scores_of, acc, weights, top, total, rescale, passed, turns, middle, 0, position, num_keys, scale_log2,
+                q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
+                WHICH, IN_TURN, False, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
+            )  # fmt: skip
+            mbarrier.arrive(q_empty, count=1)
+            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
+            stage = (passed - 1) % STAGES
+            mbarrier.wait(v_full.index(stage), (passed - 1) // STAGES & 1)
+            acc = warpgroup_mma(weights, v_smem.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(v_empty.index(stage), count=1)
+
+        if rows_left > 0:
+            if SINKS:  # a key that brings no value
+                sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2E
+                new_top = gl.maximum(top, sink)
+                shift = gl.where(new_top == float("-inf"), 0.0, new_top)
+                rescale = gl.exp2(top - shift)
+                total = total * rescale + gl.exp2(sink - shift)
+                acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
+            total = gl.where(total > 0, total, 1.0)
+            acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
+            result = gl.convert_layout(acc.to(dtype), STORE_LAYOUT)
+            row = gl.arange(0, ROWS, gl.SliceLayout(1, STORE_LAYOUT))[:, None]
+            dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, STORE_LAYOUT))[None, :]
+            offset = (token + row).to(gl.int64) * stride_out_token + head.to(gl.int64) * stride_out_head + dim
+            gl.store(out_ptr + offset, result, mask=row < rows_left)
+
+
+@gluon.jit(do_not_specialize=PER_BATCH)
+def paged_attention_hopper_kernel(
+    q_desc,  # [num_tokens, num_heads * head_dim]
+    k_desc,  # [slots, num_kv_heads * head_dim]
+    v_desc,
+    out_ptr,  # [num_tokens, num_heads, head_dim]
+    sinks_ptr,  # [num_heads]
+    block_table_ptr,  # [num_seqs, max_blocks_per_seq]
+    seq_lens_ptr,  # [num_seqs]
+    cu_seqlens_q_ptr,  # [num_seqs + 1]
+    scale_log2,
+    stride_table_seq,
+    stride_out_token,
+    stride_out_head,
+    num_seqs,
+    num_tokens,
+    num_heads,
+    group,
+    num_slots,
+    num_halvings,
+    num_blocks,
+    max_blocks_per_seq,
+    k_rows_per_block,
+    v_rows_per_block,
+    IN_TURN: gl.constexpr,
+    SINKS: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    TILE_KV: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    dtype: gl.constexpr = q_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [2, TILE_Q // 2, HEAD_DIM], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE_KV, HEAD_DIM], LAYOUT)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE_KV, HEAD_DIM], LAYOUT)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for which in gl.static_range(2):
+        mbarrier.init(turn.index(which), count=1)
+        mbarrier.init(q_full.index(which), count=1)
+        mbarrier.init(q_empty.index(which), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(v_empty.index(stage), count=2)
+    fence_async_shared()
+    capacity = max_blocks_per_seq * BLOCK_SIZE
+    gl.warp_specialize(
+        [
+            (consume, (
+                q_smem.index(0), k_smem, v_smem, q_full.index(0), q_empty.index(0), k_full, k_empty, v_full, v_empty,
+                turn.index(0), turn.index(1), out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head,
+                cu_seqlens_q_ptr, seq_lens_ptr,
+                num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity, 0, IN_TURN, SINKS,
+                TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+            )),
+            (consume, (
+                q_smem.index(1), k_smem, v_smem, q_full.index(1), q_empty.index(1), k_full, k_empty, v_full, v_empty,
+                turn.index(1), turn.index(0), out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head,
+                cu_seqlens_q_ptr, seq_lens_ptr,
+                num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity, 1, IN_TURN, SINKS,
+                TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+            )),
+            (produce, (
+                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
+                group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
+                BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def is_hopper(array: Array) -> bool:
+    """Whether the array is on a GPU that has these instructions (or kernels are compiled for one)."""
+    return COMPILE_ONLY or (array.is_cuda and device_properties(array.device.index).major == 9)
+
+
+def hopper_fits(q: Array, k_cache: Array, v_cache: Array, block_table: Array) -> bool:
+    """Whether the copy engine can fetch these caches block by block, and the tensor cores take what it brings."""
+    num_blocks, block_size, num_kv_heads, head_dim = k_cache.shape
+    if head_dim not in (64, 128) or block_size % 8 or TILE_KV % block_size or not num_blocks:
+        return False
+    if block_table.stride(1) != 1 or q.stride(2) != 1 or q.stride(1) != head_dim or q.stride(0) % 8:
+        return False
+    for cache in (k_cache, v_cache):
+        block, token, head, dim = cache.stride()
+        dense = dim == 1 and head == head_dim and token == num_kv_heads * head_dim and block % token == 0
+        if not dense or cache.data_ptr() % 16 or block // token * num_blocks >= 2**31:
+            return False
+    return q.dtype == k_cache.dtype == v_cache.dtype != torch.float32 and q.data_ptr() % 16 == 0
+
+
+def attend_chunks_on_hopper(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    block_table: Array,
+    seq_lens: Array,
+    cu_seqlens_q: Array,
+    scale: float,
+    sinks: Array | None,
+    out: Array,
+) -> None:
+    """Fill ``out``; what ``hopper_fits`` asks is so."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_blocks, block_size, num_kv_heads, _ = k_cache.shape
+    num_seqs, max_blocks_per_seq = block_table.shape
+    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([TILE_KV, head_dim], dtype)
+    q_desc = TensorDescriptor(q, [num_tokens, num_heads * head_dim], [q.stride(0), 1], [TILE_Q // 2, head_dim], layout)
+    rows_per_block = [cache.stride(0) // cache.stride(1) for cache in (k_cache, v_cache)]
+    k_desc, v_desc = (
+        TensorDescriptor(
+            cache, [(num_blocks - 1) * rows + block_size, num_kv_heads * head_dim], [cache.stride(1), 1],
+            [block_size, head_dim], layout,
+        )
+        for cache, rows in zip((k_cache, v_cache), rows_per_block)
+    )  # fmt: skip
+    num_slots = num_tokens // TILE_Q + num_seqs
+    paged_attention_hopper_kernel[(min(num_processors(q), num_slots * num_heads),)](
+        q_desc, k_desc, v_desc, out, sinks, block_table, seq_lens, cu_seqlens_q, scale * LOG2E.value,
+        block_table.stride(0), out.stride(0), out.stride(1),
+        num_seqs, num_tokens, num_heads, num_heads // num_kv_heads, num_slots, (num_seqs - 1).bit_length(),
+        num_blocks, max_blocks_per_seq, *rows_per_block,
+        IN_TURN=IN_TURN, SINKS=sinks is not None, BLOCK_SIZE=block_size, TILE_Q=TILE_Q, TILE_KV=TILE_KV,
+        HEAD_DIM=head_dim, STAGES=NUM_STAGES, LAYOUT=layout, num_warps=4,
+    )  # fmt: skip
