@@ -24,7 +24,9 @@ from fast.fusion._norm_linear import check_norm_linear
 from fast.fusion._swiglu_linear import check_swiglu_linear
 from fast.fusion.linear_add import check_residual
 from fast.kv_cache._codes import require_affine, require_symmetric
+from fast.linear._descriptors import matmul_described
 from fast.linear._matmul import matmul
+from fast.linear._split import describable, split_linear, unsplit
 from fast.linear.linear import check_linear, into
 from fast.linear.lora import lora_invariant
 from fast.linear.quantized_linear import (
@@ -35,6 +37,8 @@ from fast.linear.quantized_linear import (
     linear_int8_invariant,
 )
 from fast.linear.sparse_linear import sparse_linear_invariant
+
+FEW_TOKENS = 64  # up to here the tokens are one tile, and the weight is the first operand
 
 
 def __getattr__(name: str) -> Any:
@@ -118,10 +122,25 @@ def swiglu_linear_add(
     return _project(fast.swiglu(gate_up), weight, bias, residual, out)
 
 
-def _project(
-    x: torch.Tensor, weight: Array, bias: Array | None, residual: Array | None, out: Array | None
-) -> torch.Tensor:
-    return into(out, x, weight, residual, lambda x, w, r, o: matmul(x, w, bias, r, o))
+def choose_way(num_tokens: int, x_dtype: torch.dtype, weight_dtype: torch.dtype, aligned: bool) -> str:
+    """Which kernel: all of them add up in the same order, to the same bits."""
+    if x_dtype != weight_dtype or x_dtype == torch.float32 or not aligned:
+        return "pointers"
+    return "few" if num_tokens <= FEW_TOKENS else "many"
+
+
+def _project(x: Array, weight: Array, bias: Array | None, residual: Array | None, out: Array | None) -> Array:
+    def write(x: Array, weight: Array, residual: Array | None, out: Array) -> None:
+        aligned = x.numel() > 0 and describable(x, weight, out)
+        way = choose_way(len(x), x.dtype, weight.dtype, aligned)
+        if way == "few":
+            split_linear(x, weight, bias, residual, out, unsplit(len(x)))
+        elif way == "many":
+            matmul_described(x, weight, bias, residual, out)
+        else:
+            matmul(x, weight, bias, residual, out)
+
+    return into(out, x, weight, residual, write)
 
 
 # ---- attention over caches of codes: as floats first ----------------------------------------------------------------

@@ -3,6 +3,8 @@
 No tolerance and no second try. Small inputs that Hypothesis draws run everywhere; sizes of real layers need a GPU.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 import fast
 import reference
 from fast import invariant
+from fast.linear._descriptors import BLOCKS, choose_block, matmul_described
 from fast.linear._matmul import TILES, choose_tile, matmul
+from fast.linear._split import split_linear, unsplit
 from twofold.conformance.properties import fusion as fusion_properties
 from twofold.conformance.properties import kv_cache as cache_properties
 from twofold.conformance.properties import linear as linear_properties
@@ -134,22 +138,33 @@ def cache_of(format: str, num_blocks: int, block_size: int, num_kv_heads: int, h
 
 def test_small_and_large_tiles_are_chosen():
     """One token takes the smallest tile, a long prompt the largest, and every size has its turn."""
-    sizes = {n: choose_tile(n, 4096, 132, torch.bfloat16) for n in (1, 16, 32, 64, 128, 256, 512, 1024, 4096)}
+    half, whole = torch.bfloat16, torch.float32
+    ways = [invariant.choose_way(n, half, half, aligned) for n, aligned in ((1, True), (500, True), (1, False))]
+    assert ways == ["few", "many", "pointers"]
+    assert invariant.choose_way(1, whole, whole, True) == invariant.choose_way(1, half, whole, True) == "pointers"
+    sizes = {n: choose_tile(n, 4096, 132, half) for n in (1, 16, 32, 64, 128, 256, 512, 1024, 4096)}
     assert sizes[1] == TILES[-1]
     assert sizes[4096] == TILES[0]
     assert len(set(sizes.values())) >= 5, f"chosen: {sizes}"
+    assert {choose_block(n, 4096, 132) for n in range(65, 4096, 64)} == set(BLOCKS)
+
+
+WAYS = {f"pointers {tile.rows}x{tile.tokens}": partial(matmul, tile=tile) for tile in TILES}
+WAYS |= {f"descriptors {block.rows}x{block.tokens}": partial(matmul_described, block=block) for block in BLOCKS}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.rows}x{tile.tokens}")
-def test_all_tiles_agree(tile, dtype):
-    """Whichever tile is chosen, the bits are those of the smallest, in the interpreter and on a GPU."""
-    in_features, num_tokens = (4096, 300) if HAS_GPU else (136, 18)
-    x, weight, residual = layer(num_tokens, in_features, 200 if HAS_GPU else 70, dtype)
-    smallest, this = (
-        matmul(x, weight, None, residual, torch.full_like(residual, torch.nan), tile=t) for t in (TILES[-1], tile)
-    )
-    assert torch.equal(smallest, this), f"{(smallest != this).float().mean():.1%} of the results differ"
+@pytest.mark.parametrize("way", WAYS)
+def test_all_tiles_agree(way, dtype):
+    """Whichever kernel and tile is chosen, the bits are those of a few tokens, in the interpreter and on a GPU."""
+    in_features, num_tokens, out_features = (4096, 300, 200) if HAS_GPU else (136, 18, 72)
+    x, weight, residual = layer(num_tokens, in_features, out_features, dtype)
+    this = WAYS[way](x, weight, None, residual, torch.full_like(residual, torch.nan))
+    for first, last in ((0, 1), (0, 16), (1, 18)):
+        few = torch.full_like(residual[first:last], torch.nan)
+        split_linear(x[first:last], weight, None, residual[first:last], few, unsplit(last - first))
+        different = (few != this[first:last]).float().mean()
+        assert different == 0, f"{different:.1%} of the results of tokens {first} to {last} differ"
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="sizes of real layers")

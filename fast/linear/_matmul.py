@@ -60,6 +60,26 @@ def choose_tile(num_tokens: int, out_features: int, processors: int, dtype: torc
 
 
 @triton.jit
+def place_of(tile, num_tokens, out_features, TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr):
+    """(first token, first row of the weight) of a tile. Tiles go down ``GROUP`` tiles of tokens, then across."""
+    tiles_m = tl.cdiv(num_tokens, TILE_M)
+    in_group = GROUP * tl.cdiv(out_features, TILE_N)
+    first = tile // in_group * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    return (first + tile % in_group % height) * TILE_M, tile % in_group // height * TILE_N
+
+
+@triton.jit
+def dot_in_order(a, b, acc):
+    """``acc + a @ b.T``, 16 columns after another; in the interpreter too, where a dot's order depends on its shape."""
+    if INTERPRETED:
+        acc += tl.sum(a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :], axis=2)
+    else:
+        acc = dot(a, tl.trans(b), acc)
+    return acc
+
+
+@triton.jit
 def _matmul_kernel(
     x_ptr,  # [num_tokens, in_features]
     weight_ptr,  # [out_features, in_features]
@@ -83,14 +103,8 @@ def _matmul_kernel(
     LINE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    tiles_m = tl.cdiv(num_tokens, TILE_M)
-    tiles_n = tl.cdiv(out_features, TILE_N)
-    in_group = GROUP * tiles_n
-    first = tl.program_id(0) // in_group * GROUP
-    height = tl.minimum(tiles_m - first, GROUP)
-    token = (first + tl.program_id(0) % in_group % height) * TILE_M + tl.arange(0, TILE_M)
-    n = tl.program_id(0) % in_group // height * TILE_N + tl.arange(0, TILE_N)
-
+    first_token, first_row = place_of(tl.program_id(0), num_tokens, out_features, TILE_M, TILE_N, GROUP)
+    token, n = first_token + tl.arange(0, TILE_M), first_row + tl.arange(0, TILE_N)
     row = tl.minimum(n, out_features - 1).to(tl.int64)  # past the end the last is read again, and not stored
     begin(weight_ptr, row, stride_weight_n, in_features, NUM_LINES, LINE, OVERLAP)
     x_row = tl.minimum(token, num_tokens - 1).to(tl.int64)
@@ -105,10 +119,7 @@ def _matmul_kernel(
         if w.dtype != x.dtype:  # neither can hold the other's numbers; float32 holds both
             w = w.to(tl.float32)
             x = x.to(tl.float32)
-        if INTERPRETED:  # where a dot is one of BLAS, whose order depends on the shape
-            acc += tl.sum(w.to(tl.float32)[:, None, :] * x.to(tl.float32)[None, :, :], axis=2)
-        else:
-            acc = dot(w, tl.trans(x), acc)
+        acc = dot_in_order(w, x, acc)
         weight_ptrs += TILE_K
         x_ptrs += TILE_K
 

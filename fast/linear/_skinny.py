@@ -78,7 +78,7 @@ def begin(
 
     Only the L2 cache is told what will be needed, so nothing is wrong if the kernel before is what makes the weight.
     """
-    if OVERLAP:
+    if OVERLAP and NUM_LINES > 0:
         line = tl.minimum(tl.arange(0, NUM_LINES) * LINE, in_features - 1)
         address = (weight_ptr + row[:, None] * stride_weight_n + line[None, :]).to(tl.int64)
         tl.inline_asm_elementwise(

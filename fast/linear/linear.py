@@ -9,8 +9,10 @@ from jaxtyping import Float
 from torch import Tensor as Array
 
 from fast._checks import require, require_float, require_out, require_same_device, require_shape
+from fast._triton.platform import num_processors
 from fast.linear._matmul import matmul
-from fast.linear._skinny import columns_together, is_skinny, skinny_linear
+from fast.linear._skinny import FEW_TOKENS, columns_together, skinny_linear
+from fast.linear._split import choose_split, describable, split_linear
 
 Write = Callable[[Array, Array, Array | None, Array], object]  # takes x, weight, residual, out
 
@@ -36,11 +38,28 @@ def linear(
     return project(x, weight, bias, None, out)
 
 
+def choose_way(num_tokens: int, x_dtype: torch.dtype, weight_dtype: torch.dtype, aligned: bool) -> str:
+    """Which kernel: by the number of tokens, and whether the tensor cores and the copy engine take the operands."""
+    if num_tokens == 1:
+        return "one"
+    if x_dtype != weight_dtype:
+        return "tiles"
+    if num_tokens <= FEW_TOKENS and x_dtype != torch.float32:
+        return "split" if aligned else "few"
+    return "cublas"
+
+
 def project(x: Array, weight: Array, bias: Array | None, residual: Array | None, out: Array | None) -> Array:
     """``residual + x weight^T + bias`` by the way that suits the number of tokens; arguments have been checked."""
-    if is_skinny(len(x), x.dtype, weight.dtype):
+    if not x.numel():
+        return into(out, x, weight, residual, lambda x, w, r, o: matmul(x, w, bias, r, o))
+    way = choose_way(len(x), x.dtype, weight.dtype, len(x) <= FEW_TOKENS and describable(x, weight))
+    if way == "split":
+        split = choose_split(len(x), len(weight), x.shape[1], num_processors(x))
+        return into(out, x, weight, residual, lambda x, w, r, o: split_linear(x, w, bias, r, o, split))
+    if way in ("one", "few"):
         return into(out, x, weight, residual, lambda x, w, r, o: skinny_linear(x, w, bias, r, o))
-    if x.dtype != weight.dtype or not x.numel():
+    if way == "tiles":
         return into(out, x, weight, residual, lambda x, w, r, o: matmul(x, w, bias, r, o))
     with exact_products(x):
         result = _by_cublas(x, weight, bias, residual)

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fast
-from fast.linear._skinny import choose_tiles, is_skinny
+from fast.linear._skinny import choose_tiles
+from fast.linear._split import choose_split, describable
+from fast.linear.linear import choose_way
 from twofold.conformance.backends import float_dtypes
 from twofold.conformance.properties import linear as properties
 from twofold.conformance.properties.fusion import matches_the_oracle, writes_only_where_it_says
@@ -16,7 +18,6 @@ from twofold.conformance.strategies.fusion import Call
 from twofold.conformance.strategies.linear import linear_calls
 
 calls = linear_calls("linear")
-WAYS = [(1, 1), (2, 8), (8, 8), (9, 16), (17, 32), (32, 32), (33, "cublas")]  # tokens, and what they are padded to
 
 
 @given(call=calls)
@@ -38,28 +39,36 @@ def test_writes_only_where_it_says(backend, call):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(("num_tokens", "way"), WAYS)
-def test_each_way_is_taken(num_tokens, way, dtype):
-    """One token, few, and many go different ways in `fast`; all of them arrive, with the residual too."""
-    skinny = way != "cublas" and (num_tokens == 1 or dtype != "float32")
-    assert is_skinny(num_tokens, *[getattr(torch, dtype)] * 2) == skinny
-    if skinny:
-        assert choose_tiles(num_tokens, 70, 200, 2).tokens == way, "another tile than expected"
+@pytest.mark.parametrize("in_features", [200, 1536, 201])
+@pytest.mark.parametrize("num_tokens", [1, 2, 9, 32, 33])
+def test_each_way_is_taken(num_tokens, in_features, dtype):
+    """One token, few, and many go different ways in `fast`, rows that begin anywhere another; all of them arrive."""
+    few = "cublas" if dtype == "float32" else "few" if in_features == 201 else "split"
+    way = {1: "one", 33: "cublas"}.get(num_tokens, few)
     rng = np.random.default_rng(num_tokens)
-    shapes = {"x": (num_tokens, 200), "weight": (70, 200), "residual": (num_tokens, 70), "bias": (70,)}
+    shapes = {"x": (num_tokens, in_features), "weight": (70, in_features), "residual": (num_tokens, 70), "bias": (70,)}
     arrays = {name: rng.normal(size=shape).astype(getattr(ml_dtypes, dtype, dtype)) for name, shape in shapes.items()}
+    x, weight = (fast.from_host(arrays[name]) for name in ("x", "weight"))
+    assert choose_way(num_tokens, x.dtype, weight.dtype, describable(x, weight)) == way
     matches_the_oracle(fast, Call("linear_add", arrays))
     properties.matches_the_oracle(fast, Call("linear", {name: arrays[name] for name in ("x", "weight", "bias")}))
 
 
-def test_tiles_suit_the_layer():
-    """A tile never has more columns than the layer, and a small layer is cut into as many programs as a large one."""
-    for num_tokens in (1, 8, 9, 16, 17, 32):
-        for in_features in (64, 576, 4096):
-            tiles = choose_tiles(num_tokens, 4096, in_features, 2)
-            assert tiles.tokens >= num_tokens
-            assert num_tokens > 1 or tiles.columns <= max(in_features, 256)
-        assert choose_tiles(num_tokens, 512, 4096, 2).rows < choose_tiles(num_tokens, 28672, 4096, 2).rows
+def test_other_dtypes_go_by_tiles():
+    """A weight in another dtype than the activations is not rounded to theirs."""
+    assert choose_way(2, torch.bfloat16, torch.float32, True) == "tiles"
+
+
+def test_cuts_suit_the_layer():
+    """One token: never more columns at a time than there are. Few: a small weight is split, a large one is not."""
+    for in_features in (64, 576, 4096):
+        assert choose_tiles(1, 4096, in_features, 2).columns <= max(in_features, 256)
+    for num_tokens in (2, 8, 9, 16, 17, 32):
+        assert choose_tiles(num_tokens, 4096, 4096, 2).tokens >= num_tokens
+        assert choose_split(num_tokens, 1024, 4096, 132).splits > 1
+        assert choose_split(num_tokens, 28672, 4096, 132).splits == 1
+        assert choose_split(num_tokens, 1024, 4096, 132).tokens >= num_tokens
+    assert choose_split(2, 70, 1536, 2).splits > 1, "the test above would not split"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="4 GB of weights")

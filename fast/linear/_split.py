@@ -1,0 +1,207 @@
+"""A few tokens times a weight on Hopper's wide tensor core instructions, the columns shared out among programs.
+
+64 rows of the weight are the first operand, the tokens the second; the copy engine (tensor descriptors) keeps several
+steps of both on their way. A small weight has too few tiles of 64 rows for all processors, so each may be split along
+its columns: every program stores the sums of its columns, and the one that comes last of a tile adds them up, always in
+the order of the columns.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor as Array
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fast._triton.overlap import overlapped, wait_for_predecessor
+from fast._triton.platform import COMPILE_ONLY, INTERPRETING, cdiv, device_properties, next_power_of_2
+from fast.linear._matmul import IN_INTERPRETER, dot_in_order
+from fast.linear._skinny import finish
+
+ROWS = 64  # of the weight, the least that the instruction takes
+CHUNKS = 2  # of 512 bytes of each row, that are asked for while the kernel before this one ends
+POOL = 2**20  # counters on each device
+
+
+class Split(NamedTuple):
+    """How a product with few tokens is shared out."""
+
+    tokens: int  # padded to
+    splits: int  # programs for each tile
+    columns: int  # in one step
+    stages: int
+
+
+def choose_split(num_tokens: int, out_features: int, in_features: int, processors: int) -> Split:
+    """Programs for every processor, none of them with less than four steps."""
+    tiles = cdiv(out_features, ROWS)
+    splits = max(1, min(2 * processors // tiles, in_features // 512))
+    return Split(max(8, next_power_of_2(num_tokens)), splits, 128, 5)
+
+
+def unsplit(num_tokens: int) -> Split:
+    """One program for each tile and all of its columns: a sum's order is that of the columns, and of nothing else."""
+    return Split(max(16, next_power_of_2(num_tokens)), 1, 128, 8 if num_tokens <= 16 else 5)
+
+
+def describable(*arrays: Array) -> bool:
+    """Whether the copy engine is there, and takes them: contiguous rows that begin at multiples of 16 bytes."""
+    engine = INTERPRETING or COMPILE_ONLY or device_properties(arrays[0].device.index).major >= 9
+    return engine and all(
+        array.stride(-1) == 1 and array.stride(0) * array.itemsize % 16 == 0 and array.data_ptr() % 16 == 0
+        for array in arrays
+    )
+
+
+@triton.jit
+def ask_for(weight_ptr, n, column, stride_weight_n, out_features, in_features, CHUNKS: tl.constexpr):
+    """512 bytes each into the L2 cache. Nothing is wrong if the kernel before is what makes the weight."""
+    row = tl.minimum(n, out_features - 1).to(tl.int64)[:, None]
+    chunk = tl.minimum(column + 256 * tl.arange(0, CHUNKS), in_features - 256)[None, :]
+    address = (weight_ptr + row * stride_weight_n + chunk).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0;",
+        "=r,l",
+        [address],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _split_kernel(
+    x_desc,  # [num_tokens, in_features] in tiles of [TILE_M, TILE_K]
+    weight_desc,  # [out_features, in_features] in tiles of [TILE_N, TILE_K]
+    weight_ptr,
+    bias_ptr,  # [out_features] or None
+    residual_ptr,  # [num_tokens, out_features] or None
+    out_ptr,  # [num_tokens, out_features]
+    parts_ptr,  # [num_tiles, splits, TILE_N, TILE_M] float32, or None: not split
+    counters_ptr,  # [num_tiles], zeros before and after
+    stride_weight_n,
+    stride_residual_m,
+    stride_out_m,
+    num_tokens,
+    out_features,
+    in_features,
+    split_features,  # a multiple of TILE_K
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    tile, split = tl.program_id(0), tl.program_id(1)
+    n = tile * TILE_N + tl.arange(0, TILE_N)
+    start = split * split_features
+    if OVERLAP and CHUNKS > 0:
+        ask_for(weight_ptr, n, start, stride_weight_n, out_features, in_features, CHUNKS)
+    wait_for_predecessor(OVERLAP)
+    acc = tl.zeros([TILE_N, TILE_M], tl.float32)
+    stop = tl.minimum(start + split_features, in_features)
+    for k in tl.range(start, stop, TILE_K, num_stages=STAGES):  # type: ignore[reportGeneralTypeIssues]
+        w = weight_desc.load([tile * TILE_N, k])
+        x = x_desc.load([0, k])
+        acc = dot_in_order(w, x, acc)
+
+    token = tl.arange(0, TILE_M)
+    if parts_ptr is not None:
+        splits = tl.num_programs(1)
+        place = tl.arange(0, TILE_N)[:, None] * TILE_M + token[None, :]
+        part_ptrs = parts_ptr + (tile * splits).to(tl.int64) * (TILE_N * TILE_M) + place
+        tl.store(part_ptrs + split * (TILE_N * TILE_M), acc)
+        tl.debug_barrier()  # all of the program's threads have stored when one of them counts it in
+        last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == splits - 1
+        if last:
+            acc = tl.zeros([TILE_N, TILE_M], tl.float32)
+            for other in range(splits):
+                acc += tl.load(part_ptrs + other * (TILE_N * TILE_M), cache_modifier=".cg")
+            tl.store(counters_ptr + tile, 0)
+        num_tokens = tl.where(last, num_tokens, 0)  # the others have nothing to store
+    token = token[:, None].to(tl.int64)
+    mask = (token < num_tokens) & (n < out_features)[None, :]
+    n = n[None, :]
+    y = tl.trans(acc)
+    finish(y, bias_ptr, residual_ptr, out_ptr, token * stride_residual_m + n, token * stride_out_m + n, n, mask)
+
+
+def split_linear(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    residual: Array | None,
+    out: Array,
+    split: Split,
+    chunks: int = CHUNKS,
+) -> Array:
+    """``out = residual + x weight^T + bias`` for as many tokens as ``split`` has room for."""
+    num_tokens, (out_features, in_features) = len(x), weight.shape
+    num_tiles = cdiv(out_features, ROWS)
+    columns = IN_INTERPRETER if INTERPRETING else split.columns
+    split_features = cdiv(cdiv(in_features, split.splits), columns) * columns
+    splits = cdiv(in_features, split_features)
+    parts = counters = None
+    if splits > 1:
+        parts = torch.empty(num_tiles * splits * ROWS * split.tokens, dtype=torch.float32, device=x.device)
+        counters = take_counters(x, num_tiles)
+    constants: dict[str, Any] = {
+        "TILE_M": split.tokens,
+        "TILE_N": ROWS,
+        "TILE_K": columns,
+        "CHUNKS": chunks if in_features >= 256 else 0,
+        "STAGES": split.stages,
+        "num_warps": 4,
+        **overlapped(x),
+    }
+    _split_kernel[(num_tiles, splits)](
+        TensorDescriptor.from_tensor(x, [split.tokens, columns]),
+        TensorDescriptor.from_tensor(weight, [ROWS, columns]),
+        weight, bias, residual, out, parts, counters,
+        weight.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
+        num_tokens, out_features, in_features, split_features, **constants,
+    )  # fmt: skip
+    return out
+
+
+# ---- counters -------------------------------------------------------------------------------------------------------
+
+_pools: dict[int, Array] = {}
+_of_stream: dict[tuple[int, int], int] = {}
+_next: dict[int, int] = {}
+
+
+def take_counters(like: Array, count: int) -> Array:
+    """``count`` zeros, which a launch must leave as zeros, that no launch on another stream uses at the same time.
+
+    Launches on a stream follow each other and share theirs. A launch that is captured into a graph may be replayed on
+    any stream, and gets its own.
+    """
+    device = like.device.index or 0
+    capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    if device not in _pools:
+        fresh = torch.zeros(POOL if like.is_cuda else count, dtype=torch.int32, device=like.device)
+        if capturing or not like.is_cuda:
+            return fresh  # zeroed in the graph, every time it runs
+        _pools[device] = fresh
+    if not capturing:
+        key = device, torch.cuda.current_stream(like.device).cuda_stream
+        if key not in _of_stream:
+            _of_stream[key] = _reserve(device, LONGEST)
+        start = _of_stream[key]
+    else:
+        start = _reserve(device, count)
+    return _pools[device][start : start + count]
+
+
+LONGEST = 8192  # counters of a stream: a layer of half a million features
+
+
+def _reserve(device: int, count: int) -> int:
+    """The next so many of the pool; after the last the first are taken again."""
+    start = _next.get(device, 0)
+    start = 0 if start + count > POOL else start
+    _next[device] = start + count
+    return start
