@@ -59,6 +59,7 @@ def _load_angles(
 
 @triton.jit
 def _turn_heads(
+    first, second,  # of each pair, [rows, HALF]; loaded before the angles, which wait for the positions
     in_ptrs, out_ptrs,  # the first number of each head, [rows]
     stride_in_dim, stride_out_dim,
     exist, written,  # which heads do, and which are, [rows]
@@ -68,19 +69,20 @@ def _turn_heads(
     HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Norm, turn and store. HALF and REST hold the pairs and the features past them; REST is 0 if there are none."""
-    first, second = _load_pairs(in_ptrs, stride_in_dim, exist, half_dim, HALF, INTERLEAVED)
     if REST:
         dim = 2 * half_dim + tl.arange(0, REST)
         rest = _load(in_ptrs, dim, stride_in_dim, exist, dim < head_dim)
     if norm_ptr is not None:
+        pair = tl.arange(0, HALF)
+        at_first, at_second = _place(pair, half_dim, 0, INTERLEAVED), _place(pair, half_dim, 1, INTERLEAVED)
+        first_norm = _load_norm(norm_ptr, at_first, stride_norm, pair < half_dim)
+        second_norm = _load_norm(norm_ptr, at_second, stride_norm, pair < half_dim)
         square = tl.sum(first * first + second * second, axis=1)
         if REST:
             square += tl.sum(rest * rest, axis=1)
         inverse_rms = tl.rsqrt(square / head_dim + eps)[:, None]
-        pair = tl.arange(0, HALF)
-        at_first, at_second = _place(pair, half_dim, 0, INTERLEAVED), _place(pair, half_dim, 1, INTERLEAVED)
-        first *= inverse_rms * _load_norm(norm_ptr, at_first, stride_norm, pair < half_dim)
-        second *= inverse_rms * _load_norm(norm_ptr, at_second, stride_norm, pair < half_dim)
+        first *= inverse_rms * first_norm
+        second *= inverse_rms * second_norm
         if REST:
             rest *= inverse_rms * _load_norm(norm_ptr, dim, stride_norm, dim < head_dim)
 
@@ -192,15 +194,17 @@ def _rotary_kernel(
 ):
     wait_for_predecessor(OVERLAP)
     token, head = _token_and_head(tl.program_id(0), num_heads, TILE_ROWS)
+    exist = token < num_tokens
+    in_ptrs = x_ptr + token * stride_x_token + head * stride_x_head
+    first, second = _load_pairs(in_ptrs, stride_x_dim, exist, half_dim, HALF, INTERLEAVED)
     cos, sin = _load_angles(
         cos_ptr, sin_ptr, positions_ptr,
         stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
         token, num_tokens, max_positions, half_dim, HALF,
     )  # fmt: skip
+    out_ptrs = out_ptr + token * stride_out_token + head * stride_out_head
     _turn_heads(
-        x_ptr + token * stride_x_token + head * stride_x_head,
-        out_ptr + token * stride_out_token + head * stride_out_head,
-        stride_x_dim, stride_out_dim, token < num_tokens, token < num_tokens, cos, sin, None, 0, 0.0,
+        first, second, in_ptrs, out_ptrs, stride_x_dim, stride_out_dim, exist, exist, cos, sin, None, 0, 0.0,
         half_dim, head_dim, HALF, REST, INTERLEAVED,
     )  # fmt: skip
 
@@ -324,38 +328,53 @@ def _rotary_write_kv_kernel(
 ):
     wait_for_predecessor(OVERLAP)
     num_q_programs = tl.cdiv(num_tokens * num_heads, TILE_ROWS)
-    is_q = tl.program_id(0) < num_q_programs
-    program = tl.where(is_q, tl.program_id(0), tl.program_id(0) - num_q_programs)
-    token, head = _token_and_head(program, tl.where(is_q, num_heads, num_kv_heads), TILE_ROWS)
-    exist = token < num_tokens
-    cos, sin = _load_angles(
-        cos_ptr, sin_ptr, positions_ptr,
-        stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
-        token, num_tokens, max_positions, half_dim, HALF,
-    )  # fmt: skip
-    if is_q:
+    if tl.program_id(0) < num_q_programs:
+        token, head = _token_and_head(tl.program_id(0), num_heads, TILE_ROWS)
+        exist = token < num_tokens
+        q_ptrs = q_ptr + token * stride_q_token + head * stride_q_head
+        first, second = _load_pairs(q_ptrs, stride_q_dim, exist, half_dim, HALF, INTERLEAVED)
+        cos, sin = _load_angles(
+            cos_ptr, sin_ptr, positions_ptr,
+            stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
+            token, num_tokens, max_positions, half_dim, HALF,
+        )  # fmt: skip
+        out_ptrs = out_ptr + token * stride_out_token + head * stride_out_head
         _turn_heads(
-            q_ptr + token * stride_q_token + head * stride_q_head,
-            out_ptr + token * stride_out_token + head * stride_out_head,
-            stride_q_dim, stride_out_dim, exist, exist, cos, sin, q_norm_ptr, stride_q_norm, eps,
-            half_dim, head_dim, HALF, REST, INTERLEAVED,
+            first, second, q_ptrs, out_ptrs, stride_q_dim, stride_out_dim, exist, exist, cos, sin,
+            q_norm_ptr, stride_q_norm, eps, half_dim, head_dim, HALF, REST, INTERLEAVED,
         )  # fmt: skip
     else:
+        num_kv_programs = tl.cdiv(num_tokens * num_kv_heads, TILE_ROWS)
+        program = tl.program_id(0) - num_q_programs
+        is_v = program >= num_kv_programs
+        program -= tl.where(is_v, num_kv_programs, 0)
+        token, head = _token_and_head(program, num_kv_heads, TILE_ROWS)
+        exist = token < num_tokens
         slot = tl.load(slot_mapping_ptr + token * stride_slot_mapping, mask=exist, other=-1)
         written = (slot >= 0) & (slot < num_slots)
         place = slot.to(tl.int32)  # of those that exist; dividing 64 bits takes a hundred instructions
         block, offset = (place // block_size).to(tl.int64), (place % block_size).to(tl.int64)
-        _turn_heads(
-            k_ptr + token * stride_k_token + head * stride_k_head,
-            k_cache_ptr + block * stride_k_cache_block + offset * stride_k_cache_slot + head * stride_k_cache_head,
-            stride_k_dim, stride_k_cache_dim, exist, written, cos, sin, k_norm_ptr, stride_k_norm, eps,
-            half_dim, head_dim, HALF, REST, INTERLEAVED,
-        )  # fmt: skip
-        dim = tl.arange(0, TILE_D)
-        v = _load(v_ptr + token * stride_v_token + head * stride_v_head, dim, stride_v_dim, exist, dim < head_dim)
-        v_ptrs = v_cache_ptr + block * stride_v_cache_block + offset * stride_v_cache_slot + head * stride_v_cache_head
-        v = _as_stored(v, v_ptrs, v_ptr.dtype.element_ty)
-        _store(v_ptrs, dim, stride_v_cache_dim, v, written, dim < head_dim)
+        if is_v:
+            dim = tl.arange(0, TILE_D)
+            v_ptrs = v_ptr + token * stride_v_token + head * stride_v_head
+            v_slots = v_cache_ptr + block * stride_v_cache_block + offset * stride_v_cache_slot
+            v_slots += head * stride_v_cache_head
+            v = _as_stored(_load(v_ptrs, dim, stride_v_dim, exist, dim < head_dim), v_slots, v_ptr.dtype.element_ty)
+            _store(v_slots, dim, stride_v_cache_dim, v, written, dim < head_dim)
+        else:
+            k_ptrs = k_ptr + token * stride_k_token + head * stride_k_head
+            first, second = _load_pairs(k_ptrs, stride_k_dim, exist, half_dim, HALF, INTERLEAVED)
+            cos, sin = _load_angles(
+                cos_ptr, sin_ptr, positions_ptr,
+                stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
+                token, num_tokens, max_positions, half_dim, HALF,
+            )  # fmt: skip
+            k_slots = k_cache_ptr + block * stride_k_cache_block + offset * stride_k_cache_slot
+            k_slots += head * stride_k_cache_head
+            _turn_heads(
+                first, second, k_ptrs, k_slots, stride_k_dim, stride_k_cache_dim, exist, written, cos, sin,
+                k_norm_ptr, stride_k_norm, eps, half_dim, head_dim, HALF, REST, INTERLEAVED,
+            )  # fmt: skip
 
 
 def rotary_write_kv(
@@ -377,7 +396,8 @@ def rotary_write_kv(
 ) -> Float[Array, "num_tokens num_heads head_dim"]:
     """Same contract as `reference.fusion.rotary.rotary_write_kv`.
 
-    Grid: one program per some query heads, of one token or several; then one per so many keys with their values.
+    Grid: one program per some query heads, of one token or several; then one per so many keys, and per so
+    many values.
     Moves: q, k and v once in and once out, where norms, rotary and a write by themselves move q and k three times.
     Limits: a slot out of range is skipped like -1, a position that has no row of the tables gives zeros (errors when
     values are checked). Nothing is rounded between the norm and the rotation.
@@ -399,7 +419,7 @@ def rotary_write_kv(
     out = q.new_empty(q.shape) if out is None else out
     if num_tokens and head_dim:
         tile_rows, num_warps = choose_tile(head_dim)
-        num_programs = cdiv(num_tokens * num_heads, tile_rows) + cdiv(num_tokens * num_kv_heads, tile_rows)
+        num_programs = cdiv(num_tokens * num_heads, tile_rows) + 2 * cdiv(num_tokens * num_kv_heads, tile_rows)
         _rotary_write_kv_kernel[(num_programs,)](
             q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping, q_norm, k_norm, out,
             *q.stride(), *k.stride(), *v.stride(), *cos.stride(), *sin.stride(), positions.stride(0),

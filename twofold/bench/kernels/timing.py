@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import time
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from twofold.bench.kernels.rows import Call
 
 COLD_BYTES = 300e6  # several times the largest cache
 MOST_SETS = 48
+WARM_UP_SECONDS = 0.02
 
 
 def num_sets(num_bytes: int) -> int:
@@ -30,7 +32,7 @@ def seconds(calls: Sequence[Call], replays: int) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    graph.replay()
+    _warm_up(graph)
     times = []
     for _ in range(replays):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -42,11 +44,19 @@ def seconds(calls: Sequence[Call], replays: int) -> float:
     return statistics.median(times)
 
 
+def _warm_up(graph: torch.cuda.CUDAGraph) -> None:
+    """A GPU that was idle takes a while to reach its clocks."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < WARM_UP_SECONDS:
+        graph.replay()
+        torch.cuda.synchronize()
+
+
 def copy_bandwidth(replays: int) -> float:
-    """Bytes a second, read and written, of the largest plain copy."""
-    arrays = [torch.empty(2**29, dtype=torch.uint8, device="cuda").random_(0, 255) for _ in range(4)]
+    """Bytes a second, read and written, of a plain copy of 512 MB."""
+    arrays = [torch.randn(2**28, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
     pairs = [(arrays[0], arrays[1]), (arrays[2], arrays[3])]
-    return 2 * arrays[0].numel() / seconds([lambda a=a, b=b: a.copy_(b) for a, b in pairs], replays)
+    return 4 * arrays[0].numel() / seconds([lambda a=a, b=b: a.copy_(b) for a, b in pairs], replays)
 
 
 def matmul_rate(replays: int) -> float:
