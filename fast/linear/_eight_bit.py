@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor as Array
 
+from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import INTERPRETED, cdiv, next_power_of_2
 from fast._triton.rounding import dot, store, to_dtype
 
@@ -123,8 +124,10 @@ def _few_tokens_kernel(
     TILE_I: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Each warp has columns of its own, and a sum of its own for every row; they are added up at the end."""
+    wait_for_predecessor(OVERLAP)
     o = tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
     token = tl.program_id(1) * TILE_T + tl.arange(0, TILE_T)
     in_batch = token < num_tokens
@@ -271,6 +274,7 @@ def few_tokens(
         x.stride(0), weight.stride(0), weight_scale.stride(0), out.stride(0), out.stride(1),
         num_tokens, out_features, in_features, IN_GROUPS=group_size is not None,
         TILE_T=tiles.tokens, TILE_O=tiles.rows, TILE_I=tile_i, PARTS=PARTS, STAGES=tiles.stages, num_warps=tiles.warps,
+        **overlapped(x),
     )  # fmt: skip
     return out
 

@@ -5,19 +5,21 @@ bytes of a row become 16 features and 16 more without any moving about: two dot 
 A nibble becomes a float by being put into the mantissa of one (0x4300 is 128 in bfloat16, with 1 as its last place).
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor as Array
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import INTERPRETED, cdiv, next_power_of_2
 from fast._triton.rounding import dot, store, to_dtype
 from fast.linear._eight_bit import dot_in_order
 
-FEW_TOKENS = 64  # up to here a weight is read once, by programs that own few rows of it
+FEW_TOKENS = 32  # up to here a weight is read once, by programs that own few rows of it
+SUMS_TOKENS = 128  # up to here, in tiles that are not too large for so few tokens
 DENSE_TOKENS = 1024  # from here on, to write the weight out as floats for cuBLAS costs less than cuBLAS is faster
 GROUPS = (32, 64, 128)  # sizes of groups of which a step takes several, whole
 
@@ -32,34 +34,43 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def choose(num_tokens: int, whole: bool, has_bias: bool, invariant: bool = False) -> str:
-    """Which kernel. ``whole``: 16-bit activations, and nothing but whole groups of one of the sizes ``GROUPS``.
+def choose(num_tokens: int, whole: bool, fits: bool, has_bias: bool = False, invariant: bool = False) -> str:
+    """Which kernel: for "few" tokens, for "many", "sums" of groups, "dense" for cuBLAS, or for "any" groups.
+
+    Args:
+        num_tokens: Of them.
+        whole: 16-bit activations, and nothing but whole groups of one of the sizes ``GROUPS``.
+        fits: The copy engine can read rows of both arrays: they begin at multiples of 16 bytes.
+        has_bias: There is one; cuBLAS would round before it is added.
+        invariant: A token's sums are to be the same in any batch.
 
     Example:
-        >>> [choose(n, True, False) for n in (1, 64, 512, 4096)], choose(1, False, False)
-        (['few', 'few', 'many', 'dense'], 'any')
+        >>> [choose(n, True, True) for n in (1, 50, 512, 4096)], choose(1, False, True)
+        (['few', 'sums', 'many', 'dense'], 'any')
     """
     if not whole:
         return "any"
-    if invariant:
-        return "sums"
-    if num_tokens >= DENSE_TOKENS and not has_bias:
+    if num_tokens <= FEW_TOKENS and not invariant:
+        return "few"
+    if num_tokens >= DENSE_TOKENS and not has_bias and not invariant:
         return "dense"
-    return "few" if num_tokens <= FEW_TOKENS else "many"
+    return "many" if num_tokens > SUMS_TOKENS and fits and not invariant else "sums"
 
 
 def choose_few(num_tokens: int, out_features: int) -> Tiles:
     """Enough programs for every processor, each with enough on its way from memory."""
-    tokens = max(8, next_power_of_2(min(num_tokens, FEW_TOKENS)))
-    return Tiles(tokens, 16 if out_features <= 2048 else 32, 4, 4, 4 if tokens <= 16 else 3)
+    tokens = next_power_of_2(min(num_tokens, FEW_TOKENS))
+    return Tiles(tokens, 16 if out_features <= 4096 else 32, 4, 4, 4 if tokens <= 16 else 3)
 
 
-def choose_many(num_tokens: int, out_features: int) -> Tiles:
+def choose_sums(num_tokens: int, out_features: int) -> Tiles:
     """Rows are 64 for each four warps, so that all use the same instruction: a sum does not depend on the choice."""
     if num_tokens > 64 and out_features > 64:
         return Tiles(128, 128, 1, 8, 3)
     return Tiles(max(16, next_power_of_2(min(num_tokens, 64))), 64, 1, 4, 4)
 
+
+MANY = Tiles(256, 128, 1, 8, 3)  # as much as registers and shared memory hold
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
@@ -134,8 +145,10 @@ def _few_tokens_kernel(
     PARTS: tl.constexpr,
     HALF: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Each warp has groups of its own, and a sum of its own for every row; they are added up at the end."""
+    wait_for_predecessor(OVERLAP)
     o = tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
     token = tl.program_id(1) * TILE_T + tl.arange(0, TILE_T)
     in_batch = token < num_tokens
@@ -175,22 +188,7 @@ def _few_tokens_kernel(
 
 
 @triton.jit
-def scaled(codes, scale):
-    """Codes times the scale of their row, rounded once to their dtype, in two multiplications of that dtype.
-
-    A float32 scale is a sum of two 16-bit ones to within 2**-17; the product with the second only corrects the first.
-    """
-    if INTERPRETED or codes.dtype == tl.float32:
-        y = to_dtype(codes.to(tl.float32) * scale[:, None], codes.dtype)
-    else:
-        high = scale.to(codes.dtype)
-        low = (scale - high.to(tl.float32)).to(codes.dtype)
-        y = tl.fma(codes, tl.broadcast_to(high[:, None], codes.shape), codes * low[:, None])
-    return y
-
-
-@triton.jit
-def _many_tokens_kernel(
+def _sums_kernel(
     x_ptr,  # [num_tokens, in_features]
     weight_ptr,  # [out_features, in_features / 2] uint8
     scale_ptr,  # [out_features, num_groups]
@@ -209,10 +207,9 @@ def _many_tokens_kernel(
     TILE_T: tl.constexpr,
     TILE_O: tl.constexpr,
     HALF: tl.constexpr,
-    SCALE_SUMS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The weight is the left operand, so that it goes from codes to the tensor cores without leaving the registers."""
+    """The weight is the left operand, so that one token and many take the same instruction; groups' sums are scaled."""
     num_token_tiles = tl.cdiv(num_tokens, TILE_T)
     o = (tl.program_id(0) // num_token_tiles) * TILE_O + tl.arange(0, TILE_O)
     token = (tl.program_id(0) % num_token_tiles) * TILE_T + tl.arange(0, TILE_T)
@@ -233,13 +230,9 @@ def _many_tokens_kernel(
         next_scale = tl.load(scale_ptrs + tl.minimum(g + 1, num_groups - 1)).to(tl.float32)
         w_low = nibbles(packed, False, zero, x_ptr.dtype.element_ty)
         w_high = nibbles(packed, True, zero, x_ptr.dtype.element_ty)
-        if SCALE_SUMS:
-            sums = dot_in_order(w_low, tl.trans(low), tl.zeros([TILE_O, TILE_T], tl.float32))
-            sums = dot_in_order(w_high, tl.trans(high), sums)
-            acc += scale[:, None] * sums
-        else:
-            acc = dot_in_order(scaled(w_low, scale), tl.trans(low), acc)
-            acc = dot_in_order(scaled(w_high, scale), tl.trans(high), acc)
+        sums = dot_in_order(w_low, tl.trans(low), tl.zeros([TILE_O, TILE_T], tl.float32))
+        sums = dot_in_order(w_high, tl.trans(high), sums)
+        acc += scale[:, None] * sums
         if min_ptr is not None:
             least = tl.load(min_ptr + row * stride_min_o + g).to(tl.float32)
             total = tl.sum(low.to(tl.float32) + high.to(tl.float32), axis=1)
@@ -251,6 +244,66 @@ def _many_tokens_kernel(
         acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
     pointers = out_ptr + token.to(tl.int64)[None, :] * stride_out_t + o[:, None] * stride_out_o
     store(pointers, acc, in_batch[None, :] & (o < out_features)[:, None])
+
+
+@triton.jit
+def scaled(codes, scale):
+    """Codes times the scale of their row, rounded once to their dtype, in two multiplications of that dtype.
+
+    A float32 scale is a sum of two 16-bit ones to within 2**-17; the product with the second only corrects the first.
+    """
+    if INTERPRETED or codes.dtype == tl.float32:
+        y = to_dtype(codes.to(tl.float32) * scale[:, None], codes.dtype)
+    else:
+        high = scale.to(codes.dtype)
+        low = (scale - high.to(tl.float32)).to(codes.dtype)
+        y = tl.fma(codes, tl.broadcast_to(high[:, None], codes.shape), codes * low[:, None])
+    return y
+
+
+@triton.jit
+def _many_tokens_kernel(
+    x_desc,  # [num_tokens, in_features]
+    weight_desc,  # [out_features, in_features / 2] uint8
+    scale_ptr,  # [out_features, num_groups]
+    min_ptr,  # [out_features, num_groups] or None
+    bias_ptr,  # [out_features] or None
+    out_ptr,  # [num_tokens, out_features]
+    stride_scale_o,
+    stride_min_o,
+    stride_out_t,
+    stride_out_o,
+    num_tokens,
+    out_features,
+    num_groups,
+    TILE_T: tl.constexpr,
+    TILE_O: tl.constexpr,
+    HALF: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The weight is the left operand, so that it goes from codes to the tensor cores without leaving the registers."""
+    num_token_tiles = tl.cdiv(num_tokens, TILE_T)
+    first_o = (tl.program_id(0) // num_token_tiles) * TILE_O
+    first_t = (tl.program_id(0) % num_token_tiles) * TILE_T
+    o, token = first_o + tl.arange(0, TILE_O), first_t + tl.arange(0, TILE_T)
+    row = tl.minimum(o, out_features - 1).to(tl.int64)
+    acc = tl.zeros([TILE_O, TILE_T], tl.float32)
+    zero: tl.constexpr = 8 if min_ptr is None else 0
+    for g in tl.range(0, num_groups, num_stages=STAGES):
+        packed = weight_desc.load([first_o, g * HALF])
+        low = x_desc.load([first_t, g * (2 * HALF)])
+        high = x_desc.load([first_t, g * (2 * HALF) + HALF])
+        scale = tl.load(scale_ptr + row * stride_scale_o + g).to(tl.float32)
+        acc = dot(scaled(nibbles(packed, False, zero, low.dtype), scale), tl.trans(low), acc)
+        acc = dot(scaled(nibbles(packed, True, zero, low.dtype), scale), tl.trans(high), acc)
+        if min_ptr is not None:
+            least = tl.load(min_ptr + row * stride_min_o + g).to(tl.float32)
+            total = tl.sum(low.to(tl.float32) + high.to(tl.float32), axis=1)
+            acc += least[:, None] * total[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
+    pointers = out_ptr + token.to(tl.int64)[None, :] * stride_out_t + o[:, None] * stride_out_o
+    store(pointers, acc, (token < num_tokens)[None, :] & (o < out_features)[:, None])
 
 
 @triton.jit
@@ -364,7 +417,28 @@ def few_tokens(
         x, weight, scale, least, bias, out, *_strides(x, weight, scale, least, out),
         num_tokens, out_features, scale.shape[1],
         TILE_T=tiles.tokens, TILE_O=tiles.rows, PARTS=tiles.parts, HALF=group_size // 2, STAGES=tiles.stages,
-        num_warps=tiles.warps,
+        num_warps=tiles.warps, **overlapped(x),
+    )  # fmt: skip
+    return out
+
+
+def sums(
+    x: Array,
+    weight: Array,
+    scale: Array,
+    least: Array | None,
+    bias: Array | None,
+    out: Array,
+    group_size: int,
+    tiles: Tiles | None = None,
+) -> Array:
+    """Any number of tokens, in an order that is the same for all of them."""
+    num_tokens, out_features = out.shape
+    tiles = tiles or choose_sums(num_tokens, out_features)
+    _sums_kernel[(cdiv(out_features, tiles.rows) * cdiv(num_tokens, tiles.tokens),)](
+        x, weight, scale, least, bias, out, *_strides(x, weight, scale, least, out),
+        num_tokens, out_features, scale.shape[1],
+        TILE_T=tiles.tokens, TILE_O=tiles.rows, HALF=group_size // 2, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return out
 
@@ -378,15 +452,14 @@ def many_tokens(
     out: Array,
     group_size: int,
     tiles: Tiles | None = None,
-    scale_sums: bool = False,
 ) -> Array:
     num_tokens, out_features = out.shape
-    tiles = tiles or choose_many(num_tokens, out_features)
+    tiles = tiles or MANY
     _many_tokens_kernel[(cdiv(out_features, tiles.rows) * cdiv(num_tokens, tiles.tokens),)](
-        x, weight, scale, least, bias, out, *_strides(x, weight, scale, least, out),
-        num_tokens, out_features, scale.shape[1],
-        TILE_T=tiles.tokens, TILE_O=tiles.rows, HALF=group_size // 2, SCALE_SUMS=scale_sums, STAGES=tiles.stages,
-        num_warps=tiles.warps,
+        TensorDescriptor.from_tensor(x, [tiles.tokens, group_size // 2]),
+        TensorDescriptor.from_tensor(weight, [tiles.rows, group_size // 2]),
+        scale, least, bias, out, *_strides(x, weight, scale, least, out)[2:], num_tokens, out_features, scale.shape[1],
+        TILE_T=tiles.tokens, TILE_O=tiles.rows, HALF=group_size // 2, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return out
 
@@ -429,7 +502,7 @@ def _strides(x: Array, weight: Array, scale: Array, least: Array | None, out: Ar
 KERNELS = {
     "few": few_tokens,
     "many": many_tokens,
-    "sums": partial(many_tokens, scale_sums=True),
+    "sums": sums,
     "any": any_groups,
     "dense": dense,
 }

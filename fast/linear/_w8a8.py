@@ -9,10 +9,35 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fast._triton.platform import cdiv
 from fast._triton.rounding import store, to_dtype
 
-TILE_COLUMNS = 4096  # of a row that is rounded, at a time
+TILE_COLUMNS = 8192  # of a row that is rounded, at a time
+SMALL = tl.constexpr(2.0**-64)
 MAGIC = tl.constexpr(
     12582912.0
 )  # 1.5 * 2**23: added and taken away, it rounds to the nearest whole number, ties to even
+
+
+@triton.jit
+def load_row(x_ptr, first, num_columns, TILE: tl.constexpr):
+    """Part of a row as float32; zeros past its end."""
+    column = first + tl.arange(0, TILE)
+    return tl.load(x_ptr + column, mask=column < num_columns, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def sizes(x):
+    """|x|; NaN counts as infinite, since a maximum may overlook it."""
+    return tl.where(tl.abs(x) < float("inf"), tl.abs(x), float("inf"))
+
+
+@triton.jit
+def store_codes(codes_ptr, x, factor, inverse, first, num_columns, MOST: tl.constexpr):
+    """``x`` divided by its scale and rounded to nearest, ties to even."""
+    column = first + tl.arange(0, x.shape[0])
+    code = tl.minimum(tl.maximum(x * factor * inverse, -MOST), MOST)
+    if codes_ptr.dtype.element_ty == tl.int8:
+        tl.store(codes_ptr + column, ((code + MAGIC) - MAGIC).to(tl.int8), mask=column < num_columns)
+    else:
+        tl.store(codes_ptr + column, to_dtype(code, codes_ptr.dtype.element_ty), mask=column < num_columns)
 
 
 @triton.jit
@@ -24,29 +49,28 @@ def _quantize_rows_kernel(
     num_columns,
     MOST: tl.constexpr,
     TILE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
+    """``WHOLE`` rows stay in registers between the two looks at them; longer ones are read again."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, TILE)
-    largest = tl.zeros([TILE], tl.float32)
-    for start in range(0, num_columns, TILE):
-        x = tl.load(x_ptr + row * stride_x_row + start + column, mask=start + column < num_columns, other=0.0)
-        size = tl.abs(x.to(tl.float32))
-        largest = tl.maximum(largest, tl.where(size < float("inf"), size, float("inf")))  # NaN counts as infinite
+    x_ptr += row * stride_x_row
+    codes_ptr += row * num_columns
+    x = load_row(x_ptr, 0, num_columns, TILE)
+    largest = sizes(x)
+    if not WHOLE:
+        for first in range(TILE, num_columns, TILE):
+            largest = tl.maximum(largest, sizes(load_row(x_ptr, first, num_columns, TILE)))
     peak = tl.max(largest, axis=0)
     scale = tl.div_rn(tl.where(peak < float("inf"), peak, float("nan")), tl.full([], MOST, tl.float32))
     tl.store(scale_ptr + row, scale)
     usable = scale > 0  # neither 0 nor NaN
-    divisor = tl.where(usable, scale, 1.0)
-    for start in range(0, num_columns, TILE):
-        mask = start + column < num_columns
-        x = tl.load(x_ptr + row * stride_x_row + start + column, mask=mask, other=0.0).to(tl.float32)
-        code = tl.div_rn(tl.where(usable, x, 0.0), tl.broadcast_to(divisor, [TILE]))
-        code = tl.minimum(tl.maximum(code, -MOST), MOST)
-        pointers = codes_ptr + row * num_columns + start + column
-        if codes_ptr.dtype.element_ty == tl.int8:
-            tl.store(pointers, ((code + MAGIC) - MAGIC).to(tl.int8), mask=mask)
-        else:
-            tl.store(pointers, to_dtype(code, codes_ptr.dtype.element_ty), mask=mask)
+    factor = tl.where(scale < SMALL, 1.0 / SMALL, 1.0)  # the inverse of a tiny scale would be infinite
+    inverse = tl.where(usable, tl.div_rn(tl.full([], 1.0, tl.float32), tl.where(usable, scale * factor, 1.0)), 0.0)
+    store_codes(codes_ptr, tl.where(usable, x, 0.0), factor, inverse, 0, num_columns, MOST)
+    if not WHOLE:
+        for first in range(TILE, num_columns, TILE):
+            x = load_row(x_ptr, first, num_columns, TILE)
+            store_codes(codes_ptr, tl.where(usable, x, 0.0), factor, inverse, first, num_columns, MOST)
 
 
 def quantize(x: Array, dtype: torch.dtype) -> tuple[Array, Array]:
@@ -58,8 +82,9 @@ def quantize(x: Array, dtype: torch.dtype) -> tuple[Array, Array]:
         tile = min(TILE_COLUMNS, max(16, triton.next_power_of_2(num_columns)))
         most = 127.0 if dtype == torch.int8 else 448.0
         _quantize_rows_kernel[(num_rows,)](
-            x, codes, scale, x.stride(0), num_columns, MOST=most, TILE=tile, num_warps=4 if tile < 2048 else 8
-        )
+            x, codes, scale, x.stride(0), num_columns,
+            MOST=most, TILE=tile, WHOLE=num_columns <= tile, num_warps=4 if tile < 4096 else 8,
+        )  # fmt: skip
     return codes, scale
 
 
@@ -120,4 +145,6 @@ def many_tokens(x, x_scale, weight, weight_scale, bias, out, tile=(128, 256, 128
 
 def fits(x: Array, weight: Array) -> bool:
     """Whether the copy engine can read both."""
-    return all(a.stride(1) == 1 and a.stride(0) % 16 == 0 and a.data_ptr() % 16 == 0 for a in (x, weight))
+    return all(
+        a.stride(1) == 1 and a.stride(0) * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0 for a in (x, weight)
+    )

@@ -12,14 +12,97 @@ from jaxtyping import Float, Float32, Int32
 from torch import Tensor as Array
 
 from fast._checks import require_float, require_integers, require_out, require_range, require_same_device, require_shape
-from fast._triton.overlap import overlapped
+from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import cdiv, next_power_of_2
 from fast._triton.rounding import dot, store, to_dtype
 
 FEW_TOKENS = 256  # up to here every token reads its adapter itself, from the L2 cache if others use it too
 SPLIT = 512  # input features of a program that shrinks: 64 tokens of 4096 features are 512 programs
 MAX_SPLITS = 16
+DECODE_O = 512  # output features of a program of the single kernel
+DECODE_PROGRAMS = 1056  # 8 for each of 132 processors: most find no token, and end
+DECODE_RANK = 32
 TILE_T = 64  # tokens that a program goes through at once, where they are many
+
+
+# ---- the kernel for a batch that decodes ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _decode_kernel(
+    base_ptr,  # [num_tokens, out_features]
+    x_ptr,  # [num_tokens, in_features]
+    lora_a_ptr,  # [num_adapters, rank, in_features]
+    lora_b_ptr,  # [num_adapters, out_features, rank]
+    scaling_ptr,  # [num_adapters]
+    adapter_ids_ptr,  # [num_tokens]
+    out_ptr,  # [num_tokens, out_features], may be base
+    stride_base_t,
+    stride_x_t,
+    stride_a_n,
+    stride_a_r,
+    stride_b_n,
+    stride_b_o,
+    stride_out_t,
+    stride_out_o,
+    num_tokens,
+    num_adapters,
+    rank,
+    in_features,
+    out_features,
+    DTYPE: tl.constexpr,
+    DTYPE_B: tl.constexpr,
+    ALL_TOKENS: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_I: tl.constexpr,
+    TILE_O: tl.constexpr,
+    PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One adapter (the last: none) and a tile of output features: its tokens are picked from all, ``TILE_T`` a time.
+
+    Each warp has columns of x of its own, and a sum of its own. Every tile of output features shrinks again.
+    """
+    wait_for_predecessor(OVERLAP)
+    this = tl.program_id(0)
+    o = tl.program_id(1) * TILE_O + tl.arange(0, TILE_O)
+    in_row = o < out_features
+    everyone = tl.arange(0, ALL_TOKENS)
+    adapter = tl.load(adapter_ids_ptr + everyone, mask=everyone < num_tokens, other=0)
+    adapter = tl.where((adapter < 0) | (adapter >= num_adapters), num_adapters, adapter)
+    mine = (adapter == this) & (everyone < num_tokens)
+    rank_of = tl.cumsum(mine.to(tl.int32), axis=0)  # the first of mine is number 1
+    count = tl.sum(mine.to(tl.int32), axis=0)
+    r = tl.arange(0, TILE_R)
+    in_rank = r < rank
+    column = tl.arange(0, PARTS)[:, None, None] * TILE_I + tl.arange(0, TILE_I)[None, None, :]
+    for done in range(0, count, TILE_T):
+        number = done + tl.arange(0, TILE_T)
+        hit = mine[None, :] & (rank_of[None, :] == number[:, None] + 1)
+        token = tl.sum(tl.where(hit, everyone[None, :], 0), axis=1).to(tl.int64)
+        valid = number < count
+        base_ptrs = base_ptr + token[:, None] * stride_base_t + o[None, :]
+        out_ptrs = out_ptr + token[:, None] * stride_out_t + o.to(tl.int64)[None, :] * stride_out_o
+        mask = valid[:, None] & in_row[None, :]
+        base = tl.load(base_ptrs, mask=mask, other=0.0)
+        if this == num_adapters:
+            tl.store(out_ptrs, base, mask=mask)
+        else:
+            b_ptrs = lora_b_ptr + this.to(tl.int64) * stride_b_n + o[None, :] * stride_b_o + r[:, None]
+            b = tl.load(b_ptrs, mask=in_row[None, :] & in_rank[:, None], other=0.0)
+            acc = tl.zeros([PARTS, TILE_T, TILE_R], tl.float32)
+            a_ptrs = lora_a_ptr + this.to(tl.int64) * stride_a_n + r[None, :, None] * stride_a_r
+            for start in tl.range(0, in_features, PARTS * TILE_I, num_stages=STAGES):
+                i = start + column
+                x_mask = valid[None, :, None] & (i < in_features)
+                x = tl.load(x_ptr + token[None, :, None] * stride_x_t + i, mask=x_mask, other=0.0)
+                a = tl.load(a_ptrs + i, mask=in_rank[None, :, None] & (i < in_features), other=0.0)
+                acc = dot(x.to(DTYPE), tl.permute(a.to(DTYPE), (0, 2, 1)), acc)
+            shrunk = to_dtype(tl.sum(acc, axis=0), DTYPE_B)
+            grown = dot(shrunk, b.to(DTYPE_B), tl.zeros([TILE_T, TILE_O], tl.float32))
+            store(out_ptrs, base.to(tl.float32) + tl.load(scaling_ptr + this).to(tl.float32) * grown, mask)
 
 
 # ---- kernels for few tokens -----------------------------------------------------------------------------------------
@@ -224,8 +307,9 @@ def lora(
     out = _door(base, x, lora_a, lora_b, scaling, adapter_ids, out)
     if not out.numel():
         return out
-    run = few_tokens if is_few(len(base)) else many_tokens
-    return run(_rows(base), _rows(x), _rows(lora_a), _rows(lora_b), scaling, adapter_ids.contiguous(), out)
+    kind = choose(len(base), len(lora_a), base.shape[1], lora_a.shape[1], x.dtype)
+    arrays = _rows(base), _rows(x), _rows(lora_a), _rows(lora_b), scaling, adapter_ids.contiguous(), out
+    return {"decode": decode, "few": few_tokens, "many": many_tokens}[kind](*arrays)
 
 
 def lora_invariant(
@@ -245,9 +329,35 @@ def lora_invariant(
     return few_tokens(_rows(base), _rows(x), _rows(lora_a), _rows(lora_b), scaling, adapter_ids.contiguous(), out)
 
 
-def is_few(num_tokens: int) -> bool:
-    """Whether every token looks after itself."""
-    return num_tokens <= FEW_TOKENS
+def choose(num_tokens: int, num_adapters: int, out_features: int, rank: int, dtype: torch.dtype) -> str:
+    """Which kernels: "decode", a single one; "few" tokens, each by itself; or "many".
+
+    Example:
+        >>> [choose(n, 16, 4096, 16, torch.bfloat16) for n in (64, 4096)], choose(64, 1000, 4096, 16, torch.bfloat16)
+        (['decode', 'many'], 'few')
+    """
+    if num_tokens > FEW_TOKENS:
+        return "many"
+    programs = (num_adapters + 1) * cdiv(out_features, DECODE_O)
+    fits = programs <= DECODE_PROGRAMS and rank <= DECODE_RANK
+    return "decode" if dtype != torch.float32 and num_tokens > 1 and fits else "few"
+
+
+def decode(
+    base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, out: Array,
+    tile_o: int = 512, tile_i: int = 64, parts: int = 8, stages: int = 3,
+) -> Array:  # fmt: skip
+    (num_tokens, out_features), (num_adapters, rank, in_features) = base.shape, lora_a.shape
+    half, half_b = _halves(base, x, lora_a, lora_b)
+    _decode_kernel[(num_adapters + 1, cdiv(out_features, tile_o))](
+        base, x, lora_a, lora_b, scaling, adapter_ids, out,
+        base.stride(0), x.stride(0), lora_a.stride(0), lora_a.stride(1), lora_b.stride(0), lora_b.stride(1),
+        out.stride(0), out.stride(1), num_tokens, num_adapters, rank, in_features, out_features,
+        DTYPE=half, DTYPE_B=half_b, ALL_TOKENS=next_power_of_2(num_tokens), TILE_T=16,
+        TILE_R=max(16, next_power_of_2(rank)), TILE_I=tile_i, TILE_O=tile_o, PARTS=parts, STAGES=stages,
+        num_warps=parts, **overlapped(x),
+    )  # fmt: skip
+    return out
 
 
 def split_features(in_features: int) -> tuple[int, int]:
@@ -283,23 +393,22 @@ def many_tokens(
     base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, out: Array
 ) -> Array:
     (num_tokens, out_features), (num_adapters, rank, in_features) = base.shape, lora_a.shape
-    half = x.dtype == lora_a.dtype and x.dtype != torch.float32
-    half_b = lora_b.dtype == base.dtype and base.dtype != torch.float32
+    half, half_b = _halves(base, x, lora_a, lora_b)
     split, num_splits = split_features(in_features)
     shrunk = torch.empty(num_tokens, num_splits, rank, dtype=torch.float32, device=x.device)
     tile_r = max(16, next_power_of_2(rank))
     _shrink_tiles_kernel[(cdiv(num_tokens, TILE_T), num_splits)](
         x, lora_a, adapter_ids, shrunk, x.stride(0), lora_a.stride(0), lora_a.stride(1),
         num_tokens, num_adapters, rank, in_features, split,
-        DTYPE=_triton_dtype(x.dtype) if half else tl.float32,
-        TILE_T=TILE_T, TILE_R=tile_r, TILE_I=128 if half else 32, num_warps=4,
+        DTYPE=half,
+        TILE_T=TILE_T, TILE_R=tile_r, TILE_I=32 if half == tl.float32 else 128, num_warps=4,
     )  # fmt: skip
-    tile_o = 128 if half_b else 64
+    tile_o = 64 if half_b == tl.float32 else 128
     _expand_tiles_kernel[(cdiv(num_tokens, TILE_T), cdiv(out_features, tile_o))](
         base, shrunk, lora_b, scaling, adapter_ids, out,
         base.stride(0), lora_b.stride(0), lora_b.stride(1), out.stride(0), out.stride(1),
         num_tokens, num_adapters, rank, out_features, num_splits,
-        DTYPE=_triton_dtype(base.dtype) if half_b else tl.float32,
+        DTYPE=half_b,
         TILE_T=TILE_T, TILE_R=tile_r, TILE_O=tile_o, num_warps=4,
     )  # fmt: skip
     return out
@@ -328,8 +437,14 @@ def _door(
     return torch.empty_like(base, memory_format=torch.contiguous_format) if out is None else out
 
 
-def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+def _halves(base: Array, x: Array, lora_a: Array, lora_b: Array) -> tuple[tl.dtype, tl.dtype]:
+    """What the two products are multiplied in: 16 bits where both operands have the same, else float32."""
+    first = _DTYPES[x.dtype] if x.dtype == lora_a.dtype else tl.float32
+    second = _DTYPES[base.dtype] if base.dtype == lora_b.dtype else tl.float32
+    return first, second
+
+
+_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 def _rows(array: Array) -> Array:

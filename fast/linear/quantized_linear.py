@@ -266,7 +266,7 @@ def _int4_in_groups(
         return out
     arrays = _rows(x), _rows(weight), _rows(weight_scale), weight_min, bias, out, group_size
     whole = x.dtype in HALVES and group_size in _int4.GROUPS and x.shape[1] % group_size == 0
-    kind = _int4.choose(len(x), whole, bias is not None, invariant)
+    kind = _int4.choose(len(x), whole, _w8a8.fits(arrays[0], arrays[1]), bias is not None, invariant)
     return _int4.KERNELS[kind](*arrays)
 
 

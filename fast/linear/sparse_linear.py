@@ -19,7 +19,8 @@ from fast._checks import (
     require_shape,
     require_values,
 )
-from fast._triton.platform import cdiv, next_power_of_2
+from fast._triton.overlap import overlapped, wait_for_predecessor
+from fast._triton.platform import INTERPRETED, cdiv, next_power_of_2
 from fast._triton.rounding import store
 from fast.linear._eight_bit import dot_in_order
 
@@ -27,25 +28,66 @@ ROWS = 4  # of the weight, that a program owns when there is one token
 GROUPS = 512  # of a row, that it takes in a step: 16 bytes for each of its threads, four times
 
 
+_TABLE = "mul.lo.u32 s, $4, 0x41; and.b32 s, s, 0x0303; mad.lo.u32 s, s, 0x22, 0x1010;"  # the bytes of two activations
+_ADD_BF16 = tl.constexpr(
+    "{ .reg .b32 s, p, a, b; .reg .f32 t; "
+    + _TABLE
+    + """ prmt.b32 p, $2, $3, s;
+    shl.b32 a, $1, 16; shl.b32 b, p, 16; fma.rn.f32 t, a, b, $5;
+    and.b32 a, $1, 0xffff0000; and.b32 b, p, 0xffff0000; fma.rn.f32 $0, a, b, t; }"""
+)
+_ADD_FP16 = tl.constexpr(
+    "{ .reg .b32 s, p; .reg .b16 a, b, c, d; .reg .f32 t, v, x; "
+    + _TABLE
+    + """ prmt.b32 p, $2, $3, s;
+    mov.b32 {a, b}, $1; mov.b32 {c, d}, p;
+    cvt.f32.f16 v, a; cvt.f32.f16 x, c; fma.rn.f32 t, v, x, $5;
+    cvt.f32.f16 v, b; cvt.f32.f16 x, d; fma.rn.f32 $0, v, x, t; }"""
+)
+
+
 @triton.jit
-def halves(words, dtype: tl.constexpr):
+def floats(word, dtype: tl.constexpr):
     """The two 16-bit floats of each word, the first in its low half, as float32."""
     if dtype == tl.bfloat16:
-        first, second = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+        first, second = (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
     else:
-        first = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        second = ((words >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        first = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        second = ((word >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     return first, second
 
 
 @triton.jit
+def add_group(pair, low, high, nibble, acc, dtype: tl.constexpr):
+    """``acc`` plus the two weights in ``pair`` times the activations, of the four in ``low`` and ``high``, at their
+    places. The places become the selector of one byte permutation, which picks both activations."""
+    if INTERPRETED:
+        x0, x1 = floats(low, dtype)
+        x2, x3 = floats(high, dtype)
+        place, other = nibble & 3, nibble >> 2
+        first, second = floats(pair, dtype)
+        acc += first * tl.where(place == 0, x0, tl.where(place == 1, x1, x2))
+        acc += second * tl.where(other == 1, x1, tl.where(other == 2, x2, x3))
+    else:
+        acc = tl.inline_asm_elementwise(
+            _ADD_BF16 if dtype == tl.bfloat16 else _ADD_FP16,
+            "=f,r,r,r,r,f",
+            [pair, low, high, nibble, acc],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return acc
+
+
+@triton.jit
 def _one_token_kernel(
-    x_ptr,  # [1, in_features]
-    words_ptr,  # [out_features, num_groups] int32: both weights of a group
+    x_ptr,  # [num_groups] int64: four activations each
+    pairs_ptr,  # [out_features, num_groups] int32: both weights of a group
     indices_ptr,  # [out_features, num_groups / 2] uint8
     bias_ptr,  # [out_features] or None
     out_ptr,  # [1, out_features]
-    stride_words_o,
+    stride_pairs_o,
     stride_indices_o,
     stride_out_o,
     out_features,
@@ -54,8 +96,10 @@ def _one_token_kernel(
     TILE_O: tl.constexpr,
     TILE_G: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Groups in fours: 16 bytes of weights, two bytes of places, 16 activations."""
+    wait_for_predecessor(OVERLAP)
     o = tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
     row = tl.minimum(o, out_features - 1).to(tl.int64)  # rows past the end are read again, and not stored
     within = tl.arange(0, 4)
@@ -64,21 +108,20 @@ def _one_token_kernel(
         four = start // 4 + tl.arange(0, TILE_G // 4)
         group = four[:, None] * 4 + within[None, :]
         in_row = group < num_groups
-        words = tl.load(
-            words_ptr + row[:, None, None] * stride_words_o + group[None, :, :], mask=in_row[None, :, :], other=0
+        pairs = tl.load(
+            pairs_ptr + row[:, None, None] * stride_pairs_o + group[None, :, :], mask=in_row[None, :, :], other=0
         )
         bytes_ptr = indices_ptr + row[:, None] * stride_indices_o + four[None, :] * 2
-        low = tl.load(bytes_ptr, mask=(four * 4 < num_groups)[None, :], other=0).to(tl.int32)
-        high = tl.load(bytes_ptr + 1, mask=(four * 4 + 2 < num_groups)[None, :], other=0).to(tl.int32)
-        places = (low | (high << 8))[:, :, None] >> (4 * within)[None, None, :]
-        place, other = places & 3, (places >> 2) & 3
-        x0 = tl.load(x_ptr + group * 4, mask=in_row, other=0.0).to(tl.float32)[None, :, :]
-        x1 = tl.load(x_ptr + group * 4 + 1, mask=in_row, other=0.0).to(tl.float32)[None, :, :]
-        x2 = tl.load(x_ptr + group * 4 + 2, mask=in_row, other=0.0).to(tl.float32)[None, :, :]
-        x3 = tl.load(x_ptr + group * 4 + 3, mask=in_row, other=0.0).to(tl.float32)[None, :, :]
-        first, second = halves(words, DTYPE)
-        acc += first * tl.where(place == 0, x0, tl.where(place == 1, x1, x2))
-        acc += second * tl.where(other == 1, x1, tl.where(other == 2, x2, x3))
+        first = tl.load(bytes_ptr, mask=(four * 4 < num_groups)[None, :], other=0).to(tl.int32)
+        second = tl.load(bytes_ptr + 1, mask=(four * 4 + 2 < num_groups)[None, :], other=0).to(tl.int32)
+        nibble = ((first | (second << 8))[:, :, None] >> (4 * within)[None, None, :]) & 15
+        x = tl.load(x_ptr + group, mask=in_row, other=0)
+        shape: tl.constexpr = [TILE_O, TILE_G // 4, 4]
+        low, high = (
+            tl.broadcast_to(x.to(tl.int32)[None, :, :], shape),
+            tl.broadcast_to((x >> 32).to(tl.int32)[None, :, :], shape),
+        )
+        acc = add_group(pairs, low, high, nibble, acc, DTYPE)
     y = tl.sum(tl.sum(acc, axis=2), axis=1)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + row).to(tl.float32)
@@ -169,20 +212,22 @@ def sparse_linear_invariant(
 def is_one(x: Array, values: Array) -> bool:
     """Whether the ordinary units multiply: for one token the tensor cores have nothing to save.
 
-    A group's two weights are read as one word, so they must be of 16 bits, at even places.
+    A group's two weights are read as one word and its four activations as one of twice the size, so both must be of the
+    same 16 bits and lie at such places.
     """
-    return len(x) == 1 and values.dtype != torch.float32 and values.stride(0) % 2 == 0 and values.data_ptr() % 4 == 0
+    aligned = x.data_ptr() % 8 == 0 and values.data_ptr() % 4 == 0 and values.stride(0) % 2 == 0
+    return len(x) == 1 and x.dtype == values.dtype != torch.float32 and aligned
 
 
 def one_token(
     x: Array, values: Array, indices: Array, bias: Array | None, out: Array, rows=ROWS, groups=GROUPS, stages=1, warps=4
 ) -> Array:
     out_features, num_groups = len(values), values.shape[1] // 2
-    words = values.view(torch.int32)
+    fours, pairs = x[0].view(torch.int64), values.view(torch.int32)
     tile_g = max(16, min(groups, next_power_of_2(num_groups)))
     _one_token_kernel[(cdiv(out_features, rows),)](
-        x, words, indices, bias, out, words.stride(0), indices.stride(0), out.stride(1), out_features, num_groups,
-        DTYPE=_DTYPES[values.dtype], TILE_O=rows, TILE_G=tile_g, STAGES=stages, num_warps=warps,
+        fours, pairs, indices, bias, out, pairs.stride(0), indices.stride(0), out.stride(1), out_features, num_groups,
+        DTYPE=_DTYPES[values.dtype], TILE_O=rows, TILE_G=tile_g, STAGES=stages, num_warps=warps, **overlapped(x),
     )  # fmt: skip
     return out
 

@@ -79,12 +79,22 @@ def batch(num_tokens: int, dtype: str, num_adapters: int = 5, in_features: int =
     return Call("lora", arrays | {"scaling": rng.normal(size=num_adapters).astype(np.float32), "adapter_ids": ids})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(("kernels", "num_tokens"), [("few_tokens", 33), ("many_tokens", 257)])
+@pytest.mark.parametrize(
+    ("kernels", "num_tokens", "dtype"),
+    [
+        ("decode", 33, "bfloat16"),  # more tokens of an adapter than a tile has
+        ("decode", 130, "float16"),
+        ("few_tokens", 1, "bfloat16"),
+        ("few_tokens", 33, "float32"),
+        ("many_tokens", 257, "bfloat16"),
+        ("many_tokens", 257, "float16"),
+        ("many_tokens", 257, "float32"),
+    ],
+)
 def test_each_kernel_is_chosen_and_right(monkeypatch, kernels, num_tokens, dtype):
-    """Few tokens each look up their own adapter; many go through tiles. Both over more than one part of x."""
+    """In one launch; in two, each token by itself; in two, in tiles. All over more than one part of x."""
     module, seen = sys.modules["fast.linear.lora"], []
-    for name in ("few_tokens", "many_tokens"):
+    for name in ("decode", "few_tokens", "many_tokens"):
         run_it = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, run_it=run_it: (seen.append(name), run_it(*a))[1])
     properties.lora_matches_the_oracle(fast, batch(num_tokens, dtype))

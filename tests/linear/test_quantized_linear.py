@@ -160,8 +160,10 @@ def recorded(monkeypatch, owner, names):
     [
         ("few", 1, 256, 128, "bfloat16", True),
         ("few", 17, 192, 32, "float16", False),
-        ("many", 65, 256, 128, "bfloat16", False),
-        ("many", 65, 256, 64, "float16", True),
+        ("sums", 33, 256, 128, "bfloat16", False),
+        ("sums", 65, 256, 64, "float16", True),
+        ("many", 129, 256, 128, "bfloat16", False),
+        ("many", 129, 256, 64, "float16", True),
         ("dense", 1024, 64, 32, "bfloat16", False),
         ("many", 1024, 64, 32, "bfloat16", True),  # cuBLAS would round before it adds the bias
         ("any", 3, 256, 128, "float32", True),
