@@ -289,13 +289,10 @@ def finish_segment(
             stride_out_dim, HEAD_DIM,
         )  # fmt: skip
     else:
-        row = tl.arange(0, TILE_Q)
-        offset = row[:, None] * TILE_D + tl.arange(0, TILE_D)[None, :]
-        stored = there[:, None] & (dim < HEAD_DIM)[None, :]
-        place = (program * 2 + (seg_begin >= begin).to(tl.int32)).to(tl.int64)
-        tl.store(parts_ptr + place * (TILE_Q * TILE_D) + offset, acc, mask=stored)
-        tl.store(stats_ptr + place * (2 * TILE_Q) + row, top, mask=there)
-        tl.store(stats_ptr + place * (2 * TILE_Q) + TILE_Q + row, total, mask=there)
+        store_part(
+            acc, top, total, program * 2 + (seg_begin >= begin).to(tl.int32), parts_ptr, stats_ptr, there, dim,
+            HEAD_DIM, TILE_Q, TILE_D,
+        )  # fmt: skip
         if is_last(seg_begin, seg_end, line, num_workers, counters_ptr):
             first = worker_of(seg_begin, num_workers, line)
             last = worker_of(seg_end - 1, num_workers, line)
@@ -303,6 +300,20 @@ def finish_segment(
                 first, last, parts_ptr, stats_ptr, out_ptr, sinks_ptr, token, head, there, dim,
                 stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, TILE_Q, TILE_D,
             )  # fmt: skip
+
+
+@triton.jit
+def store_part(
+    acc, top, total, place, parts_ptr, stats_ptr, there, dim,
+    HEAD_DIM: tl.constexpr, TILE_Q: tl.constexpr, TILE_D: tl.constexpr,
+):  # fmt: skip
+    """Leave a part at its place in the scratch, the rows that are there."""
+    row, place = tl.arange(0, TILE_Q), place.to(tl.int64)
+    offset = row[:, None] * TILE_D + tl.arange(0, TILE_D)[None, :]
+    stored = there[:, None] & (dim < HEAD_DIM)[None, :]
+    tl.store(parts_ptr + place * (TILE_Q * TILE_D) + offset, acc, mask=stored)
+    tl.store(stats_ptr + place * (2 * TILE_Q) + row, top, mask=there)
+    tl.store(stats_ptr + place * (2 * TILE_Q) + TILE_Q + row, total, mask=there)
 
 
 @triton.jit
@@ -335,7 +346,9 @@ def merge_parts(
             parts_ptr + ((place + row[None, :]) * TILE_D)[:, :, None] + tl.arange(0, TILE_D)[None, None, :],
             mask=loaded[:, :, None] & in_dims[None, :, :], other=0.0, cache_modifier=".cg",
         )  # fmt: skip
-        top = tl.where(step % steps == 0, float("-inf"), top)  # other rows begin: what came before counts for nothing
+        begins = step % steps == 0  # other rows begin
+        top, total = tl.where(begins, float("-inf"), top), tl.where(begins, 0.0, total)
+        acc = tl.where(begins, 0.0, acc)
         new_top = tl.maximum(top, tl.max(part_top, 0))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         old, weights = tl.exp2(top - shift), tl.exp2(part_top - shift[None, :])
