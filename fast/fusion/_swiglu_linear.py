@@ -1,10 +1,9 @@
-"""SwiGLU in the prologue of the projection that follows, while there are few tokens.
+"""SwiGLU in the prologue of the projection that follows, for a single token.
 
-Every program gates all of the tokens for itself: twice the reading, from cache, and an exponential for each number.
-That is hidden behind the weight's trip from memory for a few tokens, and no longer for many.
+Every program gates all of the token for itself: twice the reading, from cache, and an exponential for each number. That
+is hidden behind the weight's trip from memory for one token; for more, a kernel of its own is faster (measured from 8).
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor as Array
@@ -12,24 +11,17 @@ from torch import Tensor as Array
 from fast._checks import require, require_float, require_shape
 from fast.fusion.linear_add import check_residual
 from fast.fusion.swiglu import silu_times, swiglu
-from fast.linear._skinny import is_skinny, skinny_linear
+from fast.linear._skinny import skinny_linear
 from fast.linear.linear import check_linear, into, project
-
-FEW_TOKENS = 8
 
 
 @triton.jit
-def read_gated(gate_up_ptr, side_ptr, offset, k, in_features, mask):
+def read_gated(gate_up_ptr, side_ptr, k, in_features, mask):
     """silu(gate) * up, twice."""
-    gate = tl.load(gate_up_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + in_features + offset, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up_ptr + k, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + in_features + k, mask=mask, other=0.0).to(tl.float32)
     gated = silu_times(gate, up, gate_up_ptr.dtype.element_ty == tl.float32)
     return gated, gated
-
-
-def is_fused(num_tokens: int, x_dtype: torch.dtype, weight_dtype: torch.dtype) -> bool:
-    """Whether SwiGLU goes into the matmul."""
-    return num_tokens <= FEW_TOKENS and is_skinny(num_tokens, x_dtype, weight_dtype)
 
 
 def swiglu_linear_add(
@@ -37,11 +29,11 @@ def swiglu_linear_add(
 ) -> Array:
     """Same contract as `reference.fusion.swiglu.swiglu_linear_add`, but the sum is rounded once.
 
-    Grid: as in `linear`; more than a few tokens: a kernel for SwiGLU before it.
+    Grid: as in `linear`; for several tokens, a kernel for SwiGLU before it.
     Moves: the weight, the residual and the result once; ``gate_up``, from cache, once for each program.
     """
     check_swiglu_linear(gate_up, weight, residual, bias, out)
-    if not is_fused(len(gate_up), gate_up.dtype, weight.dtype):
+    if len(gate_up) != 1 or not gate_up.numel():
         return project(swiglu(gate_up), weight, bias, residual, out)
 
     def write(x: Array, weight: Array, residual: Array | None, out: Array) -> None:

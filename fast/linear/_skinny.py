@@ -2,24 +2,23 @@
 
 With so few tokens time is the weight's trip from memory, so the kernels here are ways of having enough of it in flight:
 every program owns a few rows of the weight, all of their columns, and streams them once. Nobody waits for another
-program's part of a sum. What goes into the matmul is read by a helper that the caller hands over (``READ``): the
-activations as they are, times a norm's weight, or gated.
+program's part of a sum. A single token is read by a helper that the caller hands over (``READ``): as it is, times a
+norm's weight, or gated.
 """
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor as Array
 
 from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import cdiv, next_power_of_2
-from fast._triton.rounding import dot, store, to_dtype
+from fast._triton.rounding import dot, store
 
 FEW_TOKENS = 32  # beyond, the tensor cores' own tiles are full and cuBLAS is at its best
 LINE = 128  # bytes that a prefetch brings to the L2 cache
-MAX_PREFETCH = 32  # lines of each row: what can be on its way while the kernel before this one ends
+MAX_PREFETCH = 8  # lines of each row: more of them keep the loads waiting that are needed first
 
 
 class Tiles(NamedTuple):
@@ -39,24 +38,27 @@ def choose_tiles(num_tokens: int, out_features: int, in_features: int, itemsize:
         >>> choose_tiles(1, 4096, 1024, 2).tokens, choose_tiles(9, 4096, 1024, 2).tokens
         (1, 16)
     """
-    if num_tokens == 1:
-        vector = 16 // itemsize
-        warps = 4
-        while warps > 1 and 32 * vector * warps > in_features:
-            warps //= 2
-        return Tiles(8 if out_features > 512 else 4, 32 * vector * warps, 1, warps, 1)
-    tokens = 8 if num_tokens <= 8 else next_power_of_2(num_tokens)
-    rows = 16 if out_features <= 2048 else 32
-    return Tiles(rows, 64, tokens, 4, 4 if tokens < 32 else 3)
+    if num_tokens > 1:
+        tokens = 8 if num_tokens <= 8 else next_power_of_2(num_tokens)
+        return Tiles(16 if out_features <= 2048 else 32, 64, tokens, 4, 4 if tokens < 32 else 3)
+    if out_features < 2048:  # few rows: narrow programs, so that there are enough
+        rows, vectors, warps = 4, 128, 4
+    elif in_features >= 2048:
+        rows, vectors, warps = 8, 256, 8
+    else:  # a row is one step
+        rows, vectors, warps = 16, 128, 8
+    size = 16 // itemsize
+    columns = min(vectors * size, max(next_power_of_2(in_features), 32 * size))
+    return Tiles(rows, columns, 1, min(warps, max(1, rows * columns // (128 * size))), 1)
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def read_plain(x_ptr, side_ptr, offset, k, in_features, mask):
-    """The activations, and themselves."""
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0)
+def read_plain(x_ptr, side_ptr, k, in_features, mask):
+    """What column ``k`` of the weight is multiplied by; and what is squared, where there is a norm: here the same."""
+    x = tl.load(x_ptr + k, mask=mask, other=0.0).to(tl.float32)
     return x, x
 
 
@@ -131,10 +133,10 @@ def _one_token_kernel(
         k = start + tl.arange(0, TILE_K)
         in_columns = k < in_features
         w = load_columns(weight_ptr + row[:, None] * stride_weight_n + k[None, :], in_columns[None, :], EVEN)
-        value, x = READ(x_ptr, side_ptr, k, k, in_features, in_columns)
+        value, x = READ(x_ptr, side_ptr, k, in_features, in_columns)
         if eps is not None:
-            squares += x.to(tl.float32) * x.to(tl.float32)
-        products = w.to(tl.float32) * value.to(tl.float32)[None, :]
+            squares += x * x
+        products = w.to(tl.float32) * value[None, :]
         acc += tl.sum(tl.reshape(products, [TILE_N, TILE_K // VECTOR, VECTOR]), axis=2)  # of one thread
     y = tl.sum(acc, axis=1)
     if eps is not None:
@@ -144,13 +146,11 @@ def _one_token_kernel(
 
 @triton.jit
 def _few_tokens_kernel(
-    x_ptr,  # [num_tokens, in_features], or [num_tokens, 2 * in_features]
-    side_ptr,  # [in_features]: what READ needs besides, or None
+    x_ptr,  # [num_tokens, in_features]
     weight_ptr,  # [out_features, in_features]
     bias_ptr,  # [out_features] or None
     residual_ptr,  # [num_tokens, out_features] or None
     out_ptr,  # [num_tokens, out_features]
-    eps,  # None: no norm
     stride_x_m,
     stride_weight_n,
     stride_residual_m,
@@ -158,7 +158,6 @@ def _few_tokens_kernel(
     num_tokens,
     out_features,
     in_features,
-    READ: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
@@ -178,20 +177,14 @@ def _few_tokens_kernel(
     x_row = token.to(tl.int64) * stride_x_m
     column = tl.arange(0, WARPS)[:, None, None] * TILE_K + tl.arange(0, TILE_K)[None, None, :]
     acc = tl.zeros([WARPS, TILE_N, TILE_M], tl.float32)
-    squares = tl.zeros([WARPS, TILE_M, TILE_K], tl.float32)
     for start in tl.range(0, in_features, WARPS * TILE_K, num_stages=STAGES):  # type: ignore[reportGeneralTypeIssues]
         k = start + column
         in_columns = k < in_features
         w = load_columns(weight_ptr + row[None, :, None] * stride_weight_n + k, in_columns, EVEN)
-        offset = x_row[None, :, None] + k
-        value, x = READ(x_ptr, side_ptr, offset, k, in_features, in_batch[None, :, None] & in_columns)
-        if eps is not None:
-            squares += x.to(tl.float32) * x.to(tl.float32)
-        acc = dot(w, tl.permute(to_dtype(value, w.dtype), (0, 2, 1)), acc)
+        x_mask = in_batch[None, :, None] & in_columns
+        x = tl.load(x_ptr + x_row[None, :, None] + k, mask=x_mask, other=0.0)
+        acc = dot(w, tl.permute(x, (0, 2, 1)), acc)
     y = tl.permute(tl.sum(acc, axis=0), (1, 0))  # [TILE_M, TILE_N]
-    if eps is not None:
-        mean = tl.sum(tl.sum(squares, axis=2), axis=0) / in_features
-        y = y * (1.0 / tl.sqrt(mean + eps))[:, None]
     token = token[:, None].to(tl.int64)
     mask = in_batch[:, None] & (n < out_features)[None, :]
     n = n[None, :]
@@ -199,13 +192,6 @@ def _few_tokens_kernel(
 
 
 # ---- launching ------------------------------------------------------------------------------------------------------
-
-
-def is_skinny(num_tokens: int, x_dtype: torch.dtype, weight_dtype: torch.dtype) -> bool:
-    """Whether the kernels here are the ones: for one token always, for a few where the tensor cores take the dtype."""
-    if num_tokens == 1:
-        return True
-    return num_tokens <= FEW_TOKENS and x_dtype == weight_dtype and x_dtype != torch.float32
 
 
 def skinny_linear(
@@ -220,7 +206,11 @@ def skinny_linear(
     eps: float | None = None,
     tiles: Tiles | None = None,
 ) -> Array:
-    """``out = residual + READ(x) weight^T + bias`` for few tokens; with ``eps``, over the root mean square of ``x``."""
+    """``out = residual + x weight^T + bias`` for few tokens.
+
+    For one, ``read`` may make more of ``x`` on the way in, and with ``eps`` the product is divided by the root mean
+    square of ``x``.
+    """
     num_tokens, (out_features, in_features) = len(x), weight.shape
     if not (num_tokens and out_features):
         return out
@@ -228,7 +218,6 @@ def skinny_linear(
     tiles = tiles or choose_tiles(num_tokens, out_features, in_features, itemsize)
     grid = (cdiv(out_features, tiles.rows),)
     common: dict[str, Any] = {
-        "READ": read,
         "TILE_N": tiles.rows,
         "TILE_K": tiles.columns,
         "NUM_LINES": min(next_power_of_2(cdiv(in_features * itemsize, LINE)), MAX_PREFETCH),
@@ -241,12 +230,12 @@ def skinny_linear(
         even = in_features % tiles.columns == 0
         _one_token_kernel[grid](
             x, side, weight, bias, residual, out, eps, weight.stride(0), out_features, in_features,
-            **common, **{"VECTOR": 16 // itemsize, "EVEN": even},
+            **common, **{"READ": read, "VECTOR": 16 // itemsize, "EVEN": even},
         )  # fmt: skip
         return out
     even = in_features % (tiles.columns * tiles.warps) == 0
     _few_tokens_kernel[grid](
-        x, side, weight, bias, residual, out, eps, x.stride(0), weight.stride(0),
+        x, weight, bias, residual, out, x.stride(0), weight.stride(0),
         0 if residual is None else residual.stride(0), out.stride(0), num_tokens, out_features, in_features,
         **common, **{"TILE_M": tiles.tokens, "WARPS": tiles.warps, "EVEN": even},
     )  # fmt: skip
