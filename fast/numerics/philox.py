@@ -32,10 +32,11 @@ TILE_BLOCKS = 16 if INTERPRETING else 512  # counters a program encrypts: 2048 n
 
 @triton.jit
 def encrypt(c0, c1, c2, c3, k0, k1):
-    """The ten rounds; uint32 words, which broadcast. A product's halves are one wide multiplication on a GPU."""
+    """The ten rounds; uint32 words. A product and its halves are one wide multiplication (`umulhi` would make two)."""
     for _ in tl.static_range(10):
-        high_0, low_0 = tl.umulhi(c0, MULTIPLIER_0), c0 * MULTIPLIER_0
-        high_1, low_1 = tl.umulhi(c2, MULTIPLIER_1), c2 * MULTIPLIER_1
+        product_0, product_1 = c0.to(tl.uint64) * MULTIPLIER_0, c2.to(tl.uint64) * MULTIPLIER_1
+        high_0, low_0 = (product_0 >> 32).to(tl.uint32), product_0.to(tl.uint32)
+        high_1, low_1 = (product_1 >> 32).to(tl.uint32), product_1.to(tl.uint32)
         c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
         k0, k1 = k0 + KEY_STEP_0, k1 + KEY_STEP_1
     return c0, c1, c2, c3

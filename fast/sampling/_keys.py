@@ -93,6 +93,19 @@ def kth_key(values_ptr, stride, num_values, k, slack, low, high, SHIFT: tl.const
 
 
 @triton.jit
+def kth_of(x, k, slack, low, high, SHIFT: tl.constexpr):
+    """`kth_key` of values that are in registers."""
+    low, high, step = low.to(tl.int32), high.to(tl.int32), tl.full([], FIRST_STEP >> SHIFT, tl.int64)
+    while low + 1 < high:
+        middle, step = first_guess(low, high, step), tl.minimum(step * 8, 1 << 32)
+        count = tl.sum((x >= from_key(middle, SHIFT)).to(tl.int32))
+        enough = count >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, tl.where(count <= k + slack, middle + 1, high), middle)
+    return low
+
+
+@triton.jit
 def nucleus_key(
     values_ptr, stride, num_values, target, low, high, top, inverse_temperature, SHIFT: tl.constexpr, TILE: tl.constexpr
 ):

@@ -37,6 +37,14 @@ class Scan(NamedTuple):
     def num_tiles(self) -> int:
         return self.tile_max.shape[1]
 
+    @property
+    def padded_tiles(self) -> int:
+        return next_power_of_2(self.num_tiles)
+
+    @property
+    def padded_chunks(self) -> int:
+        return next_power_of_2(self.chunk_max.shape[1])
+
 
 @triton.jit
 def load_filters(temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, row, vocab_size):
@@ -173,7 +181,3 @@ def scan(logits: Array, filters: tuple[Array, ...], draws: tuple[Array, ...] | N
             NOISY=draws is not None, PART=PART, CHUNK=CHUNK, COLS=COLS, num_warps=4,
         )  # fmt: skip
     return found
-
-
-def padded_tiles(num_tiles: int) -> int:
-    return next_power_of_2(num_tiles)

@@ -19,6 +19,7 @@ from fast.sampling._keys import (
     from_key,
     highest_key,
     kth_key,
+    kth_of,
     lowest_key,
     mass_from,
     min_p_key,
@@ -28,14 +29,14 @@ from fast.sampling._keys import (
 from fast.sampling._scan import first_best, load_filters, load_part, load_tile
 
 HEAD = 4 if INTERPRETING else 128  # chunks of the head where top-k does not say how many
-NOISY_HEAD = 8 if INTERPRETING else 64  # chunks of the frontier: it holds the winner but for (1 - top_p) ** 64
+NOISY_HEAD = 8 if INTERPRETING else 96  # chunks of the frontier: it holds the winner but for (1 - top_p) ** 96
 MAX_CHUNKS = 16 if INTERPRETING else 1024  # of the head; with more, all of the row is read
-MAX_CANDIDATES = 32 if INTERPRETING else 2048
-MAX_FRONTIER = 32 if INTERPRETING else 512
+MAX_CANDIDATES = 48 if INTERPRETING else 2048
+MAX_PAIRS = 16 if INTERPRETING else 256  # candidates compared each with each, at once; more are bisected
 NUM_PIVOTS = 8  # tokens on the frontier (of n in random order about log n are, so 5); `_weigh_kernel` spells them out
-TILE_CHUNKS = 128 if INTERPRETING else 8192  # chunks counted at once
+TILE_PAIRS = 16 if INTERPRETING else 32
 TILE_GATHER = 8 if INTERPRETING else 64  # chunks gathered at once
-TILE_CANDIDATES = 32 if INTERPRETING else 1024
+TILE_CANDIDATES = 32 if INTERPRETING else 512
 TILE_ALL = 256 if INTERPRETING else 4096  # tokens at once where all of a row is read
 PLAN_WIDTH = 32  # int32 words a row: see `_choose_kernel`
 
@@ -44,11 +45,16 @@ DONE, WEIGH, SEARCH = (tl.constexpr(state) for state in range(3))
 SIZES = {
     "MAX_CHUNKS": MAX_CHUNKS,
     "MAX_CANDIDATES": MAX_CANDIDATES,
-    "TILE_CHUNKS": TILE_CHUNKS,
+    "MAX_PAIRS": MAX_PAIRS,
+    "TILE_PAIRS": TILE_PAIRS,
     "TILE_GATHER": TILE_GATHER,
     "TILE_CANDIDATES": TILE_CANDIDATES,
-    "TILE_ALL": TILE_ALL,
 }
+
+
+def choose_warps(num_chunks: int) -> int:
+    """Of the programs that hold a row's chunks in registers: 32 numbers a thread, or as few as can be."""
+    return min(max(num_chunks // 1024, 4), 16)
 
 
 @triton.jit
@@ -71,17 +77,12 @@ def row_mass(tile_max_ptr, tile_mass_ptr, row, num_tiles, top, inverse_temperatu
 
 
 @triton.jit
-def list_chunks(values_ptr, num_chunks, bound, listed_ptr, SHIFT: tl.constexpr, MAX: tl.constexpr, TILE: tl.constexpr):
+def list_chunks(x, bound, listed_ptr, MAX: tl.constexpr, CHUNKS: tl.constexpr):
     """Write down, in order, which chunks' values reach ``bound``; how many there are (only MAX are listed)."""
-    total = 0
-    for start in range(0, num_chunks, TILE):
-        chunk = start + tl.arange(0, TILE)
-        x = tl.load(values_ptr + chunk, mask=chunk < num_chunks, other=float("-inf"))
-        reaches = (sort_key(x, SHIFT) >= bound).to(tl.int32)
-        place = total + tl.cumsum(reaches, axis=0) - 1
-        tl.store(listed_ptr + place, chunk, mask=(reaches > 0) & (place < MAX))
-        total += tl.sum(reaches)
-    return total
+    reaches = (x >= bound).to(tl.int32)
+    place = tl.cumsum(reaches, axis=0) - 1
+    tl.store(listed_ptr + place, tl.arange(0, CHUNKS), mask=(reaches > 0) & (place < MAX))
+    return tl.sum(reaches)
 
 
 @triton.jit
@@ -113,40 +114,99 @@ def gather_best(
 
 
 @triton.jit
+def pairs_threshold(
+    values_ptr, num_candidates, top_k, top_p, least, target, top, inverse_temperature,
+    SHIFT: tl.constexpr, MAX_PAIRS: tl.constexpr, TILE_PAIRS: tl.constexpr,
+):  # fmt: skip
+    """The least key kept of a few candidates, by the filters' own words: how many, and how much mass, is better.
+
+    ``target`` is the mass to be reached, relative to ``top``, or 0: then it is ``top_p`` of what is left to top-p.
+    Scratch for their masses lies after MAX_PAIRS values.
+    """
+    i = tl.arange(0, MAX_PAIRS)
+    inside = i < num_candidates
+    x = tl.load(values_ptr + i, mask=inside, other=float("-inf"))
+    num_better = tl.zeros([MAX_PAIRS], tl.int32)
+    for start in range(0, num_candidates, TILE_PAIRS):
+        j = start + tl.arange(0, TILE_PAIRS)
+        other = tl.load(values_ptr + j, mask=j < num_candidates, other=float("-inf"))
+        num_better += tl.sum((other[None, :] > x[:, None]).to(tl.int32), axis=1)
+    key = sort_key(x, SHIFT)
+    kept = inside & (key >= least) & ((top_k == 0) | (num_better < top_k))
+    if top_p < 1:
+        mass = tl.where(kept, tl.exp((x - top) * inverse_temperature), 0.0)
+        tl.store(values_ptr + MAX_PAIRS + i, mass)
+        tl.debug_barrier()
+        target = tl.where(target > 0, target, top_p * tl.sum(mass, axis=0))
+        better = tl.zeros([MAX_PAIRS], tl.float32)
+        for start in range(0, num_candidates, TILE_PAIRS):
+            j = start + tl.arange(0, TILE_PAIRS)
+            other = tl.load(values_ptr + j, mask=j < num_candidates, other=float("-inf"))
+            other_mass = tl.load(values_ptr + MAX_PAIRS + j, mask=j < num_candidates, other=0.0)
+            better += tl.sum(tl.where(other[None, :] > x[:, None], other_mass[None, :], 0.0), axis=1)
+        kept = kept & ((better < target) | (x == top))
+    return tl.min(tl.where(kept, key, 2147483647), axis=0)
+
+
+@triton.jit
 def head_threshold(
     logits_row_ptr, stride_vocab, vocab_size, chunk_max_ptr, num_chunks, listed_ptr, tokens_ptr, values_ptr,
     top, inverse_temperature, top_k, top_p, min_p, row_total,
-    SHIFT: tl.constexpr, HEAD: tl.constexpr, MAX_CHUNKS: tl.constexpr, MAX_CANDIDATES: tl.constexpr,
-    TILE_CHUNKS: tl.constexpr, TILE_GATHER: tl.constexpr, TILE_CANDIDATES: tl.constexpr,
-    CHUNK: tl.constexpr, COLS: tl.constexpr,
+    SHIFT: tl.constexpr, CHUNKS: tl.constexpr, HEAD: tl.constexpr, MAX_CHUNKS: tl.constexpr,
+    MAX_CANDIDATES: tl.constexpr, MAX_PAIRS: tl.constexpr, TILE_PAIRS: tl.constexpr, TILE_GATHER: tl.constexpr,
+    TILE_CANDIDATES: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Whether the head holds all that is kept; if so the least key that is; and how many candidates there are."""
     lowest, high = lowest_key(SHIFT), sort_key(top, SHIFT) + 1
+    chunk = tl.arange(0, CHUNKS)
+    chunk_max = tl.load(chunk_max_ptr + chunk, mask=chunk < num_chunks, other=float("-inf"))
     wanted = tl.where(top_k > 0, top_k, HEAD)
-    bound = kth_key(chunk_max_ptr, 1, num_chunks, wanted, wanted // 2 + 8, lowest, high, SHIFT, TILE_CHUNKS)
-    num_listed = list_chunks(chunk_max_ptr, num_chunks, bound, listed_ptr, SHIFT, MAX_CHUNKS, TILE_CHUNKS)
-    tl.debug_barrier()
-    num_candidates = gather_best(
-        logits_row_ptr, stride_vocab, vocab_size, listed_ptr, tl.minimum(num_listed, MAX_CHUNKS), bound,
-        tokens_ptr, values_ptr, SHIFT, MAX_CANDIDATES, TILE_GATHER, CHUNK, COLS,
-    )  # fmt: skip
-    tl.debug_barrier()
-    complete = (num_listed <= MAX_CHUNKS) & (num_candidates <= MAX_CANDIDATES)
-    num_candidates = tl.minimum(num_candidates, MAX_CANDIDATES)
-
+    bound = kth_of(chunk_max, wanted, wanted // 2 + 8, lowest, high, SHIFT)
+    bound_value = from_key(bound, SHIFT)
     least = min_p_key(min_p, top, inverse_temperature, SHIFT)
-    low = tl.maximum(least, bound)
-    holds = complete & ((top_k > 0) | (least >= bound) | (bound == lowest))
-    if complete & (top_k > 0):
-        low = tl.maximum(low, kth_key(values_ptr, 1, num_candidates, top_k, 0, bound, high, SHIFT, TILE_CANDIDATES))
-    if complete & (top_p < 1):
-        mass = mass_from(values_ptr, 1, num_candidates, low, top, inverse_temperature, SHIFT, TILE_CANDIDATES)
-        target = top_p * tl.where(holds, mass, row_total)
-        holds = holds | ((least == lowest) & (mass >= target))
+    holds = (top_k > 0) | (least >= bound) | (bound == lowest)
+    low, num_candidates = tl.maximum(least, bound), tl.full([], 0, tl.int32)
+
+    # Most of the head's mass is in its chunks' maxima: if twice that is not enough, do not look closer.
+    promising = holds | (top_p >= 1)
+    if holds == 0:
+        weights = tl.where(chunk_max >= bound_value, tl.exp((chunk_max - top) * inverse_temperature), 0.0)
+        promising = promising | ((least == lowest) & (2 * tl.sum(weights, axis=0) >= top_p * row_total))
+    if promising:
+        num_listed = list_chunks(chunk_max, bound_value, listed_ptr, MAX_CHUNKS, CHUNKS)
+        tl.debug_barrier()
+        num_candidates = gather_best(
+            logits_row_ptr, stride_vocab, vocab_size, listed_ptr, tl.minimum(num_listed, MAX_CHUNKS), bound,
+            tokens_ptr, values_ptr, SHIFT, MAX_CANDIDATES, TILE_GATHER, CHUNK, COLS,
+        )  # fmt: skip
+        tl.debug_barrier()
+        complete = (num_listed <= MAX_CHUNKS) & (num_candidates <= MAX_CANDIDATES)
+        num_candidates = tl.minimum(num_candidates, MAX_CANDIDATES)
+        target = 0.0
+        if complete & (holds == 0) & (top_p < 1):
+            mass = mass_from(values_ptr, 1, num_candidates, bound, top, inverse_temperature, SHIFT, TILE_CANDIDATES)
+            target = top_p * row_total
+            holds = (least == lowest) & (mass >= target)
+        holds = holds & complete
         if holds:
-            low = nucleus_key(
-                values_ptr, 1, num_candidates, target, low, high, top, inverse_temperature, SHIFT, TILE_CANDIDATES
-            )
+            if num_candidates <= MAX_PAIRS:
+                low = pairs_threshold(
+                    values_ptr, num_candidates, top_k, top_p, low, target, top, inverse_temperature,
+                    SHIFT, MAX_PAIRS, TILE_PAIRS,
+                )  # fmt: skip
+            else:
+                if top_k > 0:
+                    kth = kth_key(values_ptr, 1, num_candidates, top_k, 0, bound, high, SHIFT, TILE_CANDIDATES)
+                    low = tl.maximum(low, kth)
+                if top_p < 1:
+                    mass = mass_from(
+                        values_ptr, 1, num_candidates, low, top, inverse_temperature, SHIFT, TILE_CANDIDATES
+                    )
+                    target = tl.where(target > 0, target, top_p * mass)
+                    low = nucleus_key(
+                        values_ptr, 1, num_candidates, target, low, high, top, inverse_temperature,
+                        SHIFT, TILE_CANDIDATES,
+                    )  # fmt: skip
     return holds, low, num_candidates
 
 
@@ -191,10 +251,12 @@ def _threshold_kernel(
     num_tiles,
     TILES: tl.constexpr,
     SHIFT: tl.constexpr,
+    CHUNKS: tl.constexpr,
     HEAD: tl.constexpr,
     MAX_CHUNKS: tl.constexpr,
     MAX_CANDIDATES: tl.constexpr,
-    TILE_CHUNKS: tl.constexpr,
+    MAX_PAIRS: tl.constexpr,
+    TILE_PAIRS: tl.constexpr,
     TILE_GATHER: tl.constexpr,
     TILE_CANDIDATES: tl.constexpr,
     TILE_ALL: tl.constexpr,
@@ -219,7 +281,8 @@ def _threshold_kernel(
             logits_row_ptr, stride_logits_vocab, vocab_size, chunk_max_ptr + row * num_tiles * COLS, num_tiles * COLS,
             listed_ptr + row * MAX_CHUNKS, candidates_ptr + row * MAX_CANDIDATES, values_ptr + row * MAX_CANDIDATES,
             top, inverse_temperature, top_k, top_p, min_p, row_total,
-            SHIFT, HEAD, MAX_CHUNKS, MAX_CANDIDATES, TILE_CHUNKS, TILE_GATHER, TILE_CANDIDATES, CHUNK, COLS,
+            SHIFT, CHUNKS, HEAD, MAX_CHUNKS, MAX_CANDIDATES, MAX_PAIRS, TILE_PAIRS, TILE_GATHER, TILE_CANDIDATES,
+            CHUNK, COLS,
         )  # fmt: skip
         if holds == 0:
             key = full_threshold(
@@ -319,26 +382,12 @@ def best_of_tiles(
 
 
 @triton.jit
-def to_one_scale(
-    chunk_noisy_ptr, num_chunks, tile_max_ptr, top, inverse_temperature, TILE: tl.constexpr, COLS: tl.constexpr
-):
-    """Make each tile's perturbed maxima relative to the row's best logit."""
-    for start in range(0, num_chunks, TILE):
-        chunk = start + tl.arange(0, TILE)
-        inside = chunk < num_chunks
-        noisy = tl.load(chunk_noisy_ptr + chunk, mask=inside, other=float("-inf"))
-        tile_top = tl.load(tile_max_ptr + chunk // COLS, mask=inside, other=float("-inf"))
-        shifted = noisy + (tile_top - top) * inverse_temperature
-        tl.store(chunk_noisy_ptr + chunk, tl.where(noisy > float("-inf"), shifted, float("-inf")), mask=inside)
-
-
-@triton.jit
 def gather_noisiest(
     logits_row_ptr, stride_vocab, vocab_size, listed_ptr, num_listed, bound, top, inverse_temperature,
-    seed, position, sample_index, tokens_ptr, values_ptr,
+    seed, position, sample_index, tokens_ptr, values_ptr, noisy_ptr,
     MAX: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Of the listed chunks, the tokens whose perturbed logit is at least ``bound``, with their logit; how many."""
+    """Of the listed chunks, the tokens whose perturbed logit is at least ``bound``, with both logits; how many."""
     total = 0
     for start in range(0, num_listed, TILE):
         token = chunk_tokens(listed_ptr, start, num_listed, TILE, CHUNK, COLS)
@@ -350,36 +399,50 @@ def gather_noisiest(
         writes = (reaches > 0) & (place < MAX)
         tl.store(tokens_ptr + place, token, mask=writes)
         tl.store(values_ptr + place, x, mask=writes)
+        tl.store(noisy_ptr + place, noisy, mask=writes)
         total += tl.sum(reaches)
     return total
 
 
 @triton.jit
 def find_frontier(
-    tokens_ptr, values_ptr, num_candidates, least, top, inverse_temperature, seed, position, sample_index,
-    plan_row_ptr, pivots_row_ptr, SHIFT: tl.constexpr, NUM_PIVOTS: tl.constexpr, MAX: tl.constexpr,
+    tokens_ptr, values_ptr, noisy_ptr, on_frontier_ptr, num_candidates, least, top, plan_row_ptr, pivots_row_ptr,
+    NUM_PIVOTS: tl.constexpr, MAX_PAIRS: tl.constexpr, TILE_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Candidates by falling perturbed logit, each with a greater logit than those before: their tokens to the plan,
     their logits to the pivots. How many there are, and whether the first is the best token itself."""
-    i = tl.arange(0, MAX)
-    x = tl.load(values_ptr + i, mask=i < num_candidates, other=float("-inf"))
-    token = tl.load(tokens_ptr + i, mask=i < num_candidates, other=0)
-    noise = gumbel_at(seed, position, sample_index, token, PURPOSE_DRAW)
-    key = sort_key(x, SHIFT)
-    noisy = tl.where(key >= least, (x - top) * inverse_temperature + noise, float("-inf"))
-    num_pivots = 0
-    is_top = False
-    for j in range(NUM_PIVOTS):
-        best = tl.max(noisy, axis=0)
-        chosen = tl.min(tl.where(noisy == best, token, 2147483647), axis=0)
-        pivot = tl.max(tl.where((noisy == best) & (token == chosen), x, float("-inf")), axis=0)
-        exists = best > float("-inf")
-        tl.store(plan_row_ptr + 1 + j, tl.where(exists, chosen, 2147483647))
-        tl.store(pivots_row_ptr + j, tl.where(exists, pivot, float("inf")))
-        is_top = is_top | ((j == 0) & (pivot == top))
-        num_pivots += exists.to(tl.int32)
-        noisy = tl.where(x > pivot, noisy, float("-inf"))
-    return num_pivots, is_top
+    place = tl.arange(0, NUM_PIVOTS)
+    tl.store(plan_row_ptr + 1 + place, tl.full([NUM_PIVOTS], 2147483647, tl.int32))
+    tl.store(pivots_row_ptr + place, tl.full([NUM_PIVOTS], float("inf"), tl.float32))
+    i = tl.arange(0, MAX_PAIRS)
+    inside = i < num_candidates
+    x = tl.load(values_ptr + i, mask=inside, other=float("-inf"))
+    token = tl.load(tokens_ptr + i, mask=inside, other=0)
+    noisy = tl.load(noisy_ptr + i, mask=inside, other=float("-inf"))
+
+    num_above = tl.zeros([MAX_PAIRS], tl.int32)  # better in both; a later one of two equal pairs is not on it either
+    for start in range(0, num_candidates, TILE_PAIRS):
+        j = start + tl.arange(0, TILE_PAIRS)
+        other_x = tl.load(values_ptr + j, mask=j < num_candidates, other=float("-inf"))[None, :]
+        other_token = tl.load(tokens_ptr + j, mask=j < num_candidates, other=0)[None, :]
+        other = tl.load(noisy_ptr + j, mask=j < num_candidates, other=float("-inf"))[None, :]
+        first = (other > noisy[:, None]) | ((other == noisy[:, None]) & (other_token < token[:, None]))
+        num_above += tl.sum((first & (other_x >= x[:, None]) & (other_x >= least)).to(tl.int32), axis=1)
+    on_frontier = inside & (x >= least) & (num_above == 0)
+    tl.store(on_frontier_ptr + i, on_frontier.to(tl.int32))
+    tl.debug_barrier()
+
+    rank = tl.zeros([MAX_PAIRS], tl.int32)  # those before it have a smaller logit
+    for start in range(0, num_candidates, TILE_PAIRS):
+        j = start + tl.arange(0, TILE_PAIRS)
+        other_x = tl.load(values_ptr + j, mask=j < num_candidates, other=float("-inf"))[None, :]
+        other = tl.load(on_frontier_ptr + j, mask=j < num_candidates, other=0)[None, :]
+        rank += tl.sum(((other > 0) & (other_x < x[:, None])).to(tl.int32), axis=1)
+    writes = on_frontier & (rank < NUM_PIVOTS)
+    tl.store(plan_row_ptr + 1 + rank, token, mask=writes)
+    tl.store(pivots_row_ptr + rank, x, mask=writes)
+    is_top = tl.max((on_frontier & (rank == 0) & (x == top)).to(tl.int32), axis=0) > 0
+    return tl.sum(on_frontier.to(tl.int32), axis=0), is_top
 
 
 @triton.jit
@@ -396,7 +459,7 @@ def _choose_kernel(
     tile_mass_ptr,  # [num_rows, num_tiles]
     tile_best_ptr,  # [num_rows, num_tiles]
     chunk_max_ptr,  # [num_rows, num_tiles * COLS]
-    chunk_noisy_ptr,  # [num_rows, num_tiles * COLS], brought to one scale
+    chunk_noisy_ptr,  # [num_rows, num_tiles * COLS]
     listed_ptr,  # [num_rows, MAX_CHUNKS]
     candidates_ptr,  # [num_rows, MAX_CANDIDATES]
     values_ptr,  # [num_rows, MAX_CANDIDATES]
@@ -409,14 +472,15 @@ def _choose_kernel(
     num_tiles,
     TILES: tl.constexpr,
     SHIFT: tl.constexpr,
+    CHUNKS: tl.constexpr,
     HEAD: tl.constexpr,
     NOISY_HEAD: tl.constexpr,
     NUM_PIVOTS: tl.constexpr,
     PLAN_WIDTH: tl.constexpr,
     MAX_CHUNKS: tl.constexpr,
     MAX_CANDIDATES: tl.constexpr,
-    MAX_FRONTIER: tl.constexpr,
-    TILE_CHUNKS: tl.constexpr,
+    MAX_PAIRS: tl.constexpr,
+    TILE_PAIRS: tl.constexpr,
     TILE_GATHER: tl.constexpr,
     TILE_CANDIDATES: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -451,7 +515,8 @@ def _choose_kernel(
             logits_row_ptr, stride_logits_vocab, vocab_size, chunk_max_ptr + row * num_chunks, num_chunks,
             listed_row_ptr, candidates_row_ptr, values_row_ptr,
             top, inverse_temperature, top_k, top_p, min_p, row_total,
-            SHIFT, HEAD, MAX_CHUNKS, MAX_CANDIDATES, TILE_CHUNKS, TILE_GATHER, TILE_CANDIDATES, CHUNK, COLS,
+            SHIFT, CHUNKS, HEAD, MAX_CHUNKS, MAX_CANDIDATES, MAX_PAIRS, TILE_PAIRS, TILE_GATHER, TILE_CANDIDATES,
+            CHUNK, COLS,
         )  # fmt: skip
         if holds:
             token = best_candidate(
@@ -462,34 +527,31 @@ def _choose_kernel(
         elif top_k > 0:
             state = 2  # SEARCH
         else:
-            chunk_noisy_row_ptr = chunk_noisy_ptr + row * num_chunks
-            tile_max_row_ptr = tile_max_ptr + row * num_tiles
-            to_one_scale(chunk_noisy_row_ptr, num_chunks, tile_max_row_ptr, top, inverse_temperature, TILE_CHUNKS, COLS)
+            chunk = tl.arange(0, CHUNKS)
+            exists = chunk < num_chunks
+            tile_top = tl.load(tile_max_ptr + row * num_tiles + chunk // COLS, mask=exists, other=float("-inf"))
+            shift = tl.where(tile_top > float("-inf"), (tile_top - top) * inverse_temperature, 0.0)
+            noisy = tl.load(chunk_noisy_ptr + row * num_chunks + chunk, mask=exists, other=float("-inf")) + shift
+            bound = from_key(kth_of(noisy, NOISY_HEAD, NOISY_HEAD // 2, lowest_key(0), highest_key(), 0), 0)
+            num_listed = list_chunks(noisy, bound, listed_row_ptr, MAX_CHUNKS, CHUNKS)
             tl.debug_barrier()
-            key_bound = kth_key(
-                chunk_noisy_row_ptr, 1, num_chunks, NOISY_HEAD, NOISY_HEAD, lowest_key(0), highest_key(), 0, TILE_CHUNKS
-            )
-            num_listed = list_chunks(
-                chunk_noisy_row_ptr, num_chunks, key_bound, listed_row_ptr, 0, MAX_CHUNKS, TILE_CHUNKS
-            )
-            tl.debug_barrier()
-            # What is below the bound by no more than rounding may be missing: better without it.
-            bound = from_key(key_bound, 0) + 1e-3
+            noisy_row_ptr, flags_row_ptr = values_row_ptr + MAX_PAIRS, candidates_row_ptr + MAX_PAIRS
             num_candidates = gather_noisiest(
                 logits_row_ptr, stride_logits_vocab, vocab_size, listed_row_ptr, tl.minimum(num_listed, MAX_CHUNKS),
-                bound, top, inverse_temperature, seed, position, sample_index, candidates_row_ptr, values_row_ptr,
-                MAX_FRONTIER, TILE_GATHER, CHUNK, COLS,
+                bound + 1e-3,  # what is below by no more than rounding may be missing: better without it
+                top, inverse_temperature, seed, position, sample_index,
+                candidates_row_ptr, values_row_ptr, noisy_row_ptr, MAX_PAIRS, TILE_GATHER, CHUNK, COLS,
             )  # fmt: skip
             tl.debug_barrier()
-            least = min_p_key(min_p, top, inverse_temperature, SHIFT)
+            least = from_key(min_p_key(min_p, top, inverse_temperature, SHIFT), SHIFT)
+            tl.store(pivots_ptr + row * (2 * NUM_PIVOTS) + NUM_PIVOTS, least)
             num_pivots, is_top = find_frontier(
-                candidates_row_ptr, values_row_ptr, tl.minimum(num_candidates, MAX_FRONTIER), least, top,
-                inverse_temperature, seed, position, sample_index,
-                plan_ptr + row * PLAN_WIDTH, pivots_ptr + row * (2 * NUM_PIVOTS), SHIFT, NUM_PIVOTS, MAX_FRONTIER,
+                candidates_row_ptr, values_row_ptr, noisy_row_ptr, flags_row_ptr,
+                tl.minimum(num_candidates, MAX_PAIRS), least, top,
+                plan_ptr + row * PLAN_WIDTH, pivots_ptr + row * (2 * NUM_PIVOTS), NUM_PIVOTS, MAX_PAIRS, TILE_PAIRS,
             )  # fmt: skip
-            tl.store(pivots_ptr + row * (2 * NUM_PIVOTS) + NUM_PIVOTS, from_key(least, SHIFT))
             tl.debug_barrier()
-            incomplete = (num_listed > MAX_CHUNKS) | (num_candidates > MAX_FRONTIER) | (num_pivots == 0)
+            incomplete = (num_listed > MAX_CHUNKS) | (num_candidates > MAX_PAIRS) | (num_pivots == 0)
             if incomplete:
                 state = 2  # SEARCH
             elif is_top | (top_p >= 1):

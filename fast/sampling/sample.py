@@ -19,7 +19,7 @@ from fast._checks import (
 )
 from fast.sampling import _penalize, _select, _tops
 from fast.sampling._keys import IDLE_BITS
-from fast.sampling._scan import CHUNK, COLS, PART, Scan, padded_tiles, scan
+from fast.sampling._scan import CHUNK, COLS, PART, Scan, scan
 from fast.sampling._values import (
     require_draw,
     require_each,
@@ -113,7 +113,8 @@ def filter_logits(
     common = _common(found, logits)
     _select._threshold_kernel[(num_rows,)](
         logits, *filters, *found[:4], *_scratch(logits), threshold, *logits.stride(), vocab_size, found.num_tiles,
-        **common, **_select.SIZES, HEAD=_select.HEAD, num_warps=8,
+        **common, **_select.SIZES, CHUNKS=found.padded_chunks, HEAD=_select.HEAD, TILE_ALL=_select.TILE_ALL,
+        num_warps=_select.choose_warps(found.padded_chunks),
     )  # fmt: skip
     _select._apply_kernel[(num_rows * found.num_tiles,)](
         logits, filters[0], found.tile_max, threshold, result, *logits.stride(), *result.stride(),
@@ -150,15 +151,14 @@ def sample(
     filters, draws = rows_together(*filters), rows_together(*draws)
     found = scan(logits, filters, draws)
     common, pivots = _common(found, logits), {"NUM_PIVOTS": _select.NUM_PIVOTS, "PLAN_WIDTH": _select.PLAN_WIDTH}
-    sizes = {name: size for name, size in _select.SIZES.items() if name != "TILE_ALL"}
     plan = torch.empty(num_rows, _select.PLAN_WIDTH, dtype=torch.int32, device=logits.device)
     pivot_logits = torch.empty(num_rows, 2 * _select.NUM_PIVOTS, device=logits.device)
     above = torch.empty(num_rows, found.num_tiles, 2 * _select.NUM_PIVOTS, device=logits.device)
     strides = (*logits.stride(), vocab_size, found.num_tiles)
     _select._choose_kernel[(num_rows,)](
         logits, *filters, *draws, *found, *_scratch(logits), plan, pivot_logits, tokens, *strides,
-        **common, **pivots, **sizes, HEAD=_select.HEAD, NOISY_HEAD=_select.NOISY_HEAD,
-        MAX_FRONTIER=_select.MAX_FRONTIER, num_warps=8,
+        **common, **pivots, **_select.SIZES, CHUNKS=found.padded_chunks, HEAD=_select.HEAD,
+        NOISY_HEAD=_select.NOISY_HEAD, num_warps=_select.choose_warps(found.padded_chunks),
     )  # fmt: skip
     _select._weigh_kernel[(num_rows * found.num_tiles,)](
         logits, filters[0], found.tile_max, plan, pivot_logits, above, *strides,
@@ -199,7 +199,7 @@ def _two_axes(op: str, argument: str, array: Array) -> tuple[int, int]:
 
 def _common(found: Scan, logits: Array) -> dict[str, int]:
     shift = IDLE_BITS[logits.dtype]
-    return {"TILES": padded_tiles(found.num_tiles), "SHIFT": shift, "CHUNK": CHUNK, "COLS": COLS}
+    return {"TILES": found.padded_tiles, "SHIFT": shift, "CHUNK": CHUNK, "COLS": COLS}
 
 
 def _scratch(logits: Array) -> tuple[Array, Array, Array]:
