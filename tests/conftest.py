@@ -1,11 +1,13 @@
 """Backends and Hypothesis profiles.
 
 A test that takes ``backend`` runs on every backend: the reference, plain torch, and `fast`, natively where there is a
-GPU and in Triton's interpreter elsewhere. ``TWOFOLD_BACKENDS=fast`` leaves only some of them.
+GPU and in Triton's interpreter elsewhere. ``TWOFOLD_BACKENDS=fast`` leaves only some of them; ``TWOFOLD_SANITIZE=1``
+watches what interpreted kernels read and write (bounds, races).
 
 `ci` repeats the same examples on every run; `explore` looks for new ones and remembers them.
 """
 
+import contextlib
 import os
 
 # One thread for each of pytest's processes (`-n logical` starts one a core); before anything imports NumPy or torch.
@@ -26,9 +28,11 @@ import fast
 import reference  # first: pytest, importing reference/linear/*.py for doctests, would put it over the op
 from twofold.conformance import plain_torch
 from twofold.conformance.backends import float_dtypes, is_interpreted
+from twofold.conformance.sanitizer import sanitized
 
 BACKENDS = {"reference": reference, "plain_torch": plain_torch, "fast": fast}
 CHOSEN = os.environ.get("TWOFOLD_BACKENDS", ",".join(BACKENDS)).split(",")
+SANITIZE = os.environ.get("TWOFOLD_SANITIZE", "0") == "1"
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("ci", max_examples=50, derandomize=True, database=None, print_blob=True, **_common)
@@ -56,15 +60,16 @@ def pytest_runtest_call(item: pytest.Item):
     asked = getattr(test, name, None)
     callspec = getattr(item, "callspec", None)
     interpreted = callspec and is_interpreted(callspec.params.get("backend"))
-    if asked is None or not interpreted:
-        return (yield)
-    mark = item.get_closest_marker("whole_model")
-    most = next(iter(mark.args), INTERPRETED_MODELS) if mark else INTERPRETED_EXAMPLES
-    setattr(test, name, settings(asked, max_examples=min(asked.max_examples, most)))
-    try:
-        return (yield)
-    finally:
-        setattr(test, name, asked)
+    with sanitized() if interpreted and SANITIZE else contextlib.nullcontext():
+        if asked is None or not interpreted:
+            return (yield)
+        mark = item.get_closest_marker("whole_model")
+        most = next(iter(mark.args), INTERPRETED_MODELS) if mark else INTERPRETED_EXAMPLES
+        setattr(test, name, settings(asked, max_examples=min(asked.max_examples, most)))
+        try:
+            return (yield)
+        finally:
+            setattr(test, name, asked)
 
 
 @pytest.fixture(scope="session")
