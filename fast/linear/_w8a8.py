@@ -6,10 +6,13 @@ import triton.language as tl
 from torch import Tensor as Array
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fast._triton.platform import cdiv
+from fast._triton.platform import cdiv, device_properties
 from fast._triton.rounding import store, to_dtype
 
+LIBRARY_TOKENS = 256  # from here on the tensor cores' float8 products are worth their rounding
 TILE_COLUMNS = 8192  # of a row that is rounded, at a time
+TILE = 128, 256, 128  # tokens, rows of the weight, columns of a step: as much as registers and shared memory hold
+BAND = 8  # tiles of tokens beside each other
 SMALL = tl.constexpr(2.0**-64)
 MAGIC = tl.constexpr(
     12582912.0
@@ -90,7 +93,7 @@ def quantize(x: Array, dtype: torch.dtype) -> tuple[Array, Array]:
 
 @triton.jit
 def _many_tokens_kernel(
-    x_desc,  # [num_tokens, in_features] int8 or float8e4nv
+    x_desc,  # [num_tokens, in_features] int8
     weight_desc,  # [out_features, in_features], the same
     x_scale_ptr,  # [num_tokens]
     weight_scale_ptr,  # [out_features]
@@ -105,7 +108,6 @@ def _many_tokens_kernel(
     TILE_O: tl.constexpr,
     TILE_I: tl.constexpr,
     BAND: tl.constexpr,
-    SUM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Tiles in bands of ``BAND`` tiles of tokens, so that what runs at the same time shares rows and columns in L2."""
@@ -114,11 +116,11 @@ def _many_tokens_kernel(
     height = tl.minimum(num_t - band * BAND, BAND)
     place = tl.program_id(0) % (BAND * num_o)
     first_t, first_o = (band * BAND + place % height) * TILE_T, (place // height) * TILE_O
-    acc = tl.zeros([TILE_T, TILE_O], SUM)
+    acc = tl.zeros([TILE_T, TILE_O], tl.int32)
     for i in tl.range(0, in_features, TILE_I, num_stages=STAGES):
         x = x_desc.load([first_t, i])
         weight = weight_desc.load([first_o, i])
-        acc = tl.dot(x, tl.trans(weight), acc, out_dtype=SUM)
+        acc = tl.dot(x, tl.trans(weight), acc, out_dtype=tl.int32)
     token, o = first_t + tl.arange(0, TILE_T), first_o + tl.arange(0, TILE_O)
     in_batch, in_row = token < num_tokens, o < out_features
     x_scale = tl.load(x_scale_ptr + token, mask=in_batch, other=0.0)
@@ -130,21 +132,34 @@ def _many_tokens_kernel(
     store(pointers, y, in_batch[:, None] & in_row[None, :])
 
 
-def many_tokens(x, x_scale, weight, weight_scale, bias, out, tile=(128, 256, 128), stages=4, warps=8, band=8):
-    """For codes whose rows lie a multiple of 16 bytes apart (`fits`), as the copy engine wants them."""
+def many_tokens(x: Array, x_scale: Array, weight: Array, weight_scale: Array, bias: Array | None, out: Array) -> Array:
+    """For int8 codes whose rows lie a multiple of 16 bytes apart (`fits`), as the copy engine wants them."""
     (num_tokens, in_features), out_features = x.shape, weight.shape[0]
-    tile_t, tile_o, tile_i = tile
+    tile_t, tile_o, tile_i = TILE
     _many_tokens_kernel[(cdiv(num_tokens, tile_t) * cdiv(out_features, tile_o),)](
         TensorDescriptor.from_tensor(x, [tile_t, tile_i]), TensorDescriptor.from_tensor(weight, [tile_o, tile_i]),
         x_scale, weight_scale, bias, out, out.stride(0), out.stride(1), num_tokens, out_features, in_features,
-        TILE_T=tile_t, TILE_O=tile_o, TILE_I=tile_i, BAND=band,
-        SUM=tl.int32 if x.dtype == torch.int8 else tl.float32, STAGES=stages, num_warps=warps,
+        TILE_T=tile_t, TILE_O=tile_o, TILE_I=tile_i, BAND=BAND, STAGES=4, num_warps=8,
     )  # fmt: skip
     return out
 
 
+def library(x: Array, x_scale: Array, weight: Array, weight_scale: Array, bias: None, out: Array) -> Array:
+    """float8 by torch, without fast accumulation, which is no accumulation of float32 (see `linear_fp8_fp8`)."""
+    scales = {"scale_a": x_scale[:, None], "scale_b": weight_scale.float()[None, :]}
+    return torch._scaled_mm(x, weight.T, **scales, out_dtype=out.dtype, use_fast_accum=False, out=out)
+
+
+def library_takes(weight: Array, bias: Array | None, out: Array) -> bool:
+    """Whether torch has a kernel for this, and a device to run it on."""
+    sixteens = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
+    plain = bias is None and out.dtype == torch.bfloat16 and out.is_contiguous() and weight.is_contiguous()
+    able = out.device.type == "cuda" and device_properties(out.device.index).major >= 9
+    return sixteens and plain and able
+
+
 def fits(x: Array, weight: Array) -> bool:
     """Whether the copy engine can read both."""
-    return all(
+    return x.shape[1] > 0 and all(
         a.stride(1) == 1 and a.stride(0) * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0 for a in (x, weight)
     )

@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ import reference
 from fast.linear import _eight_bit, _int4, _w8a8, quantized_linear
 from reference.linear.quantized_linear import matmul_int8
 from twofold.conformance.properties import linear as properties
-from twofold.conformance.properties.fusion import writes_only_where_it_says
+from twofold.conformance.properties.fusion import run, writes_only_where_it_says
 from twofold.conformance.strategies.fusion import Call
 from twofold.conformance.strategies.linear import LINEAR_OPS, activations, int8_matrices, linear_calls
 
@@ -127,6 +128,9 @@ def test_float64_is_computed_in_float64(op):
 # ---- the kernels of the fast backend --------------------------------------------------------------------------------
 
 
+FP8_CODES = properties.LAYOUTS["fp8"]
+
+
 def layer(op, num_tokens, in_features, group_size=None, dtype="bfloat16", bias=False, with_min=False, out_features=70):
     """A call with codes of every kind."""
     rng = np.random.default_rng(num_tokens)
@@ -203,6 +207,22 @@ def test_each_kernel_for_8_bits(monkeypatch, op, kernel, num_tokens, in_features
     bytes_ = recorded(monkeypatch, _w8a8, ["many_tokens"])
     properties.matches_the_oracle(fast, layer(op, num_tokens, in_features, group_size, dtype, bias=True))
     assert seen + ["bytes"] * len(bytes_) == [kernel], f"expected the kernel {kernel}, got {seen} and {bytes_}"
+
+
+def test_many_tokens_of_8_bit_floats(monkeypatch):
+    """On a GPU the library multiplies, and keeps what its sums may lose: 2**-10 of their magnitude, on positive
+    numbers, where a short accumulator shows. Elsewhere, or with a bias, the kernel for many tokens does."""
+    call = layer("linear_fp8_fp8", 256, 512, out_features=64)
+    call = call.with_arrays(
+        x=np.abs(call.arrays["x"]), weight=(call.arrays["weight"].view(np.uint8) & 0x7F).view(FP8_CODES)
+    )
+    ref64, bound = properties.expected(fast, call)
+    seen = recorded(monkeypatch, _w8a8, ["library"])
+    got = run(fast, call)["out"]
+    library = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    assert quantized_linear.choose_eight_bit(256, torch.float8_e4m3fn, True) == "library", "not even considered"
+    assert seen == ["library"] * library, f"the library was called {len(seen)} times"
+    properties.assert_within(got, ref64, bound + library * 2.0**-10 * ref64, "linear_fp8_fp8", ("token", "feature"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
