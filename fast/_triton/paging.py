@@ -99,28 +99,37 @@ def key_tiles(tile, num_queries, seq_len, window, QUERIES: tl.constexpr, TILE_KV
 
 
 @triton.jit
-def units_per_head(num_queries, seq_len, window, QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr):
-    """(units of a sequence for one KV head, units of a pair of its segments)."""
+def units_per_head(
+    num_queries, seq_len, window, QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr,
+    FEW: tl.constexpr = False,
+):  # fmt: skip
+    """(units of a sequence for one KV head, units of a pair of its segments).
+
+    FEW: sequences with more queries than a tile holds have none; they are another kernel's.
+    """
     num_tiles = (num_queries + QUERIES - 1) // QUERIES
     context = tl.maximum(seq_len - num_queries, 0)
     width = (2 * context + num_queries + 2 * QUERIES) // TILE_KV + 2  # at least what the two segments see
     if WINDOWED:
         width = tl.minimum(width, 2 * ((window + QUERIES) // TILE_KV + 2))
     _, middle = key_tiles(num_tiles // 2, num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
-    return (num_tiles // 2) * width + (num_tiles % 2) * middle, width
+    per_head = (num_tiles // 2) * width + (num_tiles % 2) * middle
+    if FEW:
+        per_head = tl.where(num_tiles <= 1, per_head, 0)
+    return per_head, width
 
 
 @triton.jit
 def total_units(
     seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
-    QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr,
+    QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr, FEW: tl.constexpr = False,
 ):  # fmt: skip
     """The length of the line."""
     total = 0
     for first in range(0, num_seqs, SEARCH):
         seq = first + tl.arange(0, SEARCH)
         _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
-        per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
+        per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
         total += tl.sum(per_head, 0) * num_kv_heads
     return total
 
@@ -146,14 +155,14 @@ def worker_of(unit, num_workers, total):
 @triton.jit
 def find_sequence(
     unit, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
-    QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr,
+    QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr, FEW: tl.constexpr = False,
 ):  # fmt: skip
     """(the sequence that holds a unit of the line, that sequence's first unit)."""
     found, found_begin, before = 0, 0, 0
     for first in range(0, num_seqs, SEARCH):
         seq = first + tl.arange(0, SEARCH)
         _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
-        per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
+        per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
         ends = before + tl.cumsum(per_head * num_kv_heads, 0)
         passed = (ends <= unit) & (seq < num_seqs)
         found += tl.sum(passed.to(tl.int32), 0)
@@ -166,6 +175,7 @@ def find_sequence(
 def find_share(
     program, num_programs, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
     QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr, FEWEST: tl.constexpr = MIN_UNITS,
+    FEW: tl.constexpr = False,
 ):  # fmt: skip
     """``total_units``, ``share_of`` and ``find_sequence`` at once, for up to ``SEARCH`` sequences in one look.
 
@@ -174,7 +184,7 @@ def find_share(
     if num_seqs <= SEARCH:
         seq = tl.arange(0, SEARCH)
         _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
-        per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
+        per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
         ends = tl.cumsum(per_head * num_kv_heads, 0)
         line = tl.max(ends, 0)
         begin, end, num_workers = share_of(program, num_programs, line, FEWEST)
@@ -184,12 +194,12 @@ def find_share(
     else:
         line = total_units(
             seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
-            QUERIES, TILE_KV, WINDOWED,
+            QUERIES, TILE_KV, WINDOWED, FEW,
         )  # fmt: skip
         begin, end, num_workers = share_of(program, num_programs, line, FEWEST)
         found, found_begin = find_sequence(
             begin, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
-            QUERIES, TILE_KV, WINDOWED,
+            QUERIES, TILE_KV, WINDOWED, FEW,
         )  # fmt: skip
     return line, num_workers, begin, end, found, found_begin
 

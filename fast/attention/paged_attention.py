@@ -17,7 +17,7 @@ from torch import Tensor as Array
 from fast._checks import require
 from fast._triton import paging, softmax
 from fast._triton.overlap import overlapped, wait_for_predecessor
-from fast._triton.platform import num_processors
+from fast._triton.platform import is_hopper, num_processors
 from fast._triton.rounding import dot, to_dtype
 from fast.attention._cached_tiles import (
     LONGEST_WINDOW,
@@ -28,10 +28,9 @@ from fast.attention._cached_tiles import (
     tile_ids,
 )
 from fast.attention.invariant_attention import paged_attention_invariant as paged_attention_invariant
-from fast.attention.paged_attention_hopper import attend_chunks_on_hopper, hopper_fits, is_hopper
+from fast.attention.paged_attention_hopper import attend_chunks_on_hopper, hopper_fits
 
 FLAT = False
-CHUNK = 128  # queries a sequence, in the mean, from which on a batch is one of chunks
 
 
 class Tiles(NamedTuple):
@@ -42,7 +41,7 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     programs_per_processor: int
-    fewest_units: int = 2  # that a program takes: a shorter share costs more to merge than it saves
+    fewest_units: int = 4  # that a program takes: a shorter share costs more to merge than it saves
     max_registers: int | None = None  # of a thread, to have more programs on a processor
 
 
@@ -55,12 +54,6 @@ def choose_tiles(num_tokens: int, num_seqs: int, group: int, head_dim: int, item
     if rows <= 64:
         return Tiles(triton.next_power_of_2(rows), 32 if wide else 64, 4, 3, 2)
     return Tiles(max(128, triton.next_power_of_2(group)), 32 if wide else 64, 8, 3, 1)
-
-
-def runs_on_hopper(q: Array, k_cache: Array, v_cache: Array, block_table: Array) -> bool:
-    """Whether the batch is mostly chunks, and a Hopper GPU and the layout allow the kernel made for those."""
-    chunks = len(q) >= CHUNK * len(block_table)
-    return chunks and is_hopper(q) and hopper_fits(q, k_cache, v_cache, block_table)
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
@@ -110,6 +103,7 @@ def paged_decode_kernel(
     TILE_KV: tl.constexpr,
     TILE_D: tl.constexpr,
     FEWEST: tl.constexpr,
+    FEW: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Decodes: the tiles of all KV heads of a sequence pass in one loop, so that loads never stop between heads."""
@@ -119,7 +113,7 @@ def paged_decode_kernel(
     capacity = max_blocks_per_seq * BLOCK_SIZE
     line, num_workers, begin, end, seq, seq_begin = paging.find_share(
         program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads,
-        window, QUERIES, TILE_KV, WINDOWED, FEWEST,
+        window, QUERIES, TILE_KV, WINDOWED, FEWEST, FEW,
     )  # fmt: skip
     dim, column = tl.arange(0, TILE_D), tl.arange(0, TILE_KV)
     top, total = softmax.empty(TILE_Q)
@@ -130,7 +124,7 @@ def paged_decode_kernel(
         first_row, num_queries, seq_len = paging.sequence(
             seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
         )
-        per_head, width = paging.units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
+        per_head, width = paging.units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
         seq_end = seq_begin + per_head * num_kv_heads
         context = seq_len - num_queries
         row_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_seq
@@ -194,7 +188,7 @@ def paged_decode_kernel(
         first_row, num_queries, seq_len = paging.sequence(
             which, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
         )
-        per_head, width = paging.units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
+        per_head, width = paging.units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
         kv_head, tile, _, seg_begin, seg_end, _ = paging.find_segment(
             at, which_begin, per_head, width, num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED
         )
@@ -256,6 +250,7 @@ def paged_attention_kernel(
     TILE_KV: tl.constexpr,
     TILE_D: tl.constexpr,
     FEWEST: tl.constexpr,
+    FEW: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     QUERIES: tl.constexpr = TILE_Q // GROUP
@@ -264,7 +259,7 @@ def paged_attention_kernel(
     capacity = max_blocks_per_seq * BLOCK_SIZE
     line, num_workers, begin, end, seq, seq_begin = paging.find_share(
         program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads,
-        window, QUERIES, TILE_KV, WINDOWED, FEWEST,
+        window, QUERIES, TILE_KV, WINDOWED, FEWEST, FEW,
     )  # fmt: skip
     cache = (
         k_cache_ptr, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
@@ -277,7 +272,7 @@ def paged_attention_kernel(
         first_row, num_queries, seq_len = paging.sequence(
             seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
         )
-        per_head, width = paging.units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
+        per_head, width = paging.units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
         if unit >= seq_begin + per_head * num_kv_heads:
             seq_begin += per_head * num_kv_heads
             seq += 1
@@ -361,15 +356,18 @@ def paged_attention(
     if len(q) == 0:
         return out
     q, scale = softmax.positive_scale(q, scale)
-    if sliding_window is None and logit_cap is None and runs_on_hopper(q, k_cache, v_cache, block_table):
-        attend_chunks_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out)
-        return out
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, block_size, num_kv_heads, _ = k_cache.shape
     num_seqs, max_blocks_per_seq = block_table.shape
     wide = not q.dtype == k_cache.dtype == v_cache.dtype
     group = num_heads // num_kv_heads
-    tiles = choose_tiles(num_tokens, num_seqs, group, head_dim, 4 if wide else q.element_size())
+    itemsize = 4 if wide else q.element_size()
+    tiles = choose_tiles(num_tokens, num_seqs, group, head_dim, itemsize)
+    plain = sliding_window is None and logit_cap is None
+    chunks_apart = tiles.tile_q >= 64 and plain and is_hopper(q) and hopper_fits(q, k_cache, v_cache, block_table)
+    if chunks_apart:  # and the decodes among them here
+        tiles = choose_tiles(num_seqs, num_seqs, group, head_dim, itemsize)
+        attend_chunks_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out, tiles.tile_q // group)
     tile_d = max(16, triton.next_power_of_2(head_dim))
     num_programs = num_processors(q) * tiles.programs_per_processor
     scratch = paging.make_scratch(q, num_programs, tiles.tile_q, tile_d)
@@ -381,7 +379,7 @@ def paged_attention(
         num_tokens, num_seqs, num_kv_heads, num_blocks, max_blocks_per_seq,
         WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None, WIDE=wide, GROUP=group,
         HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE_Q=tiles.tile_q, TILE_KV=tiles.tile_kv, TILE_D=tile_d,
-        FEWEST=tiles.fewest_units, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        FEWEST=tiles.fewest_units, FEW=chunks_apart, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         maxnreg=tiles.max_registers, **overlapped(q),
     )  # fmt: skip
     return out

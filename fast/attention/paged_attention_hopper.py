@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fast._triton.platform import COMPILE_ONLY, device_properties, num_processors
+from fast._triton.platform import num_processors
 
 TILE_Q = 128  # of a program: 64 for each consumer
 TILE_KV = 128
@@ -30,7 +30,7 @@ NUM_STAGES = 2  # tiles of K, and as many of V, in shared memory
 LOG2E = gl.constexpr(1.4426950408889634)
 PER_BATCH = [
     "stride_table_seq", "num_seqs", "num_tokens", "num_heads", "group", "num_slots", "num_halvings", "num_blocks",
-    "max_blocks_per_seq", "k_rows_per_block", "v_rows_per_block",
+    "max_blocks_per_seq", "k_rows_per_block", "v_rows_per_block", "fewest_queries",
 ]  # fmt: skip
 
 
@@ -44,10 +44,11 @@ def item_of(turn):
 @gluon.jit
 def find_item(
     item, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity,
-    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr,
+    fewest_queries, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr,
 ):  # fmt: skip
     """What a program has to do next: head, tile of queries, their sequence, and which tiles of keys.
 
+    Nothing for a sequence of up to ``fewest_queries``: the kernel of decodes has it.
     Sequence s has the slots from ``cu_seqlens_q[s] // TILE_Q + s``, and is found by bisection.
     """
     head = item % num_heads
@@ -65,7 +66,7 @@ def find_item(
     num_queries = gl.minimum(gl.maximum(gl.load(cu_seqlens_q_ptr + seq + 1), first_query), num_tokens) - first_query
     seq_len = gl.minimum(gl.maximum(gl.load(seq_lens_ptr + seq), 0), capacity)
 
-    rows_left = gl.where(slot >= 0, num_queries - tile * TILE_Q, 0)
+    rows_left = gl.where((slot >= 0) & (num_queries > fewest_queries), num_queries - tile * TILE_Q, 0)
     position = tile * TILE_Q + seq_len - num_queries  # of the first query
     num_keys = gl.maximum(position + gl.minimum(rows_left, TILE_Q), 0)
     num_tiles = gl.where(rows_left > 0, (num_keys + TILE_KV - 1) // TILE_KV, 0)
@@ -91,7 +92,7 @@ def load_blocks(
 def produce(
     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads, group,
-    num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
+    num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block, fewest_queries,
     BLOCK_SIZE: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -104,7 +105,7 @@ def produce(
         item = item_of(round)
         head, seq, token, _, _, _, num_tiles, _ = find_item(
             item, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings,
-            max_blocks_per_seq * BLOCK_SIZE, TILE_Q, TILE_KV,
+            max_blocks_per_seq * BLOCK_SIZE, fewest_queries, TILE_Q, TILE_KV,
         )  # fmt: skip
         kv_column = head // group * HEAD_DIM
         row_ptr = block_table_ptr + seq.to(gl.int64) * stride_table_seq
@@ -211,7 +212,7 @@ def consume(
     q_tile, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
     out_ptr, sinks_ptr, scale_log2,
     stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots,
-    num_halvings, capacity, WHICH: gl.constexpr, IN_TURN: gl.constexpr, SINKS: gl.constexpr,
+    num_halvings, capacity, fewest_queries, WHICH: gl.constexpr, IN_TURN: gl.constexpr, SINKS: gl.constexpr,
     TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 of an item's queries, through all its tiles of keys."""
@@ -232,7 +233,7 @@ def consume(
         item = item_of(round)
         head, _, token, rows_left, position, num_keys, num_tiles, seen_tiles = find_item(
             item, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity,
-            TILE_Q, TILE_KV,
+            fewest_queries, TILE_Q, TILE_KV,
         )  # fmt: skip
         token += WHICH * ROWS
         rows_left -= WHICH * ROWS
@@ -320,6 +321,7 @@ def paged_attention_hopper_kernel(
     max_blocks_per_seq,
     k_rows_per_block,
     v_rows_per_block,
+    fewest_queries,
     IN_TURN: gl.constexpr,
     SINKS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
@@ -357,31 +359,26 @@ def paged_attention_hopper_kernel(
                 q_smem.index(0), k_smem, v_smem, q_full.index(0), q_empty.index(0), k_full, k_empty, v_full, v_empty,
                 turn.index(0), turn.index(1), out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head,
                 cu_seqlens_q_ptr, seq_lens_ptr,
-                num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity, 0, IN_TURN, SINKS,
+                num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS,
                 TILE_Q, TILE_KV, HEAD_DIM, STAGES,
             )),
             (consume, (
                 q_smem.index(1), k_smem, v_smem, q_full.index(1), q_empty.index(1), k_full, k_empty, v_full, v_empty,
                 turn.index(1), turn.index(0), out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head,
                 cu_seqlens_q_ptr, seq_lens_ptr,
-                num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity, 1, IN_TURN, SINKS,
+                num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS,
                 TILE_Q, TILE_KV, HEAD_DIM, STAGES,
             )),
             (produce, (
                 q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
                 group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
-                BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                fewest_queries, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
             )),
         ],
         [4, 1],
         [240, 24],
     )  # fmt: skip
-
-
-def is_hopper(array: Array) -> bool:
-    """Whether the array is on a GPU that has these instructions (or kernels are compiled for one)."""
-    return COMPILE_ONLY or (array.is_cuda and device_properties(array.device.index).major == 9)
 
 
 def hopper_fits(q: Array, k_cache: Array, v_cache: Array, block_table: Array) -> bool:
@@ -409,8 +406,9 @@ def attend_chunks_on_hopper(
     scale: float,
     sinks: Array | None,
     out: Array,
+    fewest_queries: int = 0,
 ) -> None:
-    """Fill ``out``; what ``hopper_fits`` asks is so."""
+    """Fill ``out`` for sequences of more than ``fewest_queries``; what ``hopper_fits`` asks is so."""
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, block_size, num_kv_heads, _ = k_cache.shape
     num_seqs, max_blocks_per_seq = block_table.shape
@@ -426,11 +424,14 @@ def attend_chunks_on_hopper(
         for cache, rows in zip((k_cache, v_cache), rows_per_block)
     )  # fmt: skip
     num_slots = num_tokens // TILE_Q + num_seqs
-    paged_attention_hopper_kernel[(min(num_processors(q), num_slots * num_heads),)](
+    # A program each for so few items: one that has none, behind a sequence's last tile, makes room at once.
+    num_items = num_slots * num_heads
+    num_programs = num_items if num_items <= 16 * num_processors(q) else num_processors(q)
+    paged_attention_hopper_kernel[(num_programs,)](
         q_desc, k_desc, v_desc, out, sinks, block_table, seq_lens, cu_seqlens_q, scale * LOG2E.value,
         block_table.stride(0), out.stride(0), out.stride(1),
         num_seqs, num_tokens, num_heads, num_heads // num_kv_heads, num_slots, (num_seqs - 1).bit_length(),
-        num_blocks, max_blocks_per_seq, *rows_per_block,
+        num_blocks, max_blocks_per_seq, *rows_per_block, fewest_queries,
         IN_TURN=IN_TURN, SINKS=sinks is not None, BLOCK_SIZE=block_size, TILE_Q=TILE_Q, TILE_KV=TILE_KV,
         HEAD_DIM=head_dim, STAGES=NUM_STAGES, LAYOUT=layout, num_warps=4,
     )  # fmt: skip
