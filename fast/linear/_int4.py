@@ -1,4 +1,4 @@
-"""Weights of 4 bits times activations: three ways, for few tokens, for many, and for groups of any size.
+"""Weights of 4 bits times activations: for few tokens, for many, always in one order, and for groups of any size.
 
 The layout is the documented one. Within a group the low nibbles are its first half and the high ones its second, so 16
 bytes of a row become 16 features and 16 more without any moving about: two dot products, each with its half of ``x``.

@@ -1,8 +1,10 @@
 """LoRA: many low-rank adapters in one batch, in Triton. What the technique is for: `reference/linear/lora.py`.
 
-Two launches: x shrinks to A x, of the rank's length, and B (A x) is added to the base. A few tokens each look up their
-own adapter, whoever else uses it; where tokens are many, a tile of them goes through the adapters that it finds in it,
-in order of their ids. Neither sorts, and no grid depends on an id.
+A batch that decodes takes one launch: a program for each adapter and tile of output features finds the adapter's tokens,
+wherever they are in the batch, and makes A x anew. With more adapters than that is good for, or float32, two launches:
+x shrinks to A x, of the rank's length, and B (A x) is added to the base; each token looks up its own adapter, whoever
+else uses it. Where tokens are many, a tile of them goes through the adapters that it finds in it, in order of their ids.
+None of them sorts, and no grid depends on an id.
 """
 
 import torch
@@ -183,6 +185,8 @@ def _expand_kernel(
         grown = tl.sum(b * shrunk[None, :], axis=1)
         store(out_ptrs, base.to(tl.float32) + scaling * grown, in_row)
     else:
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()  # whoever comes after this kernel is to find the other one ended, too
         tl.store(out_ptrs, base, mask=in_row)
 
 
@@ -299,15 +303,18 @@ def lora(
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.lora.lora`.
 
-    Grid: to shrink, one program per token and ``SPLIT`` input features; to expand, per token and tile of output
-    features. Beyond ``FEW_TOKENS``, tiles of ``TILE_T`` tokens take the place of a token.
-    Moves: the adapters in use once from memory (again from the L2 cache for each token or tile), base and x once.
-    Limits: with many tokens ``A x`` is rounded to the dtype of the factors where that is the dtype of ``base``.
+    Grid: up to ``FEW_TOKENS`` tokens, one program per adapter and ``DECODE_O`` output features, where these are no more
+    than ``DECODE_PROGRAMS``. Else, to shrink, one per token and ``SPLIT`` input features, and to expand, one per token
+    and tile of output features; beyond ``FEW_TOKENS``, tiles of ``TILE_T`` tokens take the place of a token.
+    Moves: the adapters in use once from memory (again from the L2 cache for each program), base and x once.
+    Limits: ``A x`` is rounded to the dtype of the factors where that is the dtype of ``base``, except in the second way.
     """
     out = _door(base, x, lora_a, lora_b, scaling, adapter_ids, out)
     if not out.numel():
         return out
-    kind = choose(len(base), len(lora_a), base.shape[1], lora_a.shape[1], x.dtype)
+    one_dtype = x.dtype == lora_a.dtype == base.dtype == lora_b.dtype
+    dtype = x.dtype if one_dtype else torch.float32
+    kind = choose(len(base), len(lora_a), base.shape[1], lora_a.shape[1], dtype)
     arrays = _rows(base), _rows(x), _rows(lora_a), _rows(lora_b), scaling, adapter_ids.contiguous(), out
     return {"decode": decode, "few": few_tokens, "many": many_tokens}[kind](*arrays)
 
@@ -330,7 +337,7 @@ def lora_invariant(
 
 
 def choose(num_tokens: int, num_adapters: int, out_features: int, rank: int, dtype: torch.dtype) -> str:
-    """Which kernels: "decode", a single one; "few" tokens, each by itself; or "many".
+    """Which kernels: "decode", a single one; "few" tokens, each by itself; or "many". ``dtype`` is of the products.
 
     Example:
         >>> [choose(n, 16, 4096, 16, torch.bfloat16) for n in (64, 4096)], choose(64, 1000, 4096, 16, torch.bfloat16)
@@ -401,7 +408,7 @@ def many_tokens(
         x, lora_a, adapter_ids, shrunk, x.stride(0), lora_a.stride(0), lora_a.stride(1),
         num_tokens, num_adapters, rank, in_features, split,
         DTYPE=half,
-        TILE_T=TILE_T, TILE_R=tile_r, TILE_I=32 if half == tl.float32 else 128, num_warps=4,
+        TILE_T=TILE_T, TILE_R=tile_r, TILE_I=32 if half == tl.float32 else 128, num_warps=8 if half == tl.float32 else 4,
     )  # fmt: skip
     tile_o = 64 if half_b == tl.float32 else 128
     _expand_tiles_kernel[(cdiv(num_tokens, TILE_T), cdiv(out_features, tile_o))](

@@ -108,7 +108,16 @@ def linear_int4(
     group_size: int,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    """Same contract as `reference.linear.quantized_linear.linear_int4`."""
+    """Same contract as `reference.linear.quantized_linear.linear_int4`.
+
+    Grid: for few tokens, one program per few rows of the weight, its warps sharing out the groups; for more, one per tile
+    of the result. From ``_int4.DENSE_TOKENS`` tokens on, without a bias, the weight is written out as floats, once, and
+    ``torch.mm`` multiplies: cuBLAS is faster than a kernel that dequantizes by more than that costs.
+    Moves: the weight once for each tile of tokens, as codes; written out, two and a half bytes more for each weight.
+    Limits: these want 16-bit activations and nothing but whole groups of 32, 64 or 128. Others take a slower kernel,
+    which looks up each weight's group. It and the kernels for many tokens round ``scale * code`` to the dtype of ``x``
+    (a float16 weight below 6e-5 has fewer bits); the one for few, and `linear_int4_invariant`, scale sums instead.
+    """
     return _int4_in_groups(x, weight, weight_scale, weight_min, bias, group_size, out)
 
 
