@@ -1,10 +1,10 @@
 """LoRA: many low-rank adapters in one batch, in Triton. What the technique is for: `reference/linear/lora.py`.
 
-A batch that decodes takes one launch: a program for each adapter and tile of output features finds the adapter's tokens,
-wherever they are in the batch, and makes A x anew. With more adapters than that is good for, or float32, two launches:
-x shrinks to A x, of the rank's length, and B (A x) is added to the base; each token looks up its own adapter, whoever
-else uses it. Where tokens are many, a tile of them goes through the adapters that it finds in it, in order of their ids.
-None of them sorts, and no grid depends on an id.
+A batch that decodes takes one launch: a program for each adapter and tile of output features finds the tokens of the
+adapter, wherever they are in the batch, and makes A x anew. With more adapters than that is good for, or float32, two
+launches: x shrinks to A x, of the rank's length, and B (A x) is added to the base; each token looks up its own adapter,
+whoever else uses it. Where tokens are many, a tile of them goes through the adapters that it finds in it, in the order
+of their ids. None of them sorts, and no grid depends on an id.
 """
 
 import torch
@@ -307,7 +307,7 @@ def lora(
     than ``DECODE_PROGRAMS``. Else, to shrink, one per token and ``SPLIT`` input features, and to expand, one per token
     and tile of output features; beyond ``FEW_TOKENS``, tiles of ``TILE_T`` tokens take the place of a token.
     Moves: the adapters in use once from memory (again from the L2 cache for each program), base and x once.
-    Limits: ``A x`` is rounded to the dtype of the factors where that is the dtype of ``base``, except in the second way.
+    Limits: ``A x`` is rounded to the dtype of the factors where that is the dtype of ``base``; not in the second way.
     """
     out = _door(base, x, lora_a, lora_b, scaling, adapter_ids, out)
     if not out.numel():
@@ -407,8 +407,8 @@ def many_tokens(
     _shrink_tiles_kernel[(cdiv(num_tokens, TILE_T), num_splits)](
         x, lora_a, adapter_ids, shrunk, x.stride(0), lora_a.stride(0), lora_a.stride(1),
         num_tokens, num_adapters, rank, in_features, split,
-        DTYPE=half,
-        TILE_T=TILE_T, TILE_R=tile_r, TILE_I=32 if half == tl.float32 else 128, num_warps=8 if half == tl.float32 else 4,
+        DTYPE=half, TILE_T=TILE_T, TILE_R=tile_r, TILE_I=32 if half == tl.float32 else 128,
+        num_warps=8 if half == tl.float32 else 4,
     )  # fmt: skip
     tile_o = 64 if half_b == tl.float32 else 128
     _expand_tiles_kernel[(cdiv(num_tokens, TILE_T), cdiv(out_features, tile_o))](
