@@ -59,7 +59,7 @@ def choose_kernel(q: Array, k: Array, v: Array, tokens_per_seq: float, plain: bo
     head_dim, itemsize = q.shape[2], q.element_size()
     if head_dim < 16 or head_dim & (head_dim - 1) or not len(k) or not rows_are_aligned(k) or not rows_are_aligned(v):
         return "pointers"
-    hopper = plain and head_dim in (64, 128) and itemsize == 2 and tokens_per_seq > 64
+    hopper = plain and head_dim == 128 and itemsize == 2 and tokens_per_seq > 64
     return "hopper" if hopper and rows_are_aligned(q) and is_hopper(q) else "descriptors"
 
 
@@ -192,7 +192,7 @@ def flash_attention_kernel(
     seq, tile = find_tile(num_slots - 1 - program // num_heads, cu_seqlens_q_ptr, num_seqs, TILE_Q, SEARCH)
     first_query, num_queries = rows_of(cu_seqlens_q_ptr, seq, num_tokens)
     first_key, num_keys = rows_of(cu_seqlens_k_ptr, seq, total_keys)
-    if tile * TILE_Q >= num_queries:
+    if (tile < 0) | (tile >= num_slots) | (tile * TILE_Q >= num_queries):  # the first two: the offsets are none
         return
     kv_head = head // group
     row = tile * TILE_Q + tl.arange(0, TILE_Q)

@@ -6,12 +6,12 @@ and two *consumers*, four warps each, own 64 queries each. A consumer starts the
 of the last one together, and does the softmax of the next tile while the tensor cores work on the values; and where it
 waits, the other consumer fills in. Keys pass from the last to the first: the tiles that the mask cuts come first.
 
-Programs are as many as the GPU has processors, and each takes every so many-th tile of queries.
+Programs are as many as the GPU has processors. Each takes one item after another, a tile of queries of one head.
 
-What it does not do: windows, caps, float32, head sizes other than 64 and 128; the portable kernel does.
+What it does not do: windows, caps, float32, head sizes other than 128; the portable kernel does, and with 64, where the
+softmax weighs twice as much, it was the faster one.
 """
 
-import torch
 from torch import Tensor as Array
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,11 +28,25 @@ from fast._triton.platform import num_processors
 
 TILE_Q = 128  # of a program: 64 for each consumer
 TILE_KV = 128
-NUM_STAGES = 2  # tiles of K, and as many of V, in shared memory
-IN_TURN = True  # the consumers start their products in turn, so that one's softmax falls beside the other's products
-COUNTS = ("num_seqs", "num_tokens", "total_keys", "num_heads", "group", "num_slots", "num_halvings")
+NUM_STAGES = 2  # tiles of K, and as many of V, in shared memory; q has two as well, one for the next item
+CACHED_BYTES = 20 * 2**20  # of K and V side by side, of 50 MB of L2 cache: several sequences may be on their way
+COUNTS = ("num_seqs", "num_tokens", "total_keys", "num_heads", "group", "section", "num_slots", "num_halvings")
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
+
+
+def heads_at_a_time(k: Array, num_heads: int, num_seqs: int) -> int:
+    """How many heads pass side by side, before the rest.
+
+    All of them where four heads or more share their keys. Otherwise as many as keep the keys of a sequence of mean
+    length in the L2 cache, because each tile of queries reads them again.
+    """
+    num_keys, num_kv_heads, head_dim = k.shape
+    group = num_heads // num_kv_heads
+    if group >= 4:
+        return num_heads
+    most = CACHED_BYTES * num_seqs // (2 * num_keys * head_dim * k.element_size())
+    return group * next(n for n in range(num_kv_heads, 0, -1) if num_kv_heads % n == 0 and (n <= most or n == 1))
 
 
 @gluon.jit
@@ -44,15 +58,18 @@ def item_of(turn):
 
 @gluon.jit
 def find_item(
-    item, cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, num_slots, num_halvings,
-    CAUSAL: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr,
+    item, cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, section, num_slots,
+    num_halvings, CAUSAL: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr,
 ):  # fmt: skip
     """What a program has to do next: head, tile of queries, where its sequence lies, and which tiles of keys.
 
-    Slots of queries are counted as in the portable kernel's ``find_tile``; here the sequence is found by bisection.
+    Items run through the heads of a section, and within them through slots of queries, from the last to the first.
+    Slots are counted as in the portable kernel's ``find_tile``; here the sequence is found by bisection.
     """
-    head = item % num_heads
-    slot = num_slots - 1 - item // num_heads  # below 0: no item is left
+    begun = item // (num_slots * section)  # sections before this one
+    within = item - begun * num_slots * section
+    head = begun * section + within % section
+    slot = num_slots - 1 - within // section
     seq = 0
     end = num_seqs
     for _ in range(num_halvings):
@@ -67,7 +84,10 @@ def find_item(
     first_key = gl.minimum(gl.maximum(gl.load(cu_seqlens_k_ptr + seq), 0), total_keys)
     num_keys = gl.minimum(gl.maximum(gl.load(cu_seqlens_k_ptr + seq + 1), first_key), total_keys) - first_key
 
-    rows_left = gl.where(slot >= 0, num_queries - tile * TILE_Q, 0)
+    there = (
+        (head < num_heads) & (tile >= 0) & (tile < num_slots)
+    )  # an item is left, and the offsets are what they should be
+    rows_left = gl.where(there, num_queries - tile * TILE_Q, 0)
     position = tile * TILE_Q + num_keys - num_queries  # of the first query
     seen_tiles = num_keys // TILE_KV  # those that every query sees whole
     num_tiles = (num_keys + TILE_KV - 1) // TILE_KV
@@ -81,20 +101,17 @@ def find_item(
 
 @gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, group, num_slots, num_halvings,
+    q_desc, k_desc, v_desc, tiles, batch, group, num_turns,
     CAUSAL: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer: for each item, its queries once and its keys and values from the last tile to the first."""
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
     passed = 0  # tiles of keys, of all items
     items = 0
-    num_items = num_slots * num_heads
-    for round in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        item = item_of(round)
+    for turn in range(num_turns):
         head, token, _rows, _position, first_key, _keys, num_tiles, _seen = find_item(
-            item, cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, num_slots,
-            num_halvings, CAUSAL, TILE_Q, TILE_KV,
-        )  # fmt: skip
+            item_of(turn), *batch, CAUSAL, TILE_Q, TILE_KV
+        )
         kv_column = head // group * HEAD_DIM
         if num_tiles > 0:
             for which in gl.static_range(2):
@@ -158,26 +175,20 @@ def clean(v_tile, num_rows, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr):
 
 @gluon.jit
 def pass_tiles(
-    scores_of, acc, weights, top, total, rescale, passed, turns, start, stop, position, num_keys, scale_log2,
-    q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-    WHICH: gl.constexpr, IN_TURN: gl.constexpr, MASKED: gl.constexpr, CAUSAL: gl.constexpr,
-    TILE_KV: gl.constexpr, STAGES: gl.constexpr,
+    scores_of, acc, weights, top, total, rescale, passed, start, stop, position, num_keys, scale_log2, q_tile, tiles,
+    MASKED: gl.constexpr, CAUSAL: gl.constexpr, TILE_KV: gl.constexpr, STAGES: gl.constexpr,
     S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Tiles of keys from ``start`` down to ``stop``; the values of a tile are added while the next one is scored."""
+    _q, k_smem, v_smem, _q_full, _q_empty, k_full, k_empty, v_full, v_empty = tiles
     for step in range(start - stop):
         tile = start - 1 - step
         stage = passed % STAGES
-        if IN_TURN:
-            mbarrier.wait(my_turn, (turns & 1) ^ (1 - WHICH))
         scores = warpgroup_mma(q_tile, k_smem.index(stage).permute((1, 0)), scores_of, use_acc=False, is_async=True)
         acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, P_LAYOUT.parent))[:, None]
         before = (passed - 1) % STAGES
         mbarrier.wait(v_full.index(before), (passed - 1) // STAGES & 1)
         acc = warpgroup_mma(weights, v_smem.index(before), acc, is_async=True)
-        if IN_TURN:
-            mbarrier.arrive(other_turn, count=1)
-            turns += 1
         scores = warpgroup_mma_wait(1, deps=[scores])
         mbarrier.arrive(k_empty.index(stage), count=1)
         if MASKED:
@@ -190,16 +201,12 @@ def pass_tiles(
         mbarrier.arrive(v_empty.index(before), count=1)
         weights = gl.convert_layout(new_weights.to(q_tile.dtype), P_LAYOUT)
         passed += 1
-    return acc, weights, top, total, rescale, passed, turns
+    return acc, weights, top, total, rescale, passed
 
 
 @gluon.jit
 def consume(
-    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-    out_ptr, lse_ptr, sinks_ptr, scale_log2,
-    stride_out_token, stride_out_head,
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, num_slots, num_halvings,
-    WHICH: gl.constexpr, IN_TURN: gl.constexpr, SINKS: gl.constexpr, CAUSAL: gl.constexpr,
+    tiles, results, batch, num_turns, WHICH: gl.constexpr, SINKS: gl.constexpr, CAUSAL: gl.constexpr,
     TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 of an item's queries, through all its tiles of keys."""
@@ -209,25 +216,23 @@ def consume(
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     STORE_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [4, 1], [1, 0])
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
+    out_ptr, lse_ptr, sinks_ptr, num_heads, scale_log2, stride_out_token, stride_out_head = results
     dtype: gl.constexpr = k_smem.dtype
     scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, S_LAYOUT)
 
     passed = 0
     items = 0
-    turns = 0
-    num_items = num_slots * num_heads
-    next_head, next_token, next_rows, next_position, _, next_keys, next_tiles, next_seen = find_item(
-        item_of(0), cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, num_slots,
-        num_halvings, CAUSAL, TILE_Q, TILE_KV,
-    )  # fmt: skip
-    for round in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
+    next_head, next_token, next_rows, next_position, _key, next_keys, next_tiles, next_seen = find_item(
+        item_of(0), *batch, CAUSAL, TILE_Q, TILE_KV
+    )
+    for turn in range(num_turns):
         head, token, rows_left, position = next_head, next_token, next_rows, next_position
         num_keys, num_tiles, seen_tiles = next_keys, next_tiles, next_seen
         # What comes next is looked up now, while the first keys are on their way.
-        next_head, next_token, next_rows, next_position, _, next_keys, next_tiles, next_seen = find_item(
-            item_of(round + 1), cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads,
-            num_slots, num_halvings, CAUSAL, TILE_Q, TILE_KV,
-        )  # fmt: skip
+        next_head, next_token, next_rows, next_position, _key, next_keys, next_tiles, next_seen = find_item(
+            item_of(turn + 1), *batch, CAUSAL, TILE_Q, TILE_KV
+        )
         token += WHICH * ROWS
         rows_left -= WHICH * ROWS
         position += WHICH * ROWS
@@ -256,17 +261,13 @@ def consume(
             mbarrier.wait(k_full.index(passed % STAGES), passed // STAGES & 1, pred=num_tiles > 1)
 
             middle = gl.minimum(seen_tiles, num_tiles - 1)
-            acc, weights, top, total, rescale, passed, turns = pass_tiles(
-                scores_of, acc, weights, top, total, rescale, passed, turns,
-                num_tiles - 1, middle, position, num_keys, scale_log2,
-                q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-                WHICH, IN_TURN, True, CAUSAL, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
+            acc, weights, top, total, rescale, passed = pass_tiles(
+                scores_of, acc, weights, top, total, rescale, passed, num_tiles - 1, middle, position, num_keys,
+                scale_log2, q_tile, tiles, True, CAUSAL, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
             )  # fmt: skip
-            acc, weights, top, total, rescale, passed, turns = pass_tiles(
-                scores_of, acc, weights, top, total, rescale, passed, turns,
-                middle, 0, position, num_keys, scale_log2,
-                q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-                WHICH, IN_TURN, False, CAUSAL, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
+            acc, weights, top, total, rescale, passed = pass_tiles(
+                scores_of, acc, weights, top, total, rescale, passed, middle, 0, position, num_keys,
+                scale_log2, q_tile, tiles, False, CAUSAL, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
             )  # fmt: skip
             mbarrier.arrive(q_empty.index(half), count=1)
             acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
@@ -297,6 +298,15 @@ def consume(
             gl.store(out_ptr + offset, result, mask=row < rows_left)
 
 
+@gluon.jit
+def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
+    """So many barriers in shared memory, each of which opens after as many arrivals."""
+    made = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUMBER):
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
+
+
 @gluon.jit(do_not_specialize=COUNTS)
 def flash_attention_hopper_kernel(
     q_desc,  # [num_tokens, num_heads * head_dim]
@@ -315,9 +325,9 @@ def flash_attention_hopper_kernel(
     total_keys,
     num_heads,
     group,
+    section,
     num_slots,
     num_halvings,
-    IN_TURN: gl.constexpr,
     SINKS: gl.constexpr,
     CAUSAL: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -329,50 +339,30 @@ def flash_attention_hopper_kernel(
     q_smem = gl.allocate_shared_memory(dtype, [4, TILE_Q // 2, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE_KV, HEAD_DIM], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE_KV, HEAD_DIM], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for which in gl.static_range(2):
-        mbarrier.init(turn.index(which), count=1)
-    for which in gl.static_range(4):
-        mbarrier.init(q_full.index(which), count=1)
-        mbarrier.init(q_empty.index(which), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_empty.index(stage), count=2)
+    q_full, q_empty = barriers(4, 1), barriers(4, 1)
+    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     fence_async_shared()
 
+    num_turns = (num_slots * num_heads + gl.num_programs(0) - 1) // gl.num_programs(0)
+    tiles = (q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    batch = (
+        cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, section, num_slots,
+        num_halvings,
+    )  # fmt: skip
+    results = (out_ptr, lse_ptr, sinks_ptr, num_heads, scale_log2, stride_out_token, stride_out_head)
     gl.warp_specialize(
         [
-            (consume, (
-                q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                turn.index(0), turn.index(1), out_ptr, lse_ptr, sinks_ptr, scale_log2,
-                stride_out_token, stride_out_head,
-                cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, num_slots,
-                num_halvings, 0, IN_TURN, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-            )),
-            (consume, (
-                q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                turn.index(1), turn.index(0), out_ptr, lse_ptr, sinks_ptr, scale_log2,
-                stride_out_token, stride_out_head,
-                cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, num_slots,
-                num_halvings, 1, IN_TURN, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-            )),
-            (produce, (
-                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, group, num_slots,
-                num_halvings, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-            )),
+            (consume, (tiles, results, batch, num_turns, 0, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES)),
+            (consume, (tiles, results, batch, num_turns, 1, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES)),
+            (
+                produce,
+                (q_desc, k_desc, v_desc, tiles, batch, group, num_turns, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES),
+            ),
         ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+        [4, 1],  # warps of the second consumer and of the producer
+        [240, 24],  # registers of a thread of theirs; the first consumer gets what is left, 240
+    )
 
 
 def attend_on_hopper(
@@ -390,8 +380,7 @@ def attend_on_hopper(
     """Fill ``out`` and ``lse``."""
     num_tokens, num_heads, head_dim = q.shape
     num_seqs = len(cu_seqlens_q) - 1
-    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([TILE_KV, head_dim], dtype)
+    layout = gl.NVMMASharedLayout(min(128, 2 * head_dim), 16, 2)
     q_desc, k_desc, v_desc = (
         TensorDescriptor(x, [len(x), x.shape[1] * head_dim], [x.stride(0), 1], [rows, head_dim], layout)
         for x, rows in ((q, TILE_Q // 2), (k, TILE_KV), (v, TILE_KV))
@@ -403,10 +392,10 @@ def attend_on_hopper(
         v_desc,
         out,
         lse,
-        sinks,
+        lse if sinks is None else sinks,
         cu_seqlens_q,
         cu_seqlens_k,
-        scale * 1.4426950408889634,
+        scale * LOG2E.value,
         out.stride(0),
         out.stride(1),
         num_seqs,
@@ -414,9 +403,9 @@ def attend_on_hopper(
         len(k),
         num_heads,
         num_heads // k.shape[1],
+        heads_at_a_time(k, num_heads, num_seqs),
         num_slots,
         (num_seqs - 1).bit_length(),
-        IN_TURN=IN_TURN,
         SINKS=sinks is not None,
         CAUSAL=causal,
         TILE_Q=TILE_Q,

@@ -104,7 +104,8 @@ def test_refuses_bad_values(backend):
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "lens", "options", "expected"),
     [
-        ("bfloat16", 64, [(100, 140), (70, 70)], {}, "hopper"),
+        ("bfloat16", 128, [(100, 140), (70, 70)], {}, "hopper"),
+        ("bfloat16", 64, [(100, 140), (70, 70)], {}, "descriptors"),
         ("float16", 128, [(129, 257), (0, 3), (64, 64), (300, 300)], {"sinks": True}, "hopper"),
         ("bfloat16", 128, [(130, 128), (90, 0)], {"causal": False}, "hopper"),
         ("bfloat16", 128, [(130, 200)], {"sliding_window": 65}, "descriptors"),
@@ -143,3 +144,16 @@ def test_tiles_follow_the_shape(monkeypatch):
     assert few.tile_q < many.tile_q, f"expected few queries in smaller tiles, got {few}, {many}"
     wide = choose_tiles(256, 2, 4096)
     assert wide.num_warps > many.num_warps, f"head_dim 256: expected more warps than {many}, got {wide}"
+
+
+def test_wrong_offsets_touch_nothing_else(monkeypatch):
+    """Without the check of values, offsets that are none make a wrong result and no access outside the arrays."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")
+    around = fast.from_host(np.full((3 * 64, 2, 16), 7.0, np.float32))
+    q, out = fast.from_host(np.ones((64, 2, 16), np.float32)), around[64:128]
+    good = np.array([0, 30, 64], np.int32)
+    for wrong in (good - 40, good + 1000, good[::-1].copy(), good * 2**20, np.array([64, 0, 64], np.int32)):
+        for offsets in ((wrong, good), (good, wrong), (wrong, wrong)):
+            fast.flash_attention(q, q, q, *map(fast.from_host, offsets), out=out)
+    outside = fast.to_host(around)[[*range(64), *range(128, 192)]]
+    assert (outside == 7).all(), "rows outside out were written"
