@@ -31,7 +31,7 @@ class Block(NamedTuple):
 # From large to small: the larger, the less is read for each product.
 BLOCKS = (
     Block(128, 256, 64, 8, 3, True),
-    Block(128, 128, 64, 4, 5, False),
+    Block(128, 128, 64, 4, 6, False),
     Block(64, 128, 64, 4, 7, False),
     Block(64, 64, 128, 4, 5, False),
 )
@@ -67,6 +67,7 @@ def _one_tile(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     GROUP: tl.constexpr,
+    HALVES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     first_token, first_row = place_of(tile, num_tokens, out_features, TILE_M, TILE_N, GROUP)
@@ -75,7 +76,7 @@ def _one_tile(
         x = x_desc.load([first_token, k])
         w = weight_desc.load([first_row, k])
         acc = dot_in_order(x, w, acc)
-    if TILE_N == 256:  # in halves: on the way out a tile takes shared memory of the loads to come
+    if HALVES:
         left, right = tl.split(tl.permute(tl.reshape(acc, [TILE_M, 2, TILE_N // 2]), (0, 2, 1)))
         _finish(
             left, first_token, first_row, out_desc, bias_ptr, residual_ptr, stride_residual_m, num_tokens, out_features
@@ -110,7 +111,7 @@ def _finish(
 def _tile_kernel(
     x_desc,  # [num_tokens, in_features] in tiles of [TILE_M, TILE_K]
     weight_desc,  # [out_features, in_features] in tiles of [TILE_N, TILE_K]
-    out_desc,  # [num_tokens, out_features] in tiles of [TILE_M, at most 128]
+    out_desc,  # [num_tokens, out_features] in tiles of [TILE_M, TILE_N], or halves of them
     bias_ptr,  # [out_features] or None
     residual_ptr,  # [num_tokens, out_features] or None
     stride_residual_m,
@@ -121,13 +122,14 @@ def _tile_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     GROUP: tl.constexpr,
+    HALVES: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     wait_for_predecessor(OVERLAP)
     _one_tile(
         tl.program_id(0), x_desc, weight_desc, out_desc, bias_ptr, residual_ptr, stride_residual_m,
-        num_tokens, out_features, in_features, TILE_M, TILE_N, TILE_K, GROUP, STAGES,
+        num_tokens, out_features, in_features, TILE_M, TILE_N, TILE_K, GROUP, HALVES, STAGES,
     )  # fmt: skip
 
 
@@ -135,7 +137,7 @@ def _tile_kernel(
 def _persistent_kernel(
     x_desc,  # [num_tokens, in_features] in tiles of [TILE_M, TILE_K]
     weight_desc,  # [out_features, in_features] in tiles of [TILE_N, TILE_K]
-    out_desc,  # [num_tokens, out_features] in tiles of [TILE_M, at most 128]
+    out_desc,  # [num_tokens, out_features] in tiles of [TILE_M, TILE_N], or halves of them
     bias_ptr,  # [out_features] or None
     residual_ptr,  # [num_tokens, out_features] or None
     stride_residual_m,
@@ -146,6 +148,7 @@ def _persistent_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     GROUP: tl.constexpr,
+    HALVES: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -157,7 +160,7 @@ def _persistent_kernel(
     ):
         _one_tile(
             tile, x_desc, weight_desc, out_desc, bias_ptr, residual_ptr, stride_residual_m,
-            num_tokens, out_features, in_features, TILE_M, TILE_N, TILE_K, GROUP, STAGES,
+            num_tokens, out_features, in_features, TILE_M, TILE_N, TILE_K, GROUP, HALVES, STAGES,
         )  # fmt: skip
 
 
@@ -170,11 +173,13 @@ def matmul_described(
     block = block or choose_block(num_tokens, out_features, processors)
     columns = IN_INTERPRETER if INTERPRETING else block.columns
     tiles = cdiv(num_tokens, block.tokens) * cdiv(out_features, block.rows)
+    halves = residual is not None and block.persistent  # the residual takes shared memory beside the loads to come
     constants: dict[str, Any] = {
         "TILE_M": block.tokens,
         "TILE_N": block.rows,
         "TILE_K": columns,
         "GROUP": GROUP,
+        "HALVES": halves,
         "STAGES": block.stages,
         "num_warps": block.warps,
         **overlapped(x),
@@ -183,7 +188,7 @@ def matmul_described(
     kernel[(grid,)](
         TensorDescriptor.from_tensor(x, [block.tokens, columns]),
         TensorDescriptor.from_tensor(weight, [block.rows, columns]),
-        TensorDescriptor.from_tensor(out, [block.tokens, min(block.rows, 128)]),
+        TensorDescriptor.from_tensor(out, [block.tokens, block.rows // 2 if halves else block.rows]),
         bias, residual, 0 if residual is None else residual.stride(0), num_tokens, out_features, in_features,
         **constants,
     )  # fmt: skip

@@ -18,7 +18,8 @@ from fast._triton.rounding import dot, store
 
 FEW_TOKENS = 32  # beyond, the tensor cores' own tiles are full and cuBLAS is at its best
 LINE = 128  # bytes that a prefetch brings to the L2 cache
-MAX_PREFETCH = 8  # lines of each row: more of them keep the loads waiting that are needed first
+MAX_PREFETCH = 8  # lines of each row for one token: more of them keep the loads waiting that are needed first
+MAX_PREFETCH_FEW = 32  # for a few tokens
 
 
 class Tiles(NamedTuple):
@@ -40,6 +41,8 @@ def choose_tiles(num_tokens: int, out_features: int, in_features: int, itemsize:
     """
     if num_tokens > 1:
         tokens = 8 if num_tokens <= 8 else next_power_of_2(num_tokens)
+        if tokens == 8:
+            return Tiles(16, 128, tokens, 4, 4)
         return Tiles(16 if out_features <= 2048 else 32, 64, tokens, 4, 4 if tokens < 32 else 3)
     if out_features < 2048:  # few rows: narrow programs, so that there are enough
         rows, vectors, warps = 4, 128, 4
@@ -216,11 +219,12 @@ def skinny_linear(
         return out
     itemsize = weight.element_size()
     tiles = tiles or choose_tiles(num_tokens, out_features, in_features, itemsize)
+    most = MAX_PREFETCH if tiles.tokens == 1 else MAX_PREFETCH_FEW
     grid = (cdiv(out_features, tiles.rows),)
     common: dict[str, Any] = {
         "TILE_N": tiles.rows,
         "TILE_K": tiles.columns,
-        "NUM_LINES": min(next_power_of_2(cdiv(in_features * itemsize, LINE)), MAX_PREFETCH),
+        "NUM_LINES": min(next_power_of_2(cdiv(in_features * itemsize, LINE)), most),
         "LINE": LINE // itemsize,
         "STAGES": tiles.stages,
         "num_warps": tiles.warps,

@@ -22,6 +22,7 @@ from fast.linear._skinny import finish
 ROWS = 64  # of the weight, the least that the instruction takes
 CHUNKS = 2  # of 512 bytes of each row, that are asked for while the kernel before this one ends
 POOL = 2**20  # counters on each device
+MOST_TILES = 1024  # of a weight that is split: fewer than a GPU has processors
 
 
 class Split(NamedTuple):
@@ -34,15 +35,16 @@ class Split(NamedTuple):
 
 
 def choose_split(num_tokens: int, out_features: int, in_features: int, processors: int) -> Split:
-    """Programs for every processor, none of them with less than four steps."""
-    tiles = cdiv(out_features, ROWS)
-    splits = max(1, min(2 * processors // tiles, in_features // 512))
-    return Split(max(8, next_power_of_2(num_tokens)), splits, 128, 5)
+    """As many programs as processors, none with less than four steps: to add up parts costs about two microseconds."""
+    tokens = max(16, next_power_of_2(num_tokens))
+    splits = max(1, min(processors // cdiv(out_features, ROWS), in_features // 512))
+    return Split(tokens, splits, 128, 8 if tokens == 16 else 5)
 
 
 def unsplit(num_tokens: int) -> Split:
     """One program for each tile and all of its columns: a sum's order is that of the columns, and of nothing else."""
-    return Split(max(16, next_power_of_2(num_tokens)), 1, 128, 8 if num_tokens <= 16 else 5)
+    tokens = max(16, next_power_of_2(num_tokens))
+    return Split(tokens, 1, 128, 8 if tokens <= 32 else 6)
 
 
 def describable(*arrays: Array) -> bool:
@@ -168,9 +170,9 @@ def split_linear(
 
 # ---- counters -------------------------------------------------------------------------------------------------------
 
-_pools: dict[int, Array] = {}
-_of_stream: dict[tuple[int, int], int] = {}
-_next: dict[int, int] = {}
+_pools: dict[int, Array] = {}  # by device
+_of_stream: dict[tuple[int, int], int] = {}  # where in the pool those of (device, stream) begin
+_next: dict[int, int] = {}  # by device: the first that nobody has
 
 
 def take_counters(like: Array, count: int) -> Array:
@@ -179,24 +181,22 @@ def take_counters(like: Array, count: int) -> Array:
     Launches on a stream follow each other and share theirs. A launch that is captured into a graph may be replayed on
     any stream, and gets its own.
     """
-    device = like.device.index or 0
-    capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not like.is_cuda:
+        return torch.zeros(count, dtype=torch.int32, device=like.device)
+    device, capturing = like.device.index, torch.cuda.is_current_stream_capturing()
     if device not in _pools:
-        fresh = torch.zeros(POOL if like.is_cuda else count, dtype=torch.int32, device=like.device)
-        if capturing or not like.is_cuda:
-            return fresh  # zeroed in the graph, every time it runs
-        _pools[device] = fresh
-    if not capturing:
+        if capturing:  # what is allocated now holds nothing until the graph runs: it is zeroed in the graph
+            return torch.zeros(count, dtype=torch.int32, device=like.device)
+        _pools[device] = torch.zeros(POOL, dtype=torch.int32, device=like.device)
+        torch.cuda.current_stream(like.device).synchronize()  # once: another stream may be the next to use them
+    if capturing:
+        start = _reserve(device, count)
+    else:
         key = device, torch.cuda.current_stream(like.device).cuda_stream
         if key not in _of_stream:
-            _of_stream[key] = _reserve(device, LONGEST)
+            _of_stream[key] = _reserve(device, MOST_TILES)
         start = _of_stream[key]
-    else:
-        start = _reserve(device, count)
     return _pools[device][start : start + count]
-
-
-LONGEST = 8192  # counters of a stream: a layer of half a million features
 
 
 def _reserve(device: int, count: int) -> int:

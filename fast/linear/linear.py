@@ -29,8 +29,9 @@ def linear(
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.linear.linear`.
 
-    Grid: up to 32 tokens, one program per few rows of the weight, which it streams once (`_skinny`). More: cuBLAS,
-    which nothing here beats. Where ``weight`` has another dtype than ``x``: tiles of a float32 product (`_matmul`).
+    Grid: up to 32 tokens, one program per few rows of the weight, which it streams once (`_skinny`), or per tile of 64
+    rows and share of the columns (`_split`). More: cuBLAS, which nothing here beats. Where ``weight`` has another dtype
+    than ``x``: tiles of a float32 product (`_matmul`).
     Moves: the weight once; the tokens, from cache, once for each program.
     Limits: where the last axis is not contiguous, the argument is copied first.
     """
@@ -38,24 +39,33 @@ def linear(
     return project(x, weight, bias, None, out)
 
 
-def choose_way(num_tokens: int, x_dtype: torch.dtype, weight_dtype: torch.dtype, aligned: bool) -> str:
-    """Which kernel: by the number of tokens, and whether the tensor cores and the copy engine take the operands."""
+def choose_way(
+    num_tokens: int, out_features: int, in_features: int, x_dtype: torch.dtype, weight_dtype: torch.dtype, aligned: bool
+) -> str:
+    """Which kernel: by the number of tokens, and whether the tensor cores and the copy engine take the operands.
+
+    Up to eight tokens, narrow tiles are better where a row is short, or where there are fewer wide tiles than
+    processors and yet too many to be split.
+    """
     if num_tokens == 1:
         return "one"
     if x_dtype != weight_dtype:
         return "tiles"
-    if num_tokens <= FEW_TOKENS and x_dtype != torch.float32:
-        return "split" if aligned else "few"
-    return "cublas"
+    if num_tokens > FEW_TOKENS or x_dtype == torch.float32:
+        return "cublas"
+    uneven = 66 < out_features / 64 < 132
+    return "split" if aligned and not (num_tokens <= 8 and (in_features <= 1024 or uneven)) else "few"
 
 
 def project(x: Array, weight: Array, bias: Array | None, residual: Array | None, out: Array | None) -> Array:
     """``residual + x weight^T + bias`` by the way that suits the number of tokens; arguments have been checked."""
     if not x.numel():
         return into(out, x, weight, residual, lambda x, w, r, o: matmul(x, w, bias, r, o))
-    way = choose_way(len(x), x.dtype, weight.dtype, len(x) <= FEW_TOKENS and describable(x, weight))
+    num_tokens, (out_features, in_features) = len(x), weight.shape
+    aligned = num_tokens <= FEW_TOKENS and describable(x, weight)
+    way = choose_way(num_tokens, out_features, in_features, x.dtype, weight.dtype, aligned)
     if way == "split":
-        split = choose_split(len(x), len(weight), x.shape[1], num_processors(x))
+        split = choose_split(num_tokens, out_features, in_features, num_processors(x))
         return into(out, x, weight, residual, lambda x, w, r, o: split_linear(x, w, bias, r, o, split))
     if way in ("one", "few"):
         return into(out, x, weight, residual, lambda x, w, r, o: skinny_linear(x, w, bias, r, o))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 
 import fast
 import reference
+from fast.fusion import _swiglu_linear
 from fast.fusion.swiglu import TILE_SIZE, choose_tile
 from twofold.conformance.properties import fusion as properties
 from twofold.conformance.strategies.fusion import Call, linear_add_calls, swiglu_calls
@@ -77,3 +78,15 @@ def test_far_gates_are_as_exact_as_near_ones(backend, gate):
     gate_up = np.stack([np.full(64, gate) + np.linspace(0, 1, 64), np.ones(64)], axis=1).astype(np.float32)
     if backend is not reference:
         properties.matches_the_oracle(backend, Call("swiglu", {"gate_up": gate_up}))
+
+
+def test_one_token_of_a_large_layer_is_gated_on_the_way(monkeypatch):
+    """What is chosen, and that it is right also where a layer of a test would be too small to be chosen."""
+    assert _swiglu_linear.is_fused(1, 4096 * 14336)
+    assert not _swiglu_linear.is_fused(2, 4096 * 14336)
+    monkeypatch.setattr(_swiglu_linear, "LARGE", 1)
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float16):
+        shapes = {"gate_up": (1, 600), "weight": (70, 300), "residual": (1, 70)}
+        arrays = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+        properties.matches_the_oracle(fast, Call("swiglu_linear_add", arrays))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fast
 from fast.linear._skinny import choose_tiles
-from fast.linear._split import choose_split, describable
+from fast.linear._split import Split, choose_split, describable, split_linear
 from fast.linear.linear import choose_way
 from twofold.conformance.backends import float_dtypes
 from twofold.conformance.properties import linear as properties
@@ -39,36 +39,53 @@ def test_writes_only_where_it_says(backend, call):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("in_features", [200, 1536, 201])
+@pytest.mark.parametrize("in_features", [200, 1536, 1537])
 @pytest.mark.parametrize("num_tokens", [1, 2, 9, 32, 33])
 def test_each_way_is_taken(num_tokens, in_features, dtype):
     """One token, few, and many go different ways in `fast`, rows that begin anywhere another; all of them arrive."""
-    few = "cublas" if dtype == "float32" else "few" if in_features == 201 else "split"
+    narrow = in_features == 1537 or (in_features == 200 and num_tokens == 2)
+    few = "cublas" if dtype == "float32" else "few" if narrow else "split"
     way = {1: "one", 33: "cublas"}.get(num_tokens, few)
     rng = np.random.default_rng(num_tokens)
     shapes = {"x": (num_tokens, in_features), "weight": (70, in_features), "residual": (num_tokens, 70), "bias": (70,)}
     arrays = {name: rng.normal(size=shape).astype(getattr(ml_dtypes, dtype, dtype)) for name, shape in shapes.items()}
     x, weight = (fast.from_host(arrays[name]) for name in ("x", "weight"))
-    assert choose_way(num_tokens, x.dtype, weight.dtype, describable(x, weight)) == way
+    assert choose_way(num_tokens, 70, in_features, x.dtype, weight.dtype, describable(x, weight)) == way
     matches_the_oracle(fast, Call("linear_add", arrays))
     properties.matches_the_oracle(fast, Call("linear", {name: arrays[name] for name in ("x", "weight", "bias")}))
 
 
-def test_other_dtypes_go_by_tiles():
-    """A weight in another dtype than the activations is not rounded to theirs."""
-    assert choose_way(2, torch.bfloat16, torch.float32, True) == "tiles"
+def test_ways_of_other_operands():
+    """A weight in another dtype than the activations is not rounded to theirs; tiles that would fill some of the
+    processors are made narrower."""
+    half, whole = torch.bfloat16, torch.float32
+    assert choose_way(2, 4096, 4096, half, whole, True) == "tiles"
+    assert [choose_way(8, n, 4096, half, half, True) for n in (4096, 6144, 28672)] == ["split", "few", "split"]
 
 
 def test_cuts_suit_the_layer():
     """One token: never more columns at a time than there are. Few: a small weight is split, a large one is not."""
     for in_features in (64, 576, 4096):
         assert choose_tiles(1, 4096, in_features, 2).columns <= max(2 * in_features, 256)
+    assert len({choose_tiles(1, n, k, 2) for n, k in ((1024, 3072), (4096, 4096), (4096, 1024))}) == 3
     for num_tokens in (2, 8, 9, 16, 17, 32):
         assert choose_tiles(num_tokens, 4096, 4096, 2).tokens >= num_tokens
         assert choose_split(num_tokens, 1024, 4096, 132).splits > 1
         assert choose_split(num_tokens, 28672, 4096, 132).splits == 1
         assert choose_split(num_tokens, 1024, 4096, 132).tokens >= num_tokens
-    assert choose_split(2, 70, 1536, 2).splits > 1, "the test above would not split"
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_parts_are_added_up(splits):
+    """However many programs share a tile's columns, once after another: the counters are zeros again each time."""
+    rng = np.random.default_rng(splits)
+    arrays = rng.normal(size=(9, 264)), rng.normal(size=(130, 264))
+    x, weight = (fast.from_host(array.astype(np.float32)).to(torch.float16) for array in arrays)
+    expected = x.double() @ weight.double().T
+    for _ in range(3):
+        out = torch.full((9, 130), torch.nan, dtype=x.dtype, device=x.device)
+        split_linear(x, weight, None, None, out, Split(16, splits, 64, 3))
+        assert (out - expected).abs().max() < 2**-11 * 128
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="4 GB of weights")
