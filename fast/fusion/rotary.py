@@ -20,145 +20,16 @@ from fast._checks import (
 )
 from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import cdiv, next_power_of_2
-from fast._triton.rounding import to_dtype, to_dtype_saturating
-
-# Numbers a program turns at once, and those a thread holds of them: a load of 16 bytes of each half of a head.
-TILE_SIZE = 2048
-PER_THREAD = 16
-
-
-def choose_tile(head_dim: int) -> tuple[int, int]:
-    """(rows, warps) of a program; a row is a head of a token, so a program may end in the middle of a token. By the
-    width of a head alone: then it is summed in the same order, and has the same bits, in any batch."""
-    width = next_power_of_2(head_dim)
-    rows = max(TILE_SIZE // width, 1)
-    return rows, min(max(rows * width // (32 * PER_THREAD), 1), 16)
-
-
-# ---- some heads, of one token or several ------------------------------------------------------------------------
-
-
-@triton.jit
-def _load_angles(
-    cos_ptr, sin_ptr, positions_ptr,
-    stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
-    token, num_tokens, max_positions, half_dim,
-    HALF: tl.constexpr,
-):  # fmt: skip
-    """The angles of each row's token, [rows, HALF]; zeros for a position that has none.
-
-    A token's heads read the same row of a table, but from the nearest cache: no layout has to change to share it.
-    """
-    position = tl.load(positions_ptr + token * stride_positions, mask=token < num_tokens, other=-1).to(tl.int64)
-    pair = tl.arange(0, HALF)
-    mask = ((position >= 0) & (position < max_positions))[:, None] & (pair < half_dim)[None, :]
-    cos_ptrs = cos_ptr + (position * stride_cos_row)[:, None] + (pair * stride_cos_pair)[None, :]
-    sin_ptrs = sin_ptr + (position * stride_sin_row)[:, None] + (pair * stride_sin_pair)[None, :]
-    return tl.load(cos_ptrs, mask=mask, other=0.0), tl.load(sin_ptrs, mask=mask, other=0.0)
-
-
-@triton.jit
-def _turn_heads(
-    first, second,  # of each pair, [rows, HALF]; loaded before the angles, which wait for the positions
-    in_ptrs, out_ptrs,  # the first number of each head, [rows]
-    stride_in_dim, stride_out_dim,
-    exist, written,  # which heads do, and which are, [rows]
-    cos, sin,  # [rows, HALF]
-    norm_ptr, stride_norm, eps,  # [head_dim]; or None
-    half_dim, head_dim,
-    HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: skip
-    """Norm, turn and store. HALF and REST hold the pairs and the features past them; REST is 0 if there are none."""
-    if REST:
-        dim = 2 * half_dim + tl.arange(0, REST)
-        rest = _load(in_ptrs, dim, stride_in_dim, exist, dim < head_dim)
-    if norm_ptr is not None:
-        pair = tl.arange(0, HALF)
-        at_first, at_second = _place(pair, half_dim, 0, INTERLEAVED), _place(pair, half_dim, 1, INTERLEAVED)
-        first_norm = _load_norm(norm_ptr, at_first, stride_norm, pair < half_dim)
-        second_norm = _load_norm(norm_ptr, at_second, stride_norm, pair < half_dim)
-        square = tl.sum(first * first + second * second, axis=1)
-        if REST:
-            square += tl.sum(rest * rest, axis=1)
-        inverse_rms = tl.rsqrt(square / head_dim + eps)[:, None]
-        first *= inverse_rms * first_norm
-        second *= inverse_rms * second_norm
-        if REST:
-            rest *= inverse_rms * _load_norm(norm_ptr, dim, stride_norm, dim < head_dim)
-
-    first, second = first * cos - second * sin, second * cos + first * sin
-    COMPUTED: tl.constexpr = in_ptrs.dtype.element_ty
-    first, second = _as_stored(first, out_ptrs, COMPUTED), _as_stored(second, out_ptrs, COMPUTED)
-    _store_pairs(out_ptrs, stride_out_dim, first, second, written, half_dim, HALF, INTERLEAVED)
-    if REST:
-        _store(out_ptrs, dim, stride_out_dim, _as_stored(rest, out_ptrs, COMPUTED), written, dim < head_dim)
-
-
-@triton.jit
-def _as_stored(x, ptrs, COMPUTED: tl.constexpr):
-    """Rounded to the dtype of what was computed; saturating, where a cache has another."""
-    rounded = to_dtype(x, COMPUTED)
-    if ptrs.dtype.element_ty != COMPUTED:
-        rounded = to_dtype_saturating(rounded.to(tl.float32), ptrs.dtype.element_ty)
-    return rounded
-
-
-@triton.jit
-def _place(pair, half_dim, WHICH: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Where in a head the first (0) or the second (1) number of each pair lies."""
-    return 2 * pair + WHICH if INTERLEAVED else pair + WHICH * half_dim
-
-
-@triton.jit
-def _load_pairs(ptrs, stride_dim, exist, half_dim, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """(first, second) of each pair, [rows, HALF] each."""
-    if INTERLEAVED:  # read as they lie, then parted: loads of every other number would be half as wide
-        dim = tl.arange(0, 2 * HALF)
-        pairs = _load(ptrs, dim, stride_dim, exist, dim < 2 * half_dim)
-        first, second = tl.split(tl.reshape(pairs, [pairs.shape[0], HALF, 2]))
-    else:
-        pair = tl.arange(0, HALF)
-        first = _load(ptrs, pair, stride_dim, exist, pair < half_dim)
-        second = _load(ptrs, pair + half_dim, stride_dim, exist, pair < half_dim)
-    return first, second
-
-
-@triton.jit
-def _store_pairs(ptrs, stride_dim, first, second, written, half_dim, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    if INTERLEAVED:
-        dim = tl.arange(0, 2 * HALF)
-        pairs = tl.reshape(tl.join(first, second), [first.shape[0], 2 * HALF])
-        _store(ptrs, dim, stride_dim, pairs, written, dim < 2 * half_dim)
-    else:
-        pair = tl.arange(0, HALF)
-        _store(ptrs, pair, stride_dim, first, written, pair < half_dim)
-        _store(ptrs, pair + half_dim, stride_dim, second, written, pair < half_dim)
-
-
-@triton.jit
-def _load(ptrs, dim, stride_dim, exist, in_head):
-    mask = exist[:, None] & in_head[None, :]
-    offset = (dim.to(tl.int64) * stride_dim)[None, :]
-    return tl.load(ptrs[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(ptrs, dim, stride_dim, values, written, in_head):
-    mask = written[:, None] & in_head[None, :]
-    tl.store(ptrs[:, None] + (dim.to(tl.int64) * stride_dim)[None, :], values, mask=mask)
-
-
-@triton.jit
-def _load_norm(norm_ptr, dim, stride_norm, in_head):
-    return tl.load(norm_ptr + dim * stride_norm, mask=in_head, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def _token_and_head(program, num_heads, TILE_ROWS: tl.constexpr):
-    """Of each row of a program. Tokens past the last are rows that do not exist."""
-    row = program * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    return (row // num_heads).to(tl.int64), (row % num_heads).to(tl.int64)
-
+from fast.fusion._heads import (
+    as_stored,
+    choose_tile,
+    load_angles,
+    load_heads,
+    load_pairs,
+    store_heads,
+    token_and_head,
+    turn_heads,
+)
 
 # ---- the rotation alone -----------------------------------------------------------------------------------------
 
@@ -193,17 +64,17 @@ def _rotary_kernel(
     OVERLAP: tl.constexpr,
 ):
     wait_for_predecessor(OVERLAP)
-    token, head = _token_and_head(tl.program_id(0), num_heads, TILE_ROWS)
+    token, head = token_and_head(tl.program_id(0), num_heads, TILE_ROWS)
     exist = token < num_tokens
     in_ptrs = x_ptr + token * stride_x_token + head * stride_x_head
-    first, second = _load_pairs(in_ptrs, stride_x_dim, exist, half_dim, HALF, INTERLEAVED)
-    cos, sin = _load_angles(
+    first, second = load_pairs(in_ptrs, stride_x_dim, exist, half_dim, HALF, INTERLEAVED)
+    cos, sin = load_angles(
         cos_ptr, sin_ptr, positions_ptr,
         stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
         token, num_tokens, max_positions, half_dim, HALF,
     )  # fmt: skip
     out_ptrs = out_ptr + token * stride_out_token + head * stride_out_head
-    _turn_heads(
+    turn_heads(
         first, second, in_ptrs, out_ptrs, stride_x_dim, stride_out_dim, exist, exist, cos, sin, None, 0, 0.0,
         half_dim, head_dim, HALF, REST, INTERLEAVED,
     )  # fmt: skip
@@ -329,52 +200,45 @@ def _rotary_write_kv_kernel(
     wait_for_predecessor(OVERLAP)
     num_q_programs = tl.cdiv(num_tokens * num_heads, TILE_ROWS)
     if tl.program_id(0) < num_q_programs:
-        token, head = _token_and_head(tl.program_id(0), num_heads, TILE_ROWS)
+        token, head = token_and_head(tl.program_id(0), num_heads, TILE_ROWS)
         exist = token < num_tokens
         q_ptrs = q_ptr + token * stride_q_token + head * stride_q_head
-        first, second = _load_pairs(q_ptrs, stride_q_dim, exist, half_dim, HALF, INTERLEAVED)
-        cos, sin = _load_angles(
+        first, second = load_pairs(q_ptrs, stride_q_dim, exist, half_dim, HALF, INTERLEAVED)
+        cos, sin = load_angles(
             cos_ptr, sin_ptr, positions_ptr,
             stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
             token, num_tokens, max_positions, half_dim, HALF,
         )  # fmt: skip
         out_ptrs = out_ptr + token * stride_out_token + head * stride_out_head
-        _turn_heads(
+        turn_heads(
             first, second, q_ptrs, out_ptrs, stride_q_dim, stride_out_dim, exist, exist, cos, sin,
             q_norm_ptr, stride_q_norm, eps, half_dim, head_dim, HALF, REST, INTERLEAVED,
         )  # fmt: skip
     else:
-        num_kv_programs = tl.cdiv(num_tokens * num_kv_heads, TILE_ROWS)
-        program = tl.program_id(0) - num_q_programs
-        is_v = program >= num_kv_programs
-        program -= tl.where(is_v, num_kv_programs, 0)
-        token, head = _token_and_head(program, num_kv_heads, TILE_ROWS)
+        token, head = token_and_head(tl.program_id(0) - num_q_programs, num_kv_heads, TILE_ROWS)
         exist = token < num_tokens
+        k_ptrs = k_ptr + token * stride_k_token + head * stride_k_head
+        first, second = load_pairs(k_ptrs, stride_k_dim, exist, half_dim, HALF, INTERLEAVED)
+        dim = tl.arange(0, TILE_D)
+        v = load_heads(v_ptr + token * stride_v_token + head * stride_v_head, dim, stride_v_dim, exist, dim < head_dim)
         slot = tl.load(slot_mapping_ptr + token * stride_slot_mapping, mask=exist, other=-1)
+        cos, sin = load_angles(
+            cos_ptr, sin_ptr, positions_ptr,
+            stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
+            token, num_tokens, max_positions, half_dim, HALF,
+        )  # fmt: skip
         written = (slot >= 0) & (slot < num_slots)
         place = slot.to(tl.int32)  # of those that exist; dividing 64 bits takes a hundred instructions
         block, offset = (place // block_size).to(tl.int64), (place % block_size).to(tl.int64)
-        if is_v:
-            dim = tl.arange(0, TILE_D)
-            v_ptrs = v_ptr + token * stride_v_token + head * stride_v_head
-            v_slots = v_cache_ptr + block * stride_v_cache_block + offset * stride_v_cache_slot
-            v_slots += head * stride_v_cache_head
-            v = _as_stored(_load(v_ptrs, dim, stride_v_dim, exist, dim < head_dim), v_slots, v_ptr.dtype.element_ty)
-            _store(v_slots, dim, stride_v_cache_dim, v, written, dim < head_dim)
-        else:
-            k_ptrs = k_ptr + token * stride_k_token + head * stride_k_head
-            first, second = _load_pairs(k_ptrs, stride_k_dim, exist, half_dim, HALF, INTERLEAVED)
-            cos, sin = _load_angles(
-                cos_ptr, sin_ptr, positions_ptr,
-                stride_cos_row, stride_cos_pair, stride_sin_row, stride_sin_pair, stride_positions,
-                token, num_tokens, max_positions, half_dim, HALF,
-            )  # fmt: skip
-            k_slots = k_cache_ptr + block * stride_k_cache_block + offset * stride_k_cache_slot
-            k_slots += head * stride_k_cache_head
-            _turn_heads(
-                first, second, k_ptrs, k_slots, stride_k_dim, stride_k_cache_dim, exist, written, cos, sin,
-                k_norm_ptr, stride_k_norm, eps, half_dim, head_dim, HALF, REST, INTERLEAVED,
-            )  # fmt: skip
+        k_slots = k_cache_ptr + block * stride_k_cache_block + offset * stride_k_cache_slot + head * stride_k_cache_head
+        v_slots = v_cache_ptr + block * stride_v_cache_block + offset * stride_v_cache_slot + head * stride_v_cache_head
+        turn_heads(
+            first, second, k_ptrs, k_slots, stride_k_dim, stride_k_cache_dim, exist, written, cos, sin,
+            k_norm_ptr, stride_k_norm, eps, half_dim, head_dim, HALF, REST, INTERLEAVED,
+        )  # fmt: skip
+        store_heads(
+            v_slots, dim, stride_v_cache_dim, as_stored(v, v_slots, v_ptr.dtype.element_ty), written, dim < head_dim
+        )
 
 
 def rotary_write_kv(
@@ -396,8 +260,7 @@ def rotary_write_kv(
 ) -> Float[Array, "num_tokens num_heads head_dim"]:
     """Same contract as `reference.fusion.rotary.rotary_write_kv`.
 
-    Grid: one program per some query heads, of one token or several; then one per so many keys, and per so
-    many values.
+    Grid: one program per some query heads, of one token or several; then one per so many keys with their values.
     Moves: q, k and v once in and once out, where norms, rotary and a write by themselves move q and k three times.
     Limits: a slot out of range is skipped like -1, a position that has no row of the tables gives zeros (errors when
     values are checked). Nothing is rounded between the norm and the rotation.
@@ -419,7 +282,7 @@ def rotary_write_kv(
     out = q.new_empty(q.shape) if out is None else out
     if num_tokens and head_dim:
         tile_rows, num_warps = choose_tile(head_dim)
-        num_programs = cdiv(num_tokens * num_heads, tile_rows) + 2 * cdiv(num_tokens * num_kv_heads, tile_rows)
+        num_programs = cdiv(num_tokens * num_heads, tile_rows) + cdiv(num_tokens * num_kv_heads, tile_rows)
         _rotary_write_kv_kernel[(num_programs,)](
             q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping, q_norm, k_norm, out,
             *q.stride(), *k.stride(), *v.stride(), *cos.stride(), *sin.stride(), positions.stride(0),

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import fast
 import reference
-from fast.fusion.rotary import choose_tile
+from fast.fusion._heads import choose_tile
 from reference.fusion.rotary import rotary_tables
 from twofold.conformance.properties import fusion as properties
 from twofold.conformance.strategies.fusion import Call, rotary_calls

@@ -105,7 +105,7 @@ def _prefill_row(lens: list[int], num_heads: int, num_kv_heads: int, head_dim: i
 def _flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=False)  # each deck its own, as fast as it gets
 
 
 @cache
