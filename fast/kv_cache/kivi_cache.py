@@ -20,17 +20,15 @@ from fast._checks import (
     require_dtype,
     require_float,
     require_integers,
-    require_range,
     require_same_device,
     require_shape,
     require_values,
 )
 from fast._triton import paging, softmax
-from fast._triton.platform import next_power_of_2, num_processors
+from fast._triton.platform import INTERPRETING, next_power_of_2, num_processors
 from fast._triton.rounding import clamp, dot
 from fast.attention._checks import require_attention, require_tables
 from fast.kv_cache._codes import FLOAT16_MAX, affine_codes, affine_range
-from fast.kv_cache._kivi_words import quantized_before, words_attention_kernel
 from fast.kv_cache.slots import launch_write_kv, require_slots, require_tokens
 
 LONGEST_WINDOW = 2**30  # a longer one hides nothing either, and positions plus it stay below 2^31
@@ -418,49 +416,25 @@ def _attention_kernel(
             unit = tl.minimum(following, end)
 
 
+@triton.jit
+def quantized_before(position, window, GROUP_SIZE: tl.constexpr):
+    """The position before which a query reads keys and values quantized: the end of the last group old enough."""
+    return tl.maximum(position + 1 - window, 0) // GROUP_SIZE * GROUP_SIZE
+
+
 class Tiles(NamedTuple):
     """How a launch cuts its work."""
 
-    in_words: bool  # the kernel of `_kivi_words`, or the one for everything
-    heads: int  # KV heads that a program takes together
-    queries: int  # of a sequence that it takes together
-    tile_q: int  # rows of each KV head: at least the queries times the heads of a group
+    tile_q: int  # rows: queries times the heads of a group
     tile_kv: int
     num_warps: int
-    num_stages: int
     programs_per_processor: int
-    max_registers: int | None = None  # of a thread
 
 
-def choose_tiles(num_tokens: int, num_seqs: int, group: int, cache: KiviArrays, dtype: torch.dtype) -> Tiles:
-    """By shapes, dtypes and strides, and the mean number of rows of a sequence: few for decodes, many for chunks."""
-    num_kv_heads = cache.k_window.shape[2]
-    tile_q = max(16, next_power_of_2(group))
-    rows = -(-num_tokens // num_seqs) * group
-    if not fits_words(cache, dtype) or tile_q > 64:
-        return Tiles(False, 1, tile_q // group, tile_q, 16, 4, 1, 2)
-    tile_kv = 32 if cache.group_size % 32 == 0 else 16
-    if rows <= 32 and tile_q == 16:
-        heads = 4 if num_kv_heads % 4 == 0 else 2 if num_kv_heads % 2 == 0 else 1
-        return Tiles(
-            True, heads, 1 if num_tokens <= num_seqs else tile_q // group, tile_q, tile_kv, heads, 4, 12 // heads
-        )
-    return Tiles(True, 1, 64 // group, 64, tile_kv, 4, 3, 2)
-
-
-def fits_words(cache: KiviArrays, dtype: torch.dtype) -> bool:
-    """Whether heads are made of pieces of 32 numbers with one scale for a value, groups of keys of tiles of 16 tokens,
-    and everything can be seen as words."""
-    num_groups, head_dim, group_size = cache.v_scale.shape[3], cache.k_window.shape[3], cache.group_size
-    pieces = head_dim in (64, 128) and cache.k_cache.shape[3] % 32 == 0 and head_dim // num_groups % 32 == 0
-    if not (pieces and num_groups % 2 == 0 and group_size % 16 == 0 and dtype == cache.k_window.dtype != torch.float32):
-        return False
-    # Blocks of 48 tokens are tiles of 16 or 32 of which each lies in one block and one group.
-    return all(
-        stride * array.element_size() % (4 if array.element_size() == 2 else 2) == 0
-        for array in cache
-        for stride in (*array.stride()[:3], array.data_ptr() // array.element_size())
-    )
+def choose_tiles(num_tokens: int, num_seqs: int, group: int, head_dim: int) -> Tiles:
+    """By the mean number of rows of a sequence, known from shapes alone: few for decodes, many for chunks."""
+    rows = max(-(-num_tokens // num_seqs) * group, next_power_of_2(group), 16)
+    return Tiles(max(16 if rows <= 16 else 32, next_power_of_2(group)), 16 if head_dim > 128 else 32, 4, 2)
 
 
 def paged_attention_kivi(
@@ -511,32 +485,19 @@ def paged_attention_kivi(
     num_blocks, block_size, num_kv_heads, _ = k_cache.shape
     num_seqs, max_blocks_per_seq = block_table.shape
     group = num_heads // num_kv_heads
-    tiles = choose_tiles(num_tokens, num_seqs, group, cache, q.dtype)
+    tiles = choose_tiles(num_tokens, num_seqs, group, head_dim)
     tile_d = max(16, next_power_of_2(head_dim))
-    num_programs = num_processors(q) * tiles.programs_per_processor
-    scratch = paging.make_scratch(q, num_programs, tiles.heads * tiles.tile_q, tile_d)
-    tables = window_block_table, block_table, seq_lens, cu_seqlens_q, sinks, out, *scratch
-    numbers = min(window, LONGEST_WINDOW), scale, logit_cap or 0.0, min(sliding_window or 0, LONGEST_WINDOW)
-    table_strides = *window_block_table.stride(), *block_table.stride(), *out.stride()
-    sizes = num_tokens, num_seqs, num_kv_heads // tiles.heads, len(k_window), num_blocks, max_blocks_per_seq
-    shape = {
-        "WINDOWED": sliding_window is not None, "CAPPED": logit_cap is not None, "BITS": cache.bits, "GROUP": group,
-        "BLOCK_SIZE": block_size, "GROUP_SIZE": cache.group_size, "NUM_GROUPS": v_scale.shape[3],
-        "TILE_Q": tiles.tile_q, "TILE_KV": tiles.tile_kv, "num_warps": tiles.num_warps, "num_stages": tiles.num_stages,
-        "maxnreg": tiles.max_registers,
-    }  # fmt: skip
-    if tiles.in_words:
-        words = [triton.reinterpret(x, tl.int16 if x.dtype == torch.uint8 else tl.int32) for x in cache]
-        strides = (stride // 2 for stride in cache.strides)
-        words_attention_kernel[(num_programs,)](
-            q, *words, *tables, *numbers, *q.stride(), *strides, *table_strides, *sizes,
-            **shape, PIECES=head_dim // 32, HEADS=tiles.heads, QUERIES=tiles.queries,
-        )  # fmt: skip
-    else:
-        _attention_kernel[(num_programs,)](
-            q, *cache, *tables, *numbers, *q.stride(), *cache.strides, *table_strides, *sizes,
-            **shape, HEAD_DIM=head_dim, TILE_D=tile_d,
-        )  # fmt: skip
+    num_programs = 3 if INTERPRETING else num_processors(q) * tiles.programs_per_processor
+    scratch = paging.make_scratch(q, num_programs, tiles.tile_q, tile_d)
+    _attention_kernel[(num_programs,)](
+        q, *cache, window_block_table, block_table, seq_lens, cu_seqlens_q, sinks, out, *scratch,
+        min(window, LONGEST_WINDOW), scale, logit_cap or 0.0, min(sliding_window or 0, LONGEST_WINDOW),
+        *q.stride(), *cache.strides, *window_block_table.stride(), *block_table.stride(), *out.stride(),
+        num_tokens, num_seqs, num_kv_heads, len(k_window), num_blocks, max_blocks_per_seq,
+        WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None, BITS=cache.bits, GROUP=group,
+        HEAD_DIM=head_dim, BLOCK_SIZE=block_size, GROUP_SIZE=cache.group_size, NUM_GROUPS=v_scale.shape[3],
+        TILE_Q=tiles.tile_q, TILE_KV=tiles.tile_kv, TILE_D=tile_d, num_warps=tiles.num_warps,
+    )  # fmt: skip
     return out
 
 
