@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import reference
 from twofold.conformance.properties import kv_cache as properties
-from twofold.conformance.strategies.kv_cache import batches, cuts, tokens, valid_calls
+from twofold.conformance.strategies.kv_cache import batches, cuts, decode_batch, tokens, valid_calls
 
 CALLS = valid_calls("int4")
 
@@ -50,6 +50,11 @@ def test_padding_of_the_table_does_not_matter(backend, batch):
 def test_chunked_is_whole(backend, data):
     batch = data.draw(batches("int4", share=False, whole=True))
     properties.chunked_is_whole(backend, batch, [data.draw(cuts(int(n))) for n in batch.seq_lens])
+
+
+def test_heads_of_a_cut_sequence_are_merged(backend):
+    batch = decode_batch("int4", (230, 1, 40), num_kv_heads=4, group=3, head_dim=16)
+    properties.attends_over_what_is_stored(backend, batch)
 
 
 # ---- the door ---------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
+from fast.kv_cache._attention import choose_tiles
 from twofold.conformance.properties import kv_cache as properties
-from twofold.conformance.strategies.kv_cache import batches, cuts, tokens, valid_calls
+from twofold.conformance.strategies.kv_cache import batches, cuts, decode_batch, tokens, valid_calls
 
 CALLS = valid_calls("int8")
 
@@ -50,6 +51,25 @@ def test_padding_of_the_table_does_not_matter(backend, batch):
 def test_chunked_is_whole(backend, data):
     batch = data.draw(batches("int8", share=False, whole=True))
     properties.chunked_is_whole(backend, batch, [data.draw(cuts(int(n))) for n in batch.seq_lens])
+
+
+def test_heads_of_a_cut_sequence_are_merged(backend):
+    batch = decode_batch("int8", (230, 1, 40), num_kv_heads=4, group=3, head_dim=16)
+    properties.attends_over_what_is_stored(backend, batch)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_seqs", "group", "num_kv_heads", "expected"),
+    [
+        (8, 8, 4, 8, (4, 1, 8)),  # decodes: four heads a program, one query each, in a tile of 8
+        (8, 8, 16, 2, (2, 1, 16)),  # a group that needs a larger tile; only two heads
+        (24, 8, 4, 3, (1, 4, 16)),  # a few queries each, as speculation has: together in a tile
+        (512, 1, 4, 8, (4, 4, 16)),  # a chunk
+    ],
+)
+def test_tiles_follow_the_shape(num_tokens, num_seqs, group, num_kv_heads, expected):
+    tiles = choose_tiles(num_tokens, num_seqs, group, num_kv_heads, head_dim=128, parts=1)
+    assert (tiles.heads, tiles.queries, tiles.tile_q) == expected
 
 
 # ---- the door ---------------------------------------------------------------------------------------------------

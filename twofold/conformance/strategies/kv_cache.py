@@ -325,6 +325,24 @@ def needles(draw, q: Array, queries: list[int], packed: list[Array], layout: Lay
         q[rows] = np.repeat(aligned, q.shape[1] // layout.num_kv_heads, axis=0).astype(q.dtype)
 
 
+def decode_batch(format: str, seq_lens: tuple[int, ...], *, num_kv_heads: int, group: int, head_dim: int) -> Batch:
+    """One query of each sequence, in bfloat16: for what is long or has many heads, and so is not drawn."""
+    block_size, rng = 16, np.random.default_rng(len(seq_lens))
+    blocks_of = [-(-n // block_size) for n in seq_lens]
+    layout = Layout(
+        format, sum(blocks_of), 0, block_size, num_kv_heads, head_dim, num_groups=2, group_size=block_size, bits=4,
+        dtype="bfloat16",
+    )  # fmt: skip
+    table = np.full((len(seq_lens), max(blocks_of)), -1, np.int32)
+    order = iter(rng.permutation(layout.num_blocks))
+    for row, count in zip(table, blocks_of):
+        row[:count] = [next(order) for _ in range(count)]
+    packed = [values(rng, (n, 2 * num_kv_heads, head_dim), "normal", "bfloat16") for n in seq_lens]
+    q = values(rng, (len(seq_lens), num_kv_heads * group, head_dim), "normal", "bfloat16")
+    lens = np.array(seq_lens, np.int32)
+    return Batch(layout, "normal", lens, np.ones_like(lens), table, table, packed, 0, q)
+
+
 OPTIONS = ((), ("scale",), ("sliding_window",), ("sinks",), ("logit_cap", "scale"), ("sinks", "sliding_window"))
 
 
