@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fast
-import reference
 from fast._triton import paging
 from fast._triton.platform import INTERPRETING
 from fast.attention import invariant_attention, paged_attention
+from reference.numerics.arrays import dtype_named
 from twofold.conformance.properties import attention as properties
-from twofold.conformance.strategies.attention import COUNTED_FEATURES, paged_cases
+from twofold.conformance.strategies.attention import COUNTED_FEATURES, PagedCase, SequenceInput, paged_cases
 
 laws = settings(max_examples=200)
 kernels = settings(max_examples=8 if INTERPRETING else 100)  # of tests about fast alone
@@ -155,6 +155,28 @@ def test_counters_are_zero_between_launches(case):
     assert all(int(counters.abs().sum()) == 0 for counters in paging._counters.values())
 
 
+def batch(query_lens: list[int], seq_lens: list[int], *, dtype: str = "float32", **sizes: int) -> PagedCase:
+    """A case of these lengths; by default two heads of 16 that share a KV head, in blocks of four, out of order."""
+    heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16} | sizes
+    block_size = heads.pop("block_size", 4)
+    rng = np.random.default_rng(0)
+    num_blocks = [-(-n // block_size) for n in seq_lens]
+    pool = np.full((sum(num_blocks) + 1, 1, 2, block_size, heads["num_kv_heads"], heads["head_dim"]), np.nan)
+    ids = iter(rng.permutation(len(pool)).tolist())
+    table = np.full((len(seq_lens), max(num_blocks)), -1, np.int32)
+    sequences = []
+    for seq, (num_queries, seq_len) in enumerate(zip(query_lens, seq_lens)):
+        q = rng.normal(size=(num_queries, heads["num_heads"], heads["head_dim"]))
+        kv = rng.normal(size=(2, seq_len, *pool.shape[4:])).astype(dtype_named(dtype))
+        for index in range(num_blocks[seq]):
+            tokens = kv[:, index * block_size : (index + 1) * block_size]
+            table[seq, index] = next(ids)
+            pool[table[seq, index], 0, :, : tokens.shape[1]] = tokens
+        sequences.append(SequenceInput(q.astype(dtype_named(dtype)), *kv))
+    arrays = {"pool": pool.astype(dtype_named(dtype)), "block_table": table, "seq_lens": np.array(seq_lens, np.int32)}
+    return PagedCase(dtype=dtype, sequences=sequences, layer=0, split_size=16, **arrays, **heads)
+
+
 def test_a_long_sequence_is_cut_and_merged(monkeypatch):
     """One sequence of one head is taken by more than one program, which leave parts of it, and is right."""
     taken, make_scratch = [], paging.make_scratch
@@ -165,37 +187,53 @@ def test_a_long_sequence_is_cut_and_merged(monkeypatch):
         return taken[-1]
 
     monkeypatch.setattr(paging, "make_scratch", spy)
-    assert_right(fast.paged_attention, decodes([309], np.random.default_rng(0)))
+    properties.paged_matches_oracle(fast, batch([1], [709]))
     num_parts = int(taken[0].stats.isfinite().any(-1).any(-1).sum())
     assert num_parts > 1, f"the sequence left {num_parts} parts in the scratch"
 
 
-@pytest.mark.parametrize("op", ["paged_attention", "paged_attention_invariant"])
-def test_more_sequences_than_one_look_takes(op):
+@pytest.mark.parametrize("backend", [fast, invariant], ids=["fast", "invariant"])
+def test_more_sequences_than_one_look_takes(backend):
     """Programs find their share among more sequences than they look through at a time."""
-    rng = np.random.default_rng(0)
     num_seqs = paging.SEARCH.value + 10
-    queries = np.isin(np.arange(num_seqs), [0, 3, 100, num_seqs - 11, num_seqs - 10, num_seqs - 9, num_seqs - 1])
-    assert_right(getattr(paged_attention, op), decodes([7] * num_seqs, rng, queries))
+    busy = 0, 3, 100, num_seqs - 11, num_seqs - 10, num_seqs - 9, num_seqs - 1
+    properties.paged_matches_oracle(backend, batch([int(seq in busy) for seq in range(num_seqs)], [7] * num_seqs))
 
 
-def decodes(lens: list[int], rng: np.random.Generator, queries: np.ndarray | int = 1) -> tuple:
-    """So many queries for each sequence; two heads that share a KV head, blocks of four."""
-    offsets = np.concatenate([[0], np.cumsum(queries * np.ones(len(lens), np.int32))]).astype(np.int32)
-    num_blocks = [-(-n // 4) for n in lens]
-    table = np.full((len(lens), max(num_blocks)), -1, np.int32)
-    for seq, n in enumerate(num_blocks):
-        table[seq, :n] = sum(num_blocks[:seq]) + np.arange(n)
-    shapes = (offsets[-1], 2, 16), (sum(num_blocks), 4, 1, 16), (sum(num_blocks), 4, 1, 16)
-    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
-    return (*arrays, table, np.array(lens, np.int32), offsets)
+MIXED = [130, 1, 70, 0, 2, 3], [177, 100, 70, 64, 50, 3]  # queries and tokens
 
 
-def assert_right(op, arguments: tuple) -> None:
-    """Against the reference in float64; the numbers are ordinary ones."""
-    expected = reference.paged_attention(*(x.astype(np.float64) if x.dtype.kind == "f" else x for x in arguments))
-    got = fast.to_host(op(*map(fast.from_host, arguments)))
-    assert np.abs(got - expected).max() < 1e-5, f"off by {np.abs(got - expected).max()}"
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_chunks_among_decodes(dtype, head_dim):
+    """A batch of the kind that a Hopper GPU has a kernel of its own for; what lies behind a sequence is not read."""
+    case = batch(*MIXED, dtype=dtype, num_heads=6, num_kv_heads=2, head_dim=head_dim, block_size=16)
+    properties.paged_matches_oracle(fast, case)
+
+
+def test_decodes_are_left_to_the_kernel_that_splits(monkeypatch):
+    """Where another kernel has the chunks, the rest, and only that, is computed beside it."""
+    fewest = []
+
+    def attend_chunks(*arguments):
+        *_, cu_seqlens_q, _, _, out, fewest_queries = arguments
+        fewest.append(fewest_queries)
+        for first, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist()):
+            if end - first > fewest_queries:
+                out[first:end] = 7
+
+    for name, value in {"is_hopper": lambda _: True, "hopper_fits": lambda *_: True}.items():
+        monkeypatch.setattr(paged_attention, name, value)
+    monkeypatch.setattr(paged_attention, "attend_chunks_on_hopper", attend_chunks)
+    case = batch(*MIXED, dtype="float16")
+    got, baseline = (properties.paged_of(backend, case) for backend in (fast, properties.plain_torch()))
+    assert fewest == [8], f"sequences of up to {fewest} queries are decodes: expected 16 rows / 2 heads"
+    for seq, rows in properties.sequence_rows(case):
+        if case.query_lens[seq] > 8:
+            assert (got[rows] == 7).all(), f"sequence {seq}, a chunk, was written by the kernel of decodes"
+        elif case.query_lens[seq]:
+            error = np.abs(got[rows] - case.oracle.out[rows])
+            assert (error <= properties.out_bound(case, baseline)[rows]).all(), f"sequence {seq}, a decode, is wrong"
 
 
 def invariant_of(case, **constants):
