@@ -85,8 +85,8 @@ def rms_norm(
 
     Grid: one program per row; per several, where they are narrow.
     Moves: each row once in and once out; ``weight`` from cache.
-    Limits: rows that lie more than two axes deep in a strided tensor are copied first. A row is held in registers, which
-    it fills at 32768 features in 16 bits and 16384 in float32; wider ones are right, and slower.
+    Limits: rows that lie more than two axes deep in a strided tensor are copied first. A row is held in registers,
+    which it fills at 32768 features in 16 bits and 16384 in float32; wider ones are right, and slower.
     """
     require_shape("rms_norm", "weight", weight, (None,))
     if x.shape[-1:] != weight.shape:

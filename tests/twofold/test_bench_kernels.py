@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+import fast
 import reference
+from fast._triton.platform import default_device
 from twofold.bench.kernels import Ceilings, Measured, _rows, attention, fusion, geometric_means, linear, sampling
 from twofold.bench.kernels.rows import Row, Target, size
 from twofold.bench.kernels.timing import MOST_SETS, num_sets
@@ -41,11 +43,13 @@ SMALL = [
 ]
 
 
+@pytest.mark.parametrize("backend", [plain_torch, fast], ids=["plain_torch", "fast"])
 @pytest.mark.parametrize("row", SMALL, ids=lambda row: row.op)
-def test_our_call_is_one_that_a_backend_takes(row):
+def test_our_call_is_one_that_a_backend_takes(backend, row):
     """On a small deck, with buffers as the deck makes them: the result is finite, and bytes are counted."""
-    arrays = row.build()
-    result = row.ours(plain_torch, arrays)()
+    with torch.device(default_device() if backend is fast else "cpu"):
+        arrays = row.build()
+        result = row.ours(backend, arrays)()
     for tensor in result if isinstance(result, tuple) else (result,):
         assert tensor is None or bool(torch.isfinite(tensor.float()).all()), f"{row.op}: {row.deck}"
     assert row.num_bytes(arrays) > 0
