@@ -17,15 +17,19 @@ from fast import invariant
 from fast.linear._descriptors import BLOCKS, choose_block, matmul_described
 from fast.linear._matmul import TILES, choose_tile, matmul
 from fast.linear._split import split_linear, unsplit
+from reference.model.decoder import Decoder
 from twofold.conformance.properties import fusion as fusion_properties
 from twofold.conformance.properties import kv_cache as cache_properties
 from twofold.conformance.properties import linear as linear_properties
+from twofold.conformance.properties import model as model_properties
 from twofold.conformance.properties import parity
 from twofold.conformance.properties.fusion import run
 from twofold.conformance.strategies import fusion as fusion_calls
 from twofold.conformance.strategies.kv_cache import batches
 from twofold.conformance.strategies.linear import LINEAR_OPS, linear_calls, lora_calls
+from twofold.conformance.strategies.model import random_model
 
+TOKENS = [5, 9, 96, 0, 33, 33, 7, 61, 2, 18, 44, 90, 12]
 HAS_GPU = torch.cuda.is_available()
 PER_TOKEN = ("x", "residual", "gate_up", "base", "adapter_ids", "token_ids", "q", "k", "v", "positions", "slot_mapping")
 few = settings(max_examples=50 if HAS_GPU else 20)
@@ -134,6 +138,22 @@ def cache_of(format: str, num_blocks: int, block_size: int, num_kv_heads: int, h
     dtype = torch.int8 if format == "int8" else torch.float8_e4m3fn
     codes = [torch.zeros(*shape, head_dim, dtype=torch.int8, device=device).view(dtype) for _ in range(2)]
     return codes + [torch.zeros(*shape, device=device) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_format", "kv_format"),
+    [("float32", "auto", "auto"), ("float16", "int8", "auto"), ("bfloat16", "int4-32", "int8")],
+)
+def test_a_model_in_any_company(dtype, weight_format, kv_format):
+    """A whole decoder: a sequence's logits alone, in one step, are bit for bit those it has in a batch, in chunks."""
+    model = random_model("qwen3", seed=7, num_layers=2 if HAS_GPU else 1, hidden_size=64, head_dim=16)
+    decoder = Decoder(*model, backend=invariant, dtype=dtype, weight_format=weight_format)
+    sequences = [TOKENS, TOKENS[4:8]]
+    options = {"kv_format": kv_format, "block_size": 8}
+    together = model_properties.paged_logits(decoder, sequences, [[12, 3], [1, 1]], **options)
+    for tokens, logits in zip(sequences, together, strict=True):
+        (alone,) = model_properties.paged_logits(decoder, [tokens], [[len(tokens)]], **options)
+        assert logits.tobytes() == alone.tobytes(), f"{len(tokens)} tokens: {(logits != alone).mean():.1%} differ"
 
 
 def test_small_and_large_tiles_are_chosen():
