@@ -32,14 +32,26 @@ TILE_BLOCKS = 16 if INTERPRETING else 512  # counters a program encrypts: 2048 n
 
 @triton.jit
 def encrypt(c0, c1, c2, c3, k0, k1):
-    """The ten rounds; uint32 words. A product and its halves are one wide multiplication (`umulhi` would make two)."""
+    """The ten rounds; uint32 words."""
     for _ in tl.static_range(10):
-        product_0, product_1 = c0.to(tl.uint64) * MULTIPLIER_0, c2.to(tl.uint64) * MULTIPLIER_1
-        high_0, low_0 = (product_0 >> 32).to(tl.uint32), product_0.to(tl.uint32)
-        high_1, low_1 = (product_1 >> 32).to(tl.uint32), product_1.to(tl.uint32)
+        high_0, low_0 = _halves_of_product(c0, MULTIPLIER_0)
+        high_1, low_1 = _halves_of_product(c2, MULTIPLIER_1)
         c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
-        k0, k1 = k0 + KEY_STEP_0, k1 + KEY_STEP_1
+        k0 = tl.add(k0, KEY_STEP_0, sanitize_overflow=False)
+        k1 = tl.add(k1, KEY_STEP_1, sanitize_overflow=False)
     return c0, c1, c2, c3
+
+
+@triton.jit
+def _halves_of_product(x, multiplier):
+    """The high and the low word. On a GPU one wide multiplication, of which `umulhi` would make two; interpreted, what
+    takes the fewest steps (every one costs some 50 us, a hundred if it looks for an overflow)."""
+    if INTERPRETED:
+        high, low = tl.umulhi(x, multiplier), tl.mul(x, multiplier, sanitize_overflow=False)
+    else:
+        product = x.to(tl.uint64) * multiplier
+        high, low = (product >> 32).to(tl.uint32), product.to(tl.uint32)
+    return high, low
 
 
 @triton.jit

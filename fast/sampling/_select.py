@@ -30,8 +30,8 @@ from fast.sampling._scan import first_best, load_filters, load_part, load_tile
 
 HEAD = 4 if INTERPRETING else 128  # chunks of the head where top-k does not say how many
 NOISY_HEAD = 8 if INTERPRETING else 96  # chunks of the frontier: it holds the winner but for (1 - top_p) ** 96
-MAX_CHUNKS = 16 if INTERPRETING else 1024  # of the head; with more, all of the row is read
-MAX_CANDIDATES = 48 if INTERPRETING else 2048
+MAX_CHUNKS = 40 if INTERPRETING else 1024  # of the head; with more, all of the row is read
+MAX_CANDIDATES = 64 if INTERPRETING else 2048
 MAX_PAIRS = 16 if INTERPRETING else 256  # candidates compared each with each, at once; more are bisected
 NUM_PIVOTS = 8  # tokens on the frontier (of n in random order about log n are, so 5); `_weigh_kernel` spells them out
 TILE_PAIRS = 16 if INTERPRETING else 32

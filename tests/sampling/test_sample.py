@@ -16,7 +16,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+import fast
 import reference
+from fast.sampling import _select
+from twofold.conformance.backends import is_interpreted
 from twofold.conformance.properties import sampling as properties
 from twofold.conformance.properties.numerics import call, refuses
 from twofold.conformance.strategies import sampling as inputs
@@ -149,6 +152,52 @@ PEAKED = [5.0] + [0.0] * 150  # a rare token among very rare ones
 )
 def test_draws_follow_the_softmax(backend, row, varied):
     properties.draws_follow_the_softmax(backend, row, varied)
+
+
+@pytest.mark.skipif(not is_interpreted(fast), reason="the sizes at which a way is left are small only there")
+@pytest.mark.parametrize(
+    ("spread", "temperature", "top_k", "top_p", "min_p", "way"),
+    [
+        (3.0, 0.0, 0, 1.0, 0.0, "DONE"),  # greedy
+        (3.0, 1.0, 0, 1.0, 0.0, "DONE"),  # without filters
+        (3.0, 1.0, 5, 0.9, 0.0, "DONE"),  # a head whose candidates are compared in pairs
+        (0.5, 1.0, 18, 0.9, 0.0, "DONE"),  # a head that is bisected
+        (9.0, 1.0, 0, 0.5, 0.0, "DONE"),  # top-p inside the head
+        (0.3, 1.0, 0, 0.6, 0.0, "WEIGH"),  # a frontier to be weighed
+        (0.3, 1.0, 0, 0.6, 0.7, "WEIGH"),
+        (0.3, 1.0, 0, 1.0, 0.7, "DONE"),  # a frontier of which the first is taken
+        (1.0, 1.0, 100, 0.9, 0.0, "SEARCH"),  # too many candidates
+    ],
+)
+def test_every_way_to_a_token_is_taken(monkeypatch, spread, temperature, top_k, top_p, min_p, way):
+    """Which way a row takes depends on its filters and its logits; each gives the reference's token."""
+    ways = []
+
+    class Watched:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                plan = next(
+                    x for x in arguments if isinstance(x, torch.Tensor) and x.shape[1:] == (_select.PLAN_WIDTH,)
+                )
+                ways.extend(plan[:, 0].tolist())
+                return finish[grid](*arguments, **options)
+
+            return launch
+
+    finish = _select._finish_kernel
+    monkeypatch.setattr(_select, "_finish_kernel", Watched())
+    logits = np.random.default_rng(5).normal(scale=spread, size=(3, 300)).astype(np.float32)
+    filters = [(temperature, np.float32), (top_k, np.int32), (top_p, np.float32), (min_p, np.float32)]
+    case = Sampling(
+        logits,
+        *(np.full(3, value, dtype) for value, dtype in filters),
+        seeds=np.arange(3),
+        positions=np.zeros(3, np.int32),
+        sample_indices=np.zeros(3, np.int32),
+    )
+    tokens = call(fast, "sample", *case.args())
+    assert tokens.tolist() == reference.sample(*case.args()).tolist(), f"other tokens by way of {ways}"
+    assert getattr(_select, way).value in ways, f"went by way of {ways}"
 
 
 # ---- log_probs --------------------------------------------------------------------------------------------------

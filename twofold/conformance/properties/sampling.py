@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from reference.numerics.philox import PURPOSE_ACCEPT, PURPOSE_DRAW, PURPOSE_RESAMPLE
-from twofold.conformance.backends import assume_supported
+from twofold.conformance.backends import assume_supported, is_interpreted
 from twofold.conformance.properties.numerics import Backend, call, same_bits
 from twofold.conformance.strategies.sampling import Beams, Drafted, Filtering, Penalties, PerRow, Sampling
 from twofold.conformance.tolerance import assert_within, compute_unit, norm_bound
@@ -178,6 +178,11 @@ def cold_is_greedy(backend: Backend, case: Sampling) -> None:
         assert logits[token] == logits.max(), f"sample: row {row} at temperature {cold[row]} gave {token}"
 
 
+def many(backend: Backend) -> int:
+    """How often to draw where frequencies are looked at; a program of an interpreted kernel takes milliseconds."""
+    return 120 if is_interpreted(backend) else 2000
+
+
 def chi_square(counts: np.ndarray, probs: np.ndarray) -> tuple[float, float]:
     """Pearson's statistic of observed counts, rare tokens taken together, and what it stays below but for one time in
     three million (five standard deviations, after Wilson and Hilferty)."""
@@ -196,8 +201,9 @@ def frequencies_follow(counts: np.ndarray, probs: np.ndarray, what: str) -> None
     assert statistic < limit, f"{what}: chi-square {statistic:.1f} > {limit:.1f}: {counts} for {counts.sum() * probs}"
 
 
-def draws_follow_the_softmax(backend: Backend, row: Filtering, varied: str, num_draws: int = 2000) -> None:
+def draws_follow_the_softmax(backend: Backend, row: Filtering, varied: str, num_draws: int | None = None) -> None:
     """Over many seeds, positions or sample indices, tokens come as often as the softmax of the filtered row says."""
+    num_draws = num_draws or many(backend)
     case = row.rows(np.zeros(num_draws, int))
     zeros, counter = np.zeros(num_draws, int), np.arange(num_draws)
     named = [counter if name == varied else zeros + 11 for name in ("seeds", "positions", "sample_indices")]
@@ -400,7 +406,7 @@ def what_comes_out_is_the_target(
     target: np.ndarray,
     draft: np.ndarray | None,
     draft_tokens: Callable[[int, int], np.ndarray],
-    num_seqs: int = 2000,
+    num_seqs: int | None = None,
 ) -> None:
     """Speculation is lossless: whatever the drafts, the token emitted at each offset, among the sequences that get as
     far, is distributed as the target's row there; and as many are accepted as the distributions have in common.
@@ -410,7 +416,7 @@ def what_comes_out_is_the_target(
         draft: The drafts' distributions, [num_drafts, vocab_size], or None for certain drafts.
         draft_tokens: Of (offset, num_seqs), tokens drawn from ``draft[offset]`` (or fixed).
     """
-    num_drafts, vocab_size = len(target) - 1, target.shape[1]
+    num_drafts, vocab_size, num_seqs = len(target) - 1, target.shape[1], num_seqs or many(backend)
     drafts = np.stack([draft_tokens(i, num_seqs) for i in range(num_drafts)], axis=1).astype(np.int64)
     accepted, last = call(
         backend,
