@@ -50,10 +50,12 @@ def unsplit(num_tokens: int) -> Split:
 def describable(*arrays: Array) -> bool:
     """Whether the copy engine is there, and takes them: contiguous rows that begin at multiples of 16 bytes."""
     engine = INTERPRETING or COMPILE_ONLY or device_properties(arrays[0].device.index).major >= 9
-    return engine and all(
-        array.stride(-1) == 1 and array.stride(0) * array.itemsize % 16 == 0 and array.data_ptr() % 16 == 0
-        for array in arrays
-    )
+    return engine and all(map(_is_describable, arrays))
+
+
+def _is_describable(array: Array) -> bool:
+    step, unit = array.stride()
+    return unit == 1 and step >= array.shape[1] and step * array.itemsize % 16 == 0 and array.data_ptr() % 16 == 0
 
 
 @triton.jit
