@@ -53,7 +53,7 @@ def _warm_up(graph: torch.cuda.CUDAGraph) -> None:
 
 
 def copy_bandwidth(replays: int) -> float:
-    """Bytes a second, read and written, of a plain copy of 512 MB: by the driver, or by a kernel that does nothing else.
+    """Bytes a second, read and written, of a plain copy of 512 MB: by the driver, or by a kernel that does no more.
 
     In a graph the driver's copy is the slower one (H100: 2.4 TB/s, the kernel 3.0): the better of both is the ceiling.
     """
