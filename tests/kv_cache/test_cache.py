@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fast
 import reference
 from reference.kv_cache.block_pool import BlockPool
 from reference.kv_cache.block_table import BlockTable
@@ -30,6 +31,7 @@ from twofold.conformance.tolerance import rounding_unit
 
 BACKENDS = [pytest.param(reference, id="reference"), pytest.param(plain_torch, id="plain_torch")]
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
+over_backends_and_fast = pytest.mark.parametrize("backend", [*BACKENDS, pytest.param(fast, id="fast")])
 over_formats = pytest.mark.parametrize("name", KV_FORMATS)
 KIVI = ("kivi4", "kivi2")
 
@@ -62,6 +64,12 @@ def pool_bytes(cache):
 @settings(max_examples=100)
 def test_reads_what_was_written(backend, run):
     properties.reads_what_was_written(backend, run)
+
+
+@settings(max_examples=3)  # a dozen launches of interpreted kernels each; their own tests have more
+@given(run=cache_runs())
+def test_fast_reads_what_was_written(run):
+    properties.reads_what_was_written(fast, run)
 
 
 @over_backends
@@ -127,7 +135,7 @@ def test_an_array_has_the_dtype_its_layout_says(name):
             assert cache.arrays(1)[spec.name].dtype == dtype_named(spec.dtype)
 
 
-@over_backends
+@over_backends_and_fast
 @given(copies=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)).filter(lambda pair: pair[0] != pair[1])))
 def test_copies_happen_one_after_the_other(backend, copies):
     """Even where a block is a target and then a source, or twice a target; and no other pool is touched."""
@@ -141,7 +149,7 @@ def test_copies_happen_one_after_the_other(backend, copies):
             assert np.array_equal(got, want)
 
 
-@over_backends
+@over_backends_and_fast
 @over_formats
 def test_a_row_carries_everything_a_block_holds(name, backend):
     """Swapped out, overwritten, and swapped in elsewhere: every array of every layer has moved along."""

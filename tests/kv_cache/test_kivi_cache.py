@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import fast
 import reference
+from fast._triton.platform import INTERPRETING
 from twofold.conformance.properties import kv_cache as properties
 from twofold.conformance.strategies.attention import COUNTED_FEATURES
 from twofold.conformance.strategies.kv_cache import EXTREME, ORDINARY, batches, cuts, valid_calls, values
@@ -51,7 +52,10 @@ def test_released_blocks_do_not_matter(backend, batch):
 @given(data=st.data())
 def test_chunked_is_whole(backend, data):
     batch = data.draw(batches("kivi", share=False, whole=True))
-    properties.chunked_is_whole(backend, batch, [data.draw(cuts(int(n))) for n in batch.seq_lens])
+    places = [data.draw(cuts(int(n))) for n in batch.seq_lens]
+    if backend is fast and INTERPRETING:  # at most three chunks: a launch takes a second
+        places = [sorted({cut[0], *cut[1:-1][:2], cut[-1]}) if cut[-1] else cut for cut in places]
+    properties.chunked_is_whole(backend, batch, places)
 
 
 @settings(max_examples=200)
