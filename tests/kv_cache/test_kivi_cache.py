@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import fast
 import reference
 from fast._triton.platform import INTERPRETING
+from fast.kv_cache.kivi_cache import choose_tiles
 from twofold.conformance.properties import kv_cache as properties
 from twofold.conformance.strategies.attention import COUNTED_FEATURES
 from twofold.conformance.strategies.kv_cache import EXTREME, ORDINARY, batches, cuts, valid_calls, values
@@ -85,6 +86,23 @@ def test_the_batches_have_what_matters():
     draw()
     rare = {name: counts[name] for name in (*COUNTED_FEATURES, "keys of both kinds") if 5 * counts[name] < len(drawn)}
     assert not rare, f"of {len(drawn)} batches, too few had: {rare}"
+
+
+def test_the_batches_reach_every_tile():
+    """Those that attention takes for decodes, and those for chunks."""
+    chosen = Counter()
+
+    @settings(max_examples=200)
+    @given(batch=batches("kivi"))
+    def draw(batch):
+        num_tokens, num_heads, head_dim = batch.q.shape
+        if num_tokens:
+            group = num_heads // batch.layout.num_kv_heads
+            chosen[choose_tiles(num_tokens, batch.num_sequences, group, head_dim).tile_q] += 1
+
+    draw()
+    assert set(chosen) == {16, 32}, f"tiles chosen: {chosen}"
+    assert min(chosen.values()) >= 5, f"tiles chosen: {chosen}"
 
 
 # ---- the door ---------------------------------------------------------------------------------------------------
