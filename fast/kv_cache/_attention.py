@@ -156,6 +156,12 @@ def in_group(h, group, half, group_size, whole):
     return first < (group + 1) * group_size and stop > group * group_size
 
 
+@triton.constexpr_function
+def pages_of(tile_kv, block_size):
+    """The blocks that a tile of keys covers; 0 if that depends on the tile."""
+    return tile_kv // block_size if tile_kv % block_size == 0 else int(block_size % tile_kv == 0)
+
+
 @triton.jit
 def load_planes(
     q_rows, stride_q_dim, there, HEAD_DIM: tl.constexpr, BYTES: tl.constexpr, NIBBLES: tl.constexpr,
@@ -220,6 +226,7 @@ def attend_coded_tiles(
     PLANES: tl.constexpr = NIBBLES * BYTES
     HALF: tl.constexpr = HEAD_DIM // NIBBLES
     GROUP_SIZE: tl.constexpr = HEAD_DIM // NUM_GROUPS
+    PAGES: tl.constexpr = pages_of(TILE_KV, BLOCK_SIZE)
     ZERO: tl.constexpr = k_zero_ptr is not None
     word, column = tl.arange(0, TILE_WORDS), tl.arange(0, TILE_KV)
     in_head = (word < HALF // BYTES)[None, None, :]
@@ -258,20 +265,36 @@ def attend_coded_tiles(
         keys = tile * TILE_KV + column
         # Codes are numbers whatever they are, and weigh nothing where the mask is. So every key may read some block,
         # and loads that need no mask are fewer instructions; only scales can be NaN, and are masked.
-        ids = tl.load(row_ptr + keys // BLOCK_SIZE * stride_table_block, mask=keys < end, other=0).to(tl.int32)
-        owned = (keys < end) & (ids.to(tl.uint32) < num_blocks)
-        block = tl.where(owned, ids, 0).to(tl.uint32).to(tl.int64)
-        offset = (column if TILE_KV % BLOCK_SIZE == 0 else keys) % BLOCK_SIZE
-        words = (block * stride_cache_block)[None, :, None] + (
-            offset.to(tl.int64)[None, :, None] * stride_cache_token + head_words
-        )
+        if PAGES > 0:  # scalars, of which there are few
+            valid, block_words = tl.zeros([TILE_KV], tl.int32), tl.zeros([TILE_KV], tl.int64)
+            block_scales = block_words
+            for page in tl.static_range(PAGES):
+                index = (tile * TILE_KV + page * BLOCK_SIZE) // BLOCK_SIZE
+                block_id = tl.load(row_ptr + index * stride_table_block, mask=index * BLOCK_SIZE < end, other=-1)
+                known = (block_id >= 0) & (block_id < num_blocks)
+                block = tl.where(known, block_id, 0).to(tl.int64)
+                here = (column >= page * BLOCK_SIZE) & (column < (page + 1) * BLOCK_SIZE)
+                block_words = tl.where(here, block * stride_cache_block, block_words)
+                block_scales = tl.where(here, block * stride_scale_block, block_scales)
+                valid = tl.where(here, known.to(tl.int32), valid)
+            owned = (keys < end) & (valid > 0)
+            offset = column % BLOCK_SIZE
+            if BLOCK_SIZE > TILE_KV:
+                offset = offset + tile * TILE_KV % BLOCK_SIZE
+        else:
+            ids = tl.load(row_ptr + keys // BLOCK_SIZE * stride_table_block, mask=keys < end, other=0).to(tl.int32)
+            owned = (keys < end) & (ids.to(tl.uint32) < num_blocks)
+            block = tl.where(owned, ids, 0).to(tl.int64)
+            block_words, block_scales = block * stride_cache_block, block * stride_scale_block
+            offset = keys % BLOCK_SIZE
+        words = block_words[None, :, None] + (offset.to(tl.int64)[None, :, None] * stride_cache_token + head_words)
         turned = tl.permute(words, (0, 2, 1))
         if TILE_WORDS > HALF // BYTES:
             k_words = tl.load(k_ptr + words, mask=in_head, other=0)
             v_words = tl.load(v_ptr + turned, mask=tl.permute(in_head, (0, 2, 1)), other=0)
         else:
             k_words, v_words = tl.load(k_ptr + words), tl.load(v_ptr + turned)
-        scale_row = (block * stride_scale_block + offset.to(tl.int64) * stride_scale_token)[None, :] + head_scales
+        scale_row = (block_scales + offset.to(tl.int64) * stride_scale_token)[None, :] + head_scales
 
         k_scales = load_scales(k_scale_ptr + scale_row, owned[None, :], NUM_GROUPS, stride_scale_group, PAIRED)
         scores = tl.zeros([HEADS, TILE_KV, TILE_Q], tl.float32)
