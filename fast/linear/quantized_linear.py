@@ -111,7 +111,7 @@ def linear_int4(
     """Same contract as `reference.linear.quantized_linear.linear_int4`.
 
     Grid: for few tokens, one program per few rows of the weight, its warps sharing out the groups; for more, one per
-    tile of the result. From ``_int4.DENSE_TOKENS`` tokens on, without a bias, the weight is written out as floats, once, and
+    tile of the result. From ``_int4.DENSE_TOKENS`` tokens on, without a bias, the weight is written out as floats, and
     ``torch.mm`` multiplies: cuBLAS is faster than a kernel that dequantizes by more than that costs.
     Moves: the weight once for each tile of tokens, as codes; written out, two and a half bytes more for each weight.
     Limits: these want 16-bit activations and nothing but whole groups of 32, 64 or 128. Others take a slower kernel,
