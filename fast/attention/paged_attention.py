@@ -3,7 +3,8 @@
 One kernel serves decodes, chunks of prompts and any mix of them. A tile of its rows is one KV head's group of query
 heads times as many queries as fit; the tile's size is chosen by shape, so that decodes run on 16 rows and chunks on
 128. How the work is shared out, and how a sequence that several programs took is put together, all in one launch:
-`fast/_triton/paging.py`.
+`fast/_triton/paging.py`. On a Hopper GPU chunks have a kernel of their own, `paged_attention_hopper.py`, where the
+layout and the options allow it; the decodes among them stay here, so that a long one is shared by all processors.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,6 @@ from fast._checks import require
 from fast._triton import paging, softmax
 from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import is_hopper, num_processors
-from fast._triton.rounding import dot, to_dtype
 from fast.attention._cached_tiles import (
     LONGEST_WINDOW,
     PER_BATCH,
@@ -29,8 +29,6 @@ from fast.attention._cached_tiles import (
 )
 from fast.attention.invariant_attention import paged_attention_invariant as paged_attention_invariant
 from fast.attention.paged_attention_hopper import attend_chunks_on_hopper, hopper_fits
-
-FLAT = False
 
 
 class Tiles(NamedTuple):
@@ -54,153 +52,6 @@ def choose_tiles(num_tokens: int, num_seqs: int, group: int, head_dim: int, item
     if rows <= 64:
         return Tiles(triton.next_power_of_2(rows), 32 if wide else 64, 4, 3, 2)
     return Tiles(max(128, triton.next_power_of_2(group)), 32 if wide else 64, 8, 3, 1)
-
-
-@triton.jit(do_not_specialize=PER_BATCH)
-def paged_decode_kernel(
-    q_ptr,  # [num_tokens, num_heads, head_dim]
-    k_cache_ptr,  # [num_blocks, block_size, num_kv_heads, head_dim]
-    v_cache_ptr,
-    block_table_ptr,  # [num_seqs, max_blocks_per_seq]
-    seq_lens_ptr,  # [num_seqs]
-    cu_seqlens_q_ptr,  # [num_seqs + 1]
-    sinks_ptr,  # [num_heads] or None
-    out_ptr,  # [num_tokens, num_heads, head_dim]
-    parts_ptr,  # the scratch of paging.py
-    stats_ptr,
-    counters_ptr,
-    scale,
-    logit_cap,
-    window,
-    stride_q_token,
-    stride_q_head,
-    stride_q_dim,
-    stride_k_block,
-    stride_k_token,
-    stride_k_head,
-    stride_k_dim,
-    stride_v_block,
-    stride_v_token,
-    stride_v_head,
-    stride_v_dim,
-    stride_table_seq,
-    stride_table_block,
-    stride_out_token,
-    stride_out_head,
-    stride_out_dim,
-    num_tokens,
-    num_seqs,
-    num_kv_heads,
-    num_blocks,
-    max_blocks_per_seq,
-    WINDOWED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    WIDE: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_KV: tl.constexpr,
-    TILE_D: tl.constexpr,
-    FEWEST: tl.constexpr,
-    FEW: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Decodes: the tiles of all KV heads of a sequence pass in one loop, so that loads never stop between heads."""
-    QUERIES: tl.constexpr = TILE_Q // GROUP
-    program = tl.program_id(0)
-    wait_for_predecessor(OVERLAP)
-    capacity = max_blocks_per_seq * BLOCK_SIZE
-    line, num_workers, begin, end, seq, seq_begin = paging.find_share(
-        program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads,
-        window, QUERIES, TILE_KV, WINDOWED, FEWEST, FEW,
-    )  # fmt: skip
-    dim, column = tl.arange(0, TILE_D), tl.arange(0, TILE_KV)
-    top, total = softmax.empty(TILE_Q)
-    acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
-    first_seq, first_seq_begin = seq, seq_begin
-    unit = begin
-    while unit < end:
-        first_row, num_queries, seq_len = paging.sequence(
-            seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
-        )
-        per_head, width = paging.units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
-        seq_end = seq_begin + per_head * num_kv_heads
-        context = seq_len - num_queries
-        row_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_seq
-        for at in range(unit, tl.minimum(seq_end, end)):
-            kv_head, tile, first_tile, seg_begin, seg_end, _ = paging.find_segment(
-                at, seq_begin, per_head, width, num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED
-            )
-            query, token, head, there = paging.rows_of_tile(tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
-            q = load_queries(
-                q_ptr, token, head, there, stride_q_token, stride_q_head, stride_q_dim, WIDE, HEAD_DIM, TILE_D
-            )
-            # An idle unit, behind its segment, has no keys.
-            last_key = tl.where(at < seg_end, context + tl.minimum((tile + 1) * QUERIES, num_queries), 0)
-            keys = (first_tile + at - seg_begin) * TILE_KV + column
-            ids = paging.load_block_ids(
-                row_ptr, stride_table_block, keys, last_key, num_blocks, max_blocks_per_seq, BLOCK_SIZE
-            )
-            owned = (ids >= 0)[:, None]
-            if TILE_D > HEAD_DIM:
-                owned = owned & (dim < HEAD_DIM)[None, :]
-            block, offset, kv = ids.to(tl.int64), (keys % BLOCK_SIZE).to(tl.int64), kv_head.to(tl.int64)
-            k_rows = k_cache_ptr + kv * stride_k_head + (block * stride_k_block + offset * stride_k_token)
-            v_rows = v_cache_ptr + kv * stride_v_head + (block * stride_v_block + offset * stride_v_token)
-            k = tl.load(k_rows[:, None] + dim[None, :] * stride_k_dim, mask=owned, other=0.0)
-            v = tl.load(v_rows[:, None] + dim[None, :] * stride_v_dim, mask=owned, other=0.0)
-            if WIDE:
-                k, v = k.to(tl.float32), v.to(tl.float32)
-            scores = dot(q, tl.trans(k), tl.zeros([TILE_Q, TILE_KV], tl.float32))
-            scale_log2 = scale * softmax.LOG2E
-            if CAPPED:
-                scores, scale_log2 = softmax.cap_scores(scores, scale, logit_cap), softmax.LOG2E
-            positions = query + context
-            seen = (keys[None, :] <= positions[:, None]) & (ids >= 0)[None, :]
-            if WINDOWED:
-                seen = seen & (keys[None, :] > positions[:, None] - window)
-            begins = (at == seg_begin) | (at == begin)  # nothing of another segment may remain, not even its NaN
-            top, total = tl.where(begins, float("-inf"), top), tl.where(begins, 0.0, total)
-            acc = tl.where(begins, 0.0, acc)
-            top, total, rescale, weights = softmax.update(tl.where(seen, scores, float("-inf")), top, total, scale_log2)
-            acc = dot(to_dtype(weights, v.dtype), v, acc * rescale[:, None])
-            if (at == seg_end - 1) | ((at == end - 1) & (at < seg_end)):
-                if (seg_begin >= begin) & (seg_end <= end):
-                    paging.store_rows(
-                        acc, top, total, out_ptr, sinks_ptr, token, head, there, dim,
-                        stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM,
-                    )  # fmt: skip
-                else:
-                    paging.store_part(
-                        acc, top, total, program * 2 + (seg_begin >= begin).to(tl.int32), parts_ptr, stats_ptr,
-                        there, dim, HEAD_DIM, TILE_Q, TILE_D,
-                    )  # fmt: skip
-        unit = tl.minimum(seq_end, end)
-        if unit < end:
-            seq_begin = seq_end
-            seq += 1
-
-    # The segments that were cut: the one at the begin, and the one at the end if it is another.
-    for side in range(0, tl.where(begin < end, 2, 0)):
-        at = tl.where(side == 0, begin, end - 1)
-        which, which_begin = tl.where(side == 0, first_seq, seq), tl.where(side == 0, first_seq_begin, seq_begin)
-        first_row, num_queries, seq_len = paging.sequence(
-            which, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
-        )
-        per_head, width = paging.units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
-        kv_head, tile, _, seg_begin, seg_end, _ = paging.find_segment(
-            at, which_begin, per_head, width, num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED
-        )
-        cut = (at < seg_end) & ((seg_begin < begin) | (seg_end > end))
-        if cut & ((side == 0) | (seg_begin > begin)):  # noqa: SIM102, counting oneself in is no mere question
-            if paging.is_last(seg_begin, seg_end, line, num_workers, counters_ptr):
-                _query, token, head, there = paging.rows_of_tile(tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
-                paging.merge_parts(
-                    paging.worker_of(seg_begin, num_workers, line), paging.worker_of(seg_end - 1, num_workers, line),
-                    parts_ptr, stats_ptr, out_ptr, sinks_ptr, token, head, there, dim,
-                    stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, TILE_Q, TILE_D,
-                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
@@ -342,7 +193,8 @@ def paged_attention(
 
     Grid: ``programs_per_processor`` programs for each processor, whatever the batch. A program owns an equal share of
     all (tile of rows, KV head, tile of keys) of the batch, found from the lengths on the device, and the last of the
-    programs that share a tile of rows merges its parts and owns it in ``out``.
+    programs that share a tile of rows merges its parts and owns it in ``out``. In batches with chunks, on a Hopper
+    GPU, a second launch has the chunks: a program for a head and 128 queries, or that many by turns.
     Moves: each sequence's keys and values once for each of its tiles of rows (a decode has one); queries and result
     once; at most two parts a program, in float32, out to the L2 cache and back.
     Limits: float32, float16 or bfloat16, and where q and the caches differ, or for float32, products without tensor
@@ -371,8 +223,7 @@ def paged_attention(
     tile_d = max(16, triton.next_power_of_2(head_dim))
     num_programs = num_processors(q) * tiles.programs_per_processor
     scratch = paging.make_scratch(q, num_programs, tiles.tile_q, tile_d)
-    kernel = paged_attention_kernel if tiles.tile_q >= 64 or not FLAT else paged_decode_kernel
-    kernel[(num_programs,)](
+    paged_attention_kernel[(num_programs,)](
         q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, sinks, out, *scratch,
         scale, logit_cap or 0.0, min(sliding_window or 0, LONGEST_WINDOW),
         *q.stride(), *k_cache.stride(), *v_cache.stride(), *block_table.stride(), *out.stride(),
