@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fast._triton import paging, softmax
 from fast._triton.platform import INTERPRETED, INTERPRETING, num_processors
-from fast._triton.rounding import dot, to_float32
+from fast._triton.rounding import dot
 from fast.attention._checks import require_attention, require_tables
 
 PARTS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}  # float16s that add up to one number
@@ -94,13 +94,12 @@ def plane(words, CODES: tl.constexpr, BYTE: tl.constexpr, NIBBLE: tl.constexpr):
     """The codes in one byte (and nibble) of every word, in float16, times a power of two."""
     if INTERPRETED or words.dtype != tl.int16:
         byte = (words.to(tl.int32) >> (8 * BYTE)) & 0xFF
-        if CODES == "int8":
-            numbers = ((byte ^ 0x80) - 128).to(tl.float32)
-        elif CODES == "fp8":
-            numbers = to_float32(byte.to(tl.uint8).to(tl.float8e4nv, bitcast=True))
+        if CODES == "fp8":  # by its bits too, for which NaN is a number: what nobody owns must stay one
+            bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
+            codes = bits.to(tl.uint16).to(tl.float16, bitcast=True)
         else:
-            numbers = ((byte >> (4 * NIBBLE)) & 15).to(tl.float32)
-        codes = (numbers * 2.0 ** -exponent_of(CODES, NIBBLE)).to(tl.float16)
+            numbers = (byte ^ 0x80) - 128 if CODES == "int8" else (byte >> (4 * NIBBLE)) & 15
+            codes = (numbers.to(tl.float32) * 2.0 ** -exponent_of(CODES, NIBBLE)).to(tl.float16)
     else:
         asm: tl.constexpr = unpack_asm(CODES, BYTE, NIBBLE)
         codes = tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
