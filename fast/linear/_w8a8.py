@@ -147,7 +147,8 @@ def many_tokens(x: Array, x_scale: Array, weight: Array, weight_scale: Array, bi
 def library(x: Array, x_scale: Array, weight: Array, weight_scale: Array, bias: None, out: Array) -> Array:
     """float8 by torch, without fast accumulation, which is no accumulation of float32 (see `linear_fp8_fp8`)."""
     scales = {"scale_a": x_scale[:, None], "scale_b": weight_scale.float()[None, :]}
-    return torch._scaled_mm(x, weight.T, **scales, out_dtype=out.dtype, use_fast_accum=False, out=out)
+    multiply = torch._scaled_mm  # type: ignore[reportPrivateImportUsage]
+    return multiply(x, weight.T, **scales, out_dtype=out.dtype, use_fast_accum=False, out=out)
 
 
 def library_takes(weight: Array, bias: Array | None, out: Array) -> bool:
