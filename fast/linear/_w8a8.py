@@ -160,7 +160,11 @@ def library_takes(weight: Array, bias: Array | None, out: Array) -> bool:
 
 
 def fits(x: Array, weight: Array) -> bool:
-    """Whether the copy engine can read both."""
-    return x.shape[1] > 0 and all(
-        a.stride(1) == 1 and a.stride(0) * a.element_size() % 16 == 0 and a.data_ptr() % 16 == 0 for a in (x, weight)
-    )
+    """Whether the copy engine can read both: rows that begin at multiples of 16 bytes and do not overlap."""
+    return x.shape[1] > 0 and _copyable(x) and _copyable(weight)
+
+
+def _copyable(array: Array) -> bool:
+    row, column = array.stride()
+    aligned = row * array.element_size() % 16 == 0 and array.data_ptr() % 16 == 0
+    return column == 1 and row >= array.shape[1] and aligned
