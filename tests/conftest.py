@@ -41,7 +41,6 @@ settings.load_profile(os.environ.get("TWOFOLD_PROFILE", "ci"))
 
 # The interpreter takes milliseconds for one program of a kernel, so there a property gets this many examples at most.
 INTERPRETED_EXAMPLES = 25
-INTERPRETED_MODELS = 3  # of a test that runs a whole decoder, marked so
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -63,8 +62,8 @@ def pytest_runtest_call(item: pytest.Item):
     with sanitized() if interpreted and SANITIZE else contextlib.nullcontext():
         if asked is None or not interpreted:
             return (yield)
-        mark = item.get_closest_marker("whole_model")
-        most = next(iter(mark.args), INTERPRETED_MODELS) if mark else INTERPRETED_EXAMPLES
+        mark = item.get_closest_marker("interpreted")
+        most = mark.args[0] if mark else INTERPRETED_EXAMPLES
         setattr(test, name, settings(asked, max_examples=min(asked.max_examples, most)))
         try:
             return (yield)

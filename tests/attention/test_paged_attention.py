@@ -40,6 +40,7 @@ def test_split_parts_are_partial(backend, case):
     properties.split_parts_are_partial(backend, case)
 
 
+@pytest.mark.interpreted(8)
 @laws
 @given(case=paged_cases())
 def test_paged_equals_dense(backend, case):
@@ -47,6 +48,7 @@ def test_paged_equals_dense(backend, case):
     properties.paged_equals_dense(backend, case)
 
 
+@pytest.mark.interpreted(8)
 @laws
 @given(case=paged_cases())
 def test_split_equals_whole(backend, case):
@@ -54,6 +56,7 @@ def test_split_equals_whole(backend, case):
     properties.split_equals_whole(backend, case)
 
 
+@pytest.mark.interpreted(8)
 @laws
 @given(case=paged_cases(), cut=st.integers(0, 40))
 def test_chunked_equals_whole(backend, case, cut):
@@ -61,6 +64,7 @@ def test_chunked_equals_whole(backend, case, cut):
     properties.chunked_equals_whole(backend, case, cut)
 
 
+@pytest.mark.interpreted(8)
 @laws
 @given(case=paged_cases())
 def test_alone_equals_batched(backend, case):

@@ -109,7 +109,7 @@ def test_company_chunks_hits_and_preemption_change_nothing(workload, family, kv_
     check_workload(decoder(family), kv_format, workload)
 
 
-@pytest.mark.whole_model(1)
+@pytest.mark.interpreted(1)
 @pytest.mark.parametrize("backend", [plain_torch, fast], ids=["plain_torch", "fast"])
 @given(workload=workloads(), kv_format=st.sampled_from(FORMATS))
 @settings(max_examples=25)

@@ -19,6 +19,7 @@ from twofold.conformance.strategies.kv_cache import EXTREME, ORDINARY, batches, 
 CALLS = valid_calls("kivi")
 
 
+@pytest.mark.interpreted(8)
 @settings(max_examples=100)
 @given(batch=batches("kivi", share=False), kind=st.sampled_from(ORDINARY + EXTREME))
 def test_sealed_codes_are_the_nearest(backend, batch, kind):
@@ -27,6 +28,7 @@ def test_sealed_codes_are_the_nearest(backend, batch, kind):
     properties.sealed_codes_are_nearest(backend, replace(batch, packed=packed))
 
 
+@pytest.mark.interpreted(8)
 @given(batch=batches("kivi"))
 def test_only_sealed_groups_change(backend, batch):
     properties.only_sealed_groups_change(backend, batch)
@@ -38,6 +40,7 @@ def test_attends_over_what_is_stored(backend, batch):
     properties.attends_over_what_is_stored(backend, batch)
 
 
+@pytest.mark.interpreted(8)
 @given(batch=batches("kivi"))
 def test_unowned_slots_do_not_matter(backend, batch):
     properties.unowned_slots_do_not_matter(backend, batch)
@@ -49,6 +52,7 @@ def test_released_blocks_do_not_matter(backend, batch):
     properties.padding_of_the_table_does_not_matter(backend, batch)
 
 
+@pytest.mark.interpreted(8)
 @settings(max_examples=200)
 @given(data=st.data())
 def test_chunked_is_whole(backend, data):

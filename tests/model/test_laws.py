@@ -14,7 +14,7 @@ from reference.model.decoder import Decoder, overlay
 from twofold.conformance.properties import model as properties
 from twofold.conformance.strategies.model import models, random_adapter, random_model, token_steps
 
-pytestmark = pytest.mark.whole_model
+pytestmark = pytest.mark.interpreted(3)
 
 TOKENS = [5, 9, 96, 0, 33, 33, 7, 61, 2, 18, 44, 90, 12]
 
