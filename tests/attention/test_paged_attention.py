@@ -34,6 +34,7 @@ def test_merged_split_matches_the_oracle(backend, case):
     properties.merged_split_matches_oracle(backend, case)
 
 
+@pytest.mark.interpreted(8)
 @given(case=paged_cases())
 def test_split_parts_are_partial(backend, case):
     """The number of parts follows from shapes, and a part without keys is (0, -inf)."""
@@ -72,6 +73,7 @@ def test_alone_equals_batched(backend, case):
     properties.alone_equals_batched(backend, case)
 
 
+@pytest.mark.interpreted(8)
 @given(case=paged_cases())
 def test_arguments_are_unchanged(backend, case):
     """No argument is written to, poison included."""
@@ -82,6 +84,7 @@ def test_arguments_are_unchanged(backend, case):
     properties.arguments_are_unchanged(backend, "split_paged_attention", arguments, options)
 
 
+@pytest.mark.interpreted(8)
 @given(case=paged_cases())
 def test_out_is_honoured(backend, case):
     """The result goes to ``out``, all of it (padded rows too) and nothing beside it."""
