@@ -23,7 +23,7 @@ def test_matches_the_oracle(backend, case):
     properties.flash_matches_oracle(backend, case)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @settings(max_examples=200)
 @given(case=packed_cases())
 def test_equals_dense(backend, case):
@@ -79,7 +79,7 @@ def test_a_query_without_keys():
     assert (lse == sinks).all(), f"with a sink: expected {sinks}, got {lse}"
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @given(case=packed_cases())
 def test_arguments_are_unchanged(backend, case):
     """No argument is written to."""
@@ -87,7 +87,7 @@ def test_arguments_are_unchanged(backend, case):
     properties.arguments_are_unchanged(backend, "flash_attention", case.arguments(backend), options)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @given(case=packed_cases())
 def test_out_is_honoured(backend, case):
     """The output goes to ``out``, all of it and nothing beside it."""

@@ -27,14 +27,14 @@ def test_merging_in_any_order_changes_nothing(backend, case):
     properties.merging_in_any_order_changes_nothing(backend, case)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @given(case=states_cases())
 def test_arguments_are_unchanged(backend, case):
     """No argument is written to."""
     properties.arguments_are_unchanged(backend, "merge_states", case.arguments(backend), {})
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @given(case=states_cases(dtypes=["float32", "float64"]), dtype=st.sampled_from(["bfloat16", "float16", "float32"]))
 def test_out_is_honoured(backend, case, dtype):
     """The output goes to ``out``, in the dtype that ``out`` has, and nothing beside it is written."""

@@ -34,14 +34,14 @@ def test_merged_split_matches_the_oracle(backend, case):
     properties.merged_split_matches_oracle(backend, case)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @given(case=paged_cases())
 def test_split_parts_are_partial(backend, case):
     """The number of parts follows from shapes, and a part without keys is (0, -inf)."""
     properties.split_parts_are_partial(backend, case)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @laws
 @given(case=paged_cases())
 def test_paged_equals_dense(backend, case):
@@ -49,7 +49,7 @@ def test_paged_equals_dense(backend, case):
     properties.paged_equals_dense(backend, case)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @laws
 @given(case=paged_cases())
 def test_split_equals_whole(backend, case):
@@ -57,7 +57,7 @@ def test_split_equals_whole(backend, case):
     properties.split_equals_whole(backend, case)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @laws
 @given(case=paged_cases(), cut=st.integers(0, 40))
 def test_chunked_equals_whole(backend, case, cut):
@@ -65,7 +65,7 @@ def test_chunked_equals_whole(backend, case, cut):
     properties.chunked_equals_whole(backend, case, cut)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @laws
 @given(case=paged_cases())
 def test_alone_equals_batched(backend, case):
@@ -73,7 +73,7 @@ def test_alone_equals_batched(backend, case):
     properties.alone_equals_batched(backend, case)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @given(case=paged_cases())
 def test_arguments_are_unchanged(backend, case):
     """No argument is written to, poison included."""
@@ -84,7 +84,7 @@ def test_arguments_are_unchanged(backend, case):
     properties.arguments_are_unchanged(backend, "split_paged_attention", arguments, options)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @given(case=paged_cases())
 def test_out_is_honoured(backend, case):
     """The result goes to ``out``, all of it (padded rows too) and nothing beside it."""

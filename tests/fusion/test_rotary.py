@@ -32,6 +32,7 @@ def test_fused_is_its_parts(call):
     properties.fused_is_its_parts(reference, call)
 
 
+@pytest.mark.interpreted(6)
 @given(call=rotary_calls())
 def test_writes_only_where_it_says(backend, call):
     properties.writes_only_where_it_says(backend, call)

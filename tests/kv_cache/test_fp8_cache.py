@@ -34,20 +34,20 @@ def test_attends_over_what_is_stored(backend, batch):
     properties.attends_over_what_is_stored(backend, batch)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @given(batch=batches("fp8"))
 def test_unowned_slots_do_not_matter(backend, batch):
     properties.unowned_slots_do_not_matter(backend, batch)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @settings(max_examples=100)
 @given(batch=batches("fp8"))
 def test_padding_of_the_table_does_not_matter(backend, batch):
     properties.padding_of_the_table_does_not_matter(backend, batch)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @settings(max_examples=200)
 @given(data=st.data())
 def test_chunked_is_whole(backend, data):

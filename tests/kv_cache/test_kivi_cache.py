@@ -19,7 +19,7 @@ from twofold.conformance.strategies.kv_cache import EXTREME, ORDINARY, batches, 
 CALLS = valid_calls("kivi")
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @settings(max_examples=100)
 @given(batch=batches("kivi", share=False), kind=st.sampled_from(ORDINARY + EXTREME))
 def test_sealed_codes_are_the_nearest(backend, batch, kind):
@@ -28,7 +28,7 @@ def test_sealed_codes_are_the_nearest(backend, batch, kind):
     properties.sealed_codes_are_nearest(backend, replace(batch, packed=packed))
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @given(batch=batches("kivi"))
 def test_only_sealed_groups_change(backend, batch):
     properties.only_sealed_groups_change(backend, batch)
@@ -40,19 +40,20 @@ def test_attends_over_what_is_stored(backend, batch):
     properties.attends_over_what_is_stored(backend, batch)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @given(batch=batches("kivi"))
 def test_unowned_slots_do_not_matter(backend, batch):
     properties.unowned_slots_do_not_matter(backend, batch)
 
 
+@pytest.mark.interpreted(6)
 @settings(max_examples=100)
 @given(batch=batches("kivi"))
 def test_released_blocks_do_not_matter(backend, batch):
     properties.padding_of_the_table_does_not_matter(backend, batch)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @settings(max_examples=200)
 @given(data=st.data())
 def test_chunked_is_whole(backend, data):
@@ -63,12 +64,14 @@ def test_chunked_is_whole(backend, data):
     properties.chunked_is_whole(backend, batch, places)
 
 
+@pytest.mark.interpreted(6)
 @settings(max_examples=200)
 @given(batch=batches("kivi"))
 def test_a_window_as_long_as_the_sequence_is_plain_attention(backend, batch):
     properties.wide_window_is_plain(backend, batch)
 
 
+@pytest.mark.interpreted(6)
 @settings(max_examples=200)
 @given(data=st.data())
 def test_what_is_written_again_is_sealed_again(backend, data):

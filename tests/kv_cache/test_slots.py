@@ -23,7 +23,7 @@ def test_only_the_named_slots_change(backend, tokens):
     properties.only_named_slots_change(backend, tokens)
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @settings(max_examples=200)
 @given(data=st.data())
 def test_chunked_is_whole(backend, data):
@@ -31,7 +31,7 @@ def test_chunked_is_whole(backend, data):
     properties.chunked_is_whole(backend, batch, [data.draw(cuts(int(n))) for n in batch.seq_lens])
 
 
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(6)
 @settings(max_examples=200)
 @given(batch=st.sampled_from(FORMATS).flatmap(batches))
 def test_a_copy_of_a_block_is_a_deep_copy(backend, batch):

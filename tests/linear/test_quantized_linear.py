@@ -33,6 +33,7 @@ def test_tokens_do_not_depend_on_company(call, data):
     properties.tokens_do_not_depend_on_company(reference, call, keep)
 
 
+@pytest.mark.interpreted(6)
 @pytest.mark.parametrize("op", OPS)
 @settings(max_examples=25)
 @given(data=st.data())

@@ -27,6 +27,7 @@ def test_matches_the_oracle(backend, call):
     properties.matches_the_oracle(backend, call)
 
 
+@pytest.mark.interpreted(6)
 @given(call=calls)
 def test_writes_only_where_it_says(backend, call):
     writes_only_where_it_says(backend, call)
