@@ -47,9 +47,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes ``backend``, and does not say which, takes all of them."""
     chosen_itself = any("backend" in str(mark.args[:1]) for mark in metafunc.definition.iter_markers("parametrize"))
     if "backend" in metafunc.fixturenames and not chosen_itself:
-        needs = {dtype for mark in metafunc.definition.iter_markers("needs") for dtype in mark.args}
+        needs = {name for mark in metafunc.definition.iter_markers("needs") for name in mark.args}
+        needs -= {"gpu", "interpreter"}
         able = [name for name in CHOSEN if needs <= set(float_dtypes(BACKENDS[name]))]
         metafunc.parametrize("backend", [BACKENDS[name] for name in able], ids=able)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What only a GPU can run, or only the interpreter, is left out on the other."""
+    absent = "interpreter" if HAS_GPU else "gpu"
+    out = [item for item in items if any(absent in mark.args for mark in item.iter_markers("needs"))]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in out]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -187,7 +187,7 @@ def test_all_tiles_agree(way, dtype):
         assert different == 0, f"{different:.1%} of the results of tokens {first} to {last} differ"
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="sizes of real layers")
+@pytest.mark.needs("gpu")  # sizes of real layers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("in_features", "out_features"), [(4096, 4096), (14336, 4096), (576, 1536)])
 def test_real_layers(in_features, out_features, dtype):

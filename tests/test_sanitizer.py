@@ -6,10 +6,9 @@ import triton
 import triton.language as tl
 
 import fast
-from twofold.conformance.backends import is_interpreted
 from twofold.conformance.sanitizer import SanitizerError, sanitized
 
-pytestmark = pytest.mark.skipif(not is_interpreted(fast), reason="it watches Triton's interpreter")
+pytestmark = pytest.mark.needs("interpreter")  # it watches Triton's interpreter
 
 TILE = tl.constexpr(16)
 

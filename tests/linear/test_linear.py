@@ -88,7 +88,7 @@ def test_parts_are_added_up(splits):
         assert (out - expected).abs().max() < 2**-11 * 128
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="4 GB of weights")
+@pytest.mark.needs("gpu")  # 4 GB of weights
 @pytest.mark.parametrize("num_tokens", [1, 8, 64])
 def test_more_than_2_31_weights(num_tokens):
     """The last row of so many is found, and it alone."""

@@ -19,7 +19,6 @@ from transformers.generation.logits_process import (
 import fast
 import reference
 from fast.sampling import _select
-from twofold.conformance.backends import is_interpreted
 from twofold.conformance.properties import sampling as properties
 from twofold.conformance.properties.numerics import call, refuses
 from twofold.conformance.strategies import sampling as inputs
@@ -154,7 +153,7 @@ def test_draws_follow_the_softmax(backend, row, varied):
     properties.draws_follow_the_softmax(backend, row, varied)
 
 
-@pytest.mark.skipif(not is_interpreted(fast), reason="the sizes at which a way is left are small only there")
+@pytest.mark.needs("interpreter")  # the sizes at which a way is left are small only there
 @pytest.mark.parametrize(
     ("spread", "temperature", "top_k", "top_p", "min_p", "way"),
     [
