@@ -5,6 +5,7 @@ the kernel cannot do. Tensors are float32, float16 or bfloat16 (float8 where the
 """
 
 from fast._triton.platform import INTERPRETING as INTERPRETING
+from fast._triton.platform import unavailable as unavailable
 from fast.attention.dense_attention import dense_attention
 from fast.attention.flash_attention import flash_attention
 from fast.attention.merge_states import merge_states

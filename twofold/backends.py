@@ -17,9 +17,12 @@ def resolve_backend(backend: str | ModuleType | Any, *, deterministic: bool = Fa
     ``deterministic`` asks for the backend's batch-invariant twin, where it has one under the name ``invariant``.
 
     Raises:
-        TwofoldError: If there is no such module, it cannot be imported, or it has none of the ops.
+        TwofoldError: If there is no such module, it cannot be imported or run here, or has none of the ops.
     """
     found = _import(backend) if isinstance(backend, str) else backend
+    problem = getattr(found, "unavailable", lambda: None)()
+    if problem:
+        raise TwofoldError(f"--backend {backend}: {problem}")
     if deterministic:
         found = getattr(found, "invariant", None)
         if found is None:

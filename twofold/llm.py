@@ -86,9 +86,9 @@ class LLM:
         trace: Callable[[Record], None] | None = None,
         on_progress: Callable[[str, int, int | None], None] | None = None,
     ):
+        self.backend = resolve_backend(backend, deterministic=deterministic)
         self.checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model, on_progress=on_progress)
         self.tokenizer = self.checkpoint.tokenizer
-        self.backend = resolve_backend(backend, deterministic=deterministic)
         config = self.checkpoint.config
         dtype = "float32" if dtype == "auto" else dtype
         sizes = pool_sizes(

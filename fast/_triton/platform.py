@@ -24,6 +24,13 @@ def default_device() -> str:
     return "cpu" if INTERPRETING or not torch.cuda.is_available() else "cuda"
 
 
+def unavailable() -> str | None:
+    """Why no kernel can run here, in one sentence; None where they can."""
+    if INTERPRETING or COMPILE_ONLY or torch.cuda.is_available():
+        return None
+    return "there is no GPU (on a CPU, TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, very slowly)"
+
+
 def require_runnable(op: str, argument: str, array: torch.Tensor) -> None:
     """Raise ``ValueError`` if no kernel can run where this array is."""
     if array.device.type != "cuda":

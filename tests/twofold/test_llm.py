@@ -249,3 +249,13 @@ def test_a_wrong_setting_is_one_sentence(path, settings, sentence):
     with pytest.raises(TwofoldError, match=sentence) as caught:
         LLM(path, **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_backend_that_cannot_run_here_says_so_at_once(monkeypatch):
+    """Before anything is loaded, in one sentence."""
+    import fast
+    from twofold.errors import TwofoldError
+
+    monkeypatch.setattr(fast, "unavailable", lambda: "there is no GPU")
+    with pytest.raises(TwofoldError, match="--backend fast: there is no GPU"):
+        LLM("no-such-model", backend="fast")
