@@ -15,6 +15,7 @@ from twofold.conformance.strategies.model import random_model
 heads = st.sampled_from([(8, 4), (8, 2), (8, 1), (4, 2), (6, 3), (2, 2)])
 
 
+@pytest.mark.interpreted(3)
 @given(family=st.sampled_from(FAMILIES), heads=heads, bias=st.booleans())
 def test_alike_heads_pool_to_the_same_function(backend, family, heads, bias):
     model = random_model(family, num_heads=24, num_kv_heads=heads[0], head_dim=4, attention_bias=bias)

@@ -114,6 +114,7 @@ def test_sample_is_the_noisy_maximum(backend, case):
     properties.sample_is_the_noisy_maximum(backend, case)
 
 
+@pytest.mark.interpreted(8)
 @given(case=inputs.samplings())
 @settings(max_examples=200)
 def test_a_row_alone_draws_as_in_any_batch(backend, case):

@@ -29,6 +29,7 @@ def test_own_drafts_are_all_accepted(backend, case):
     properties.own_drafts_are_all_accepted(backend, case)
 
 
+@pytest.mark.interpreted(8)
 @given(case=inputs.samplings())
 @settings(max_examples=200)
 def test_without_drafts_it_is_sample(backend, case):
