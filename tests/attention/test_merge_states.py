@@ -1,5 +1,6 @@
 """Merging the parts of an attention gives the attention."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
