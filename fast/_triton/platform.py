@@ -63,27 +63,10 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
 
+if INTERPRETING:
+    from fast._triton.interpreter import quicken
+
+    quicken()
+
 cdiv = triton.cdiv
 next_power_of_2 = triton.next_power_of_2
-
-
-def _patch_language_once() -> None:
-    """Keep the interpreter from patching `triton.language` anew at every call of a helper: half of its time.
-
-    Only speed depends on it: where Triton's insides are not as expected, nothing is changed.
-    """
-    from triton.runtime import interpreter
-
-    patch, scope = getattr(interpreter, "_patch_lang", None), getattr(interpreter, "_LangPatchScope", None)
-    if patch is None or scope is None:
-        return
-
-    def patch_if_needed(fn):
-        languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
-        return patch(fn) if not languages or any(tl.core.is_builtin(x.load) for x in languages) else scope()
-
-    interpreter._patch_lang = patch_if_needed
-
-
-if INTERPRETING:
-    _patch_language_once()

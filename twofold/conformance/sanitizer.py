@@ -6,7 +6,8 @@ loads, stores and atomics, knows which program makes each, and says at once:
 
 - *bounds*: an address that is in no tensor the kernel was given;
 - *write after write*: two programs store to one element in one launch;
-- *read and write*: a program reads what another one stores in the same launch, whichever came first.
+- *read and write*: a program reads what another one stores in the same launch, whichever came first;
+- *overflow*: a sum, difference or product of integers does not fit in their 32 bits (or fewer).
 
 Programs may share memory through atomics: what a program did before a releasing atomic is known to whoever acquires
 from the same element afterwards. (What it did *after* that atomic is wrongly taken as known too.)
@@ -186,6 +187,8 @@ def sanitized(*, keep_stores: bool = False) -> Iterator[Sanitizer]:
     """Within, every kernel that is interpreted is watched; a fault raises `SanitizerError`."""
     from triton.runtime import interpreter
 
+    from fast._triton.interpreter import overflow_checks
+
     sanitizer = Sanitizer(keep_stores)
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     semantics = {
@@ -237,7 +240,8 @@ def sanitized(*, keep_stores: bool = False) -> Iterator[Sanitizer]:
     try:
         for name, (owner, hook) in hooks.items():
             setattr(owner, name, hook)
-        yield sanitizer
+        with overflow_checks(True):
+            yield sanitizer
     finally:
         for name, (owner, _) in hooks.items():
             setattr(owner, name, originals[name])
