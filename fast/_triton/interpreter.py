@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-
 OWN: dict[str, Any] = {}  # what was replaced
 
 
