@@ -1,8 +1,8 @@
 """Backends and Hypothesis profiles.
 
 A test that takes ``backend`` runs on every backend: the reference, plain torch, and `fast`, natively where there is a
-GPU and in Triton's interpreter elsewhere. ``TWOFOLD_BACKENDS=fast`` leaves only some of them; ``TWOFOLD_SANITIZE=1``
-watches what interpreted kernels read and write (bounds, races).
+GPU and in Triton's interpreter elsewhere. ``TWOFOLD_BACKENDS=fast`` leaves only some of them. What interpreted
+kernels read, write and add up is watched (bounds, races, overflow), unless ``TWOFOLD_SANITIZE=0``.
 
 `ci` repeats the same examples on every run; `explore` looks for new ones and remembers them.
 """
@@ -32,7 +32,7 @@ from twofold.conformance.sanitizer import sanitized
 
 BACKENDS = {"reference": reference, "plain_torch": plain_torch, "fast": fast}
 CHOSEN = os.environ.get("TWOFOLD_BACKENDS", ",".join(BACKENDS)).split(",")
-SANITIZE = os.environ.get("TWOFOLD_SANITIZE", "0") == "1"
+SANITIZE = os.environ.get("TWOFOLD_SANITIZE", "1") == "1"
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("ci", max_examples=50, derandomize=True, database=None, print_blob=True, **_common)

@@ -41,7 +41,8 @@ def clamp(x, largest):
 def round_to_bfloat16(x):
     """By adding half of the last place that stays, less what makes a tie go to even; the interpreter only cuts off."""
     bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    number = tl.where(x == x, bits, 0)
+    rounded = (number + 0x7FFF + ((number >> 16) & 1)) >> 16
     rounded = tl.where(x == x, rounded, (bits >> 16) | 0x40)  # NaN stays NaN
     return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 

@@ -52,7 +52,7 @@ def float16_below(x):
     """The largest float16 that is not above ``x``; |x| at most 65504."""
     nearest = x.to(tl.float16)
     bits = nearest.to(tl.int16, bitcast=True)
-    below = tl.where(bits < 0, bits + 1, bits - 1)  # away from zero where negative, towards it where positive
+    below = bits + tl.where(bits < 0, 1, -1)  # away from zero where negative, towards it where positive
     below = tl.where((bits & 0x7FFF) == 0, -0x7FFF, below).to(tl.int16)  # from 0: the smallest negative number
     return tl.where(nearest.to(tl.float32) > x, below, bits).to(tl.float16, bitcast=True)
 

@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -241,39 +242,82 @@ def wait(child: int, deadline: float) -> str:
     return "timeout"
 
 
+@dataclass(frozen=True)
+class Report:
+    """What became of a file's mutants: so many made, so many of them judged, these verdicts."""
+
+    file: str
+    made: int
+    verdicts: list[Verdict]
+
+    @property
+    def survivors(self) -> list[Verdict]:
+        """Those that the tests did not see."""
+        return [verdict for verdict in self.verdicts if verdict.outcome == "survived"]
+
+    @property
+    def killed(self) -> int:
+        """How many the tests saw."""
+        return len(self.verdicts) - len(self.survivors)
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        counts = {"made": self.made, "judged": len(self.verdicts), "killed": self.killed}
+        return counts | {"survivors": [asdict(verdict) for verdict in self.survivors]}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; 1 if fewer than the asked share were killed."""
-    parser = argparse.ArgumentParser(description="Run tests against mutants of a file.")
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--tests", nargs="+", required=True, help="arguments of pytest")
-    parser.add_argument("--sample", type=int, help="judge so many, drawn with seed 0; default: all")
+    """The command line; 1 if fewer than the asked share of some file's mutants were killed."""
+    parser = argparse.ArgumentParser(description="Run tests against mutants of a file, or of each file of a deck.")
+    parser.add_argument("file", type=Path, nargs="*", help="with --deck: only these of its files")
+    parser.add_argument("--tests", nargs="+", help="arguments of pytest")
+    parser.add_argument("--deck", type=Path, help="TOML: tables of file = [arguments of pytest]")
+    parser.add_argument("--sample", type=int, help="judge so many of a file's, drawn with seed 0; default: all")
     parser.add_argument("--seconds", type=float, default=120.0, help="a mutant's time")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--all-functions", action="store_true", help="not only Triton's kernels")
     parser.add_argument("--at-least", type=float, default=0.9)
-    parser.add_argument("--json", type=Path, help="where to write the verdicts")
+    parser.add_argument("--json", type=Path, help="where to write the verdicts, file by file; what is there is kept")
     options = parser.parse_args(arguments)
+    if bool(options.tests) == bool(options.deck) or (options.tests and not options.file):
+        parser.error("give files and --tests, or --deck")
 
-    mutants = mutants_of(options.file.read_text(), kernels_only=not options.all_functions)
-    if options.sample and options.sample < len(mutants):
-        mutants = sorted(random.Random(0).sample(mutants, options.sample), key=lambda mutant: mutant.line)
-    module = ".".join(options.file.with_suffix("").parts)
+    if options.deck:
+        decks = tomllib.loads(options.deck.read_text())
+    else:
+        decks = {"": {str(file): options.tests for file in options.file}}
+    chosen = {file: tests for deck in decks.values() for file, tests in deck.items()}
+    if options.file:
+        chosen = {str(file): chosen[str(file)] for file in options.file}
     import_what_is_not_mutated()
-    original = judge(Mutant(0, "nothing", options.file.read_text()), module, options.tests, 10 * options.seconds)
+    reports = []
+    for file, tests in chosen.items():
+        report = judge_file(Path(file), tests, options)
+        if report is None:
+            print(f"{file}: the tests do not pass without a fault", file=sys.stderr)
+            return 2
+        reports.append(report)
+        print(f"{file}: {report.killed} of {len(report.verdicts)} killed ({report.made} made)", flush=True)
+        for verdict in report.survivors:
+            print(f"  line {verdict.line}: {verdict.what}", flush=True)
+        if options.json:
+            known = json.loads(options.json.read_text()) if options.json.exists() else {}
+            options.json.write_text(json.dumps(known | {file: report.record()}, indent=1) + "\n")
+    return int(any(report.killed < options.at_least * len(report.verdicts) for report in reports))
+
+
+def judge_file(file: Path, tests: list[str], options: argparse.Namespace) -> Report | None:
+    """Judge a file's mutants, or a sample of them; None if its tests fail without any fault."""
+    mutants = mutants_of(file.read_text(), kernels_only=not options.all_functions)
+    made = len(mutants)
+    if options.sample and options.sample < made:
+        mutants = sorted(random.Random(0).sample(mutants, options.sample), key=lambda mutant: mutant.line)
+    module = ".".join(file.with_suffix("").parts)
+    original = judge(Mutant(0, "nothing", file.read_text()), module, tests, 10 * options.seconds)
     if original.outcome != "survived":
-        print(f"{options.file}: the tests do not pass without a fault ({original.outcome})", file=sys.stderr)
-        return 2
+        return None
     with ThreadPoolExecutor(options.jobs) as pool:
-        verdicts = list(pool.map(lambda m: judge(m, module, options.tests, options.seconds), mutants))
-    survivors = [verdict for verdict in verdicts if verdict.outcome == "survived"]
-    killed = len(verdicts) - len(survivors)
-    print(f"{options.file}: {killed} of {len(verdicts)} killed")
-    for verdict in survivors:
-        print(f"  line {verdict.line}: {verdict.what}")
-    if options.json:
-        record = {"file": str(options.file), "killed": killed, "judged": len(verdicts)}
-        options.json.write_text(json.dumps(record | {"survivors": [asdict(v) for v in survivors]}, indent=1) + "\n")
-    return int(killed < options.at_least * len(verdicts))
+        return Report(str(file), made, list(pool.map(lambda m: judge(m, module, tests, options.seconds), mutants)))
 
 
 def import_what_is_not_mutated() -> None:
@@ -281,6 +325,9 @@ def import_what_is_not_mutated() -> None:
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's own helpers are decorated when it is imported
     import triton  # noqa: F401
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
