@@ -85,6 +85,22 @@ def test_a_write_out_of_bounds_is_caught(x):
     assert out[40] == 0, "the store was carried out"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int32])
+def test_what_a_masked_load_leaves_open_is_garbage(dtype):
+    """Plain interpretation makes it 0, which a GPU does not promise."""
+
+    @triton.jit
+    def sum_kernel(x_ptr, out_ptr, size, TILE: tl.constexpr):
+        i = tl.arange(0, TILE)
+        tl.store(out_ptr, tl.sum(tl.load(x_ptr + i, mask=i < size).to(tl.float32)))
+
+    x, out = torch.ones(16).to(dtype), torch.zeros(1)
+    for size, sums in ((16, True), (15, False)):
+        with sanitized():
+            sum_kernel[(1,)](x, out, size, TILE=TILE)
+        assert (out.item() == size) == sums, f"{size} of 16 elements: {out.item()}"
+
+
 def test_two_programs_that_write_one_element_are_caught(x):
     out = torch.zeros(60)
     with (

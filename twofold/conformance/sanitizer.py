@@ -7,6 +7,7 @@ loads, stores and atomics, knows which program makes each, and says at once:
 - *bounds*: an address that is in no tensor the kernel was given;
 - *write after write*: two programs store to one element in one launch;
 - *read and write*: a program reads what another one stores in the same launch, whichever came first;
+- *garbage*: what a masked load without ``other`` leaves open is NaN here, or a strange integer (plainly it is 0);
 - *overflow*: a sum, difference or product of integers does not fit in their 32 bits (or fewer).
 
 Programs may share memory through atomics: what a program did before a releasing atomic is known to whoever acquires
@@ -199,9 +200,11 @@ def sanitized(*, keep_stores: bool = False) -> Iterator[Sanitizer]:
     def ordering(sem: Any) -> dict[str, bool]:
         return {name: str(sem).rsplit(".", 1)[-1] in kinds for name, kinds in semantics.items()}
 
-    def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+    def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
         sanitizer.access(self, "load", ptrs, mask)
-        return originals["create_masked_load"](self, ptrs, mask, *rest, **options)
+        if other is None and not mask.data.all():
+            other = _garbage(ptrs)
+        return originals["create_masked_load"](self, ptrs, mask, other, *rest, **options)
 
     def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         sanitizer.access(self, "store", ptrs, mask)
@@ -245,6 +248,21 @@ def sanitized(*, keep_stores: bool = False) -> Iterator[Sanitizer]:
     finally:
         for name, (owner, _) in hooks.items():
             setattr(owner, name, originals[name])
+
+
+def _garbage(pointers: Any) -> Any:
+    """What a masked load without ``other`` may return where it is masked: no number, or one that nobody expects."""
+    from triton.runtime import interpreter
+
+    dtype = pointers.get_element_ty()
+    stored_as = interpreter._get_np_dtype(dtype)
+    if stored_as.kind == "f":
+        value = np.full(pointers.data.shape, np.nan, stored_as)
+    elif dtype.is_floating():  # kept as integers: bfloat16 and the kinds of float8, whose NaN are such words
+        value = np.full(pointers.data.shape, 0x7FC1 if stored_as.itemsize == 2 else 0x7F, stored_as)
+    else:
+        value = np.full(pointers.data.shape, np.iinfo(stored_as).max // 3 if stored_as.kind in "iu" else 1, stored_as)
+    return interpreter.TensorHandle(value, dtype)
 
 
 def _tensors(argument: Any) -> Iterator[torch.Tensor]:

@@ -1,0 +1,48 @@
+"""What `twofold.conformance.record` keeps of a run."""
+
+import json
+import subprocess
+import sys
+
+TESTS = """
+from hypothesis import assume, event, given, settings, strategies as st
+
+@settings(max_examples=20, derandomize=True, database=None)
+@given(number=st.integers(0, 99))
+def test_property(number):
+    assume(number != 13)
+    event("even" if number % 2 == 0 else "odd")
+
+def test_plain():
+    pass
+
+def test_fails():
+    assert False
+"""
+
+
+def test_examples_features_and_failures_are_kept(tmp_path):
+    """Also when the tests run in several processes."""
+    (tmp_path / "test_some.py").write_text(TESTS)
+    record = tmp_path / "record.json"
+    plugin = ["-p", "twofold.conformance.record", "--record", str(record)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *plugin]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 1, run.stdout
+    results = json.loads(record.read_text())["results"]
+    assert results["outcomes"] == {"passed": 2, "failed": 1}
+    assert results["not passed"] == ["test_some.py::test_fails"]
+    (kept,) = results["properties"].values()
+    assert kept["examples"] == results["examples"] == 20
+    assert kept["features"]["even"] + kept["features"]["odd"] == 20
+
+
+def test_nothing_is_written_unless_asked(tmp_path):
+    """The plugin alone changes nothing."""
+    (tmp_path / "test_some.py").write_text("def test():\n    pass\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "twofold.conformance.record"]
+    run = subprocess.run(
+        [*command, "-p", "no:cacheprovider"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".py", ""}
