@@ -4,7 +4,8 @@ A test that takes ``backend`` runs on every backend: the reference, plain torch,
 GPU and in Triton's interpreter elsewhere. ``TWOFOLD_BACKENDS=fast`` leaves only some of them. What interpreted
 kernels read, write and add up is watched (bounds, races, overflow), unless ``TWOFOLD_SANITIZE=0``.
 
-`ci` repeats the same examples on every run; `explore` looks for new ones and remembers them.
+`ci` repeats the same examples on every run; `explore` looks for new ones and remembers them; `judge` only asks whether
+there is a failure, not which is the smallest (mutants are judged so).
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -37,6 +38,9 @@ SANITIZE = os.environ.get("TWOFOLD_SANITIZE", "1") == "1"
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("ci", max_examples=50, derandomize=True, database=None, print_blob=True, **_common)
 settings.register_profile("explore", max_examples=500, print_blob=True, **_common)
+settings.register_profile(
+    "judge", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate], print_blob=False
+)
 settings.load_profile(os.environ.get("TWOFOLD_PROFILE", "ci"))
 
 # The interpreter takes milliseconds for one program of a kernel, so there a property gets this many examples at most.

@@ -226,6 +226,7 @@ def run_tests(setting: str, pytest_arguments: list[str]) -> None:
             os.dup2(nothing.fileno(), 1)
             os.dup2(nothing.fileno(), 2)
             install(setting)
+            os.environ.setdefault("TWOFOLD_PROFILE", "judge")  # a failure need not be shrunk
             os._exit(int(pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", *pytest_arguments])))
     finally:
         os._exit(1)
