@@ -52,10 +52,14 @@ class Window(NamedTuple):
 
 
 def invariant_tiles(group: int, head_dim: int, itemsize: int, coded: bool = False) -> tuple[int, int, int, int]:
-    """(rows, keys, warps, stages): of the model alone, never of the batch, because they are part of the order."""
-    rows = 16 if itemsize == 4 else 64
-    keys = 32 if itemsize == 4 or head_dim > 128 or coded else 64
-    return max(rows, triton.next_power_of_2(group)), keys, 4, 2 if itemsize == 4 else 3
+    """(rows, keys, warps, stages): of the model alone, never of the batch, because they are part of the order.
+
+    Fewer keys are in a tile of codes, because they pass through registers, as float32, on their way to a product.
+    """
+    rows = max(16 if itemsize == 4 else 64, triton.next_power_of_2(group))
+    if itemsize == 4:
+        return rows, 16 if coded else 32, 8 if coded else 4, 2
+    return rows, 32 if head_dim > 128 or coded else 64, 4, 3
 
 
 @triton.jit
@@ -121,6 +125,38 @@ def blocks_of(keys, begin, end, table, BLOCK_SIZE: tl.constexpr):
     return tl.where(keys >= begin, ids, -1)
 
 
+@triton.jit
+def merge_with_state(
+    acc, top, total, has_older, is_last, state_ptr, state_stats_ptr, out_ptr, sinks_ptr, token, head, there, dim,
+    stride_out_token, stride_out_head, stride_out_dim,
+    HEAD_DIM: tl.constexpr, TILE_Q: tl.constexpr, TILE_D: tl.constexpr,
+):  # fmt: skip
+    """Merge a part with the older ones of its segment, and keep the result, or store the rows after the last.
+
+    What is merged so far lies in memory (in the L2 cache, that is), because registers do not hold it beside a part.
+    """
+    program = tl.program_id(0)
+    row, place = tl.arange(0, TILE_Q), program.to(tl.int64) * 2
+    offset = place * (TILE_Q * TILE_D) + row[:, None] * TILE_D + tl.arange(0, TILE_D)[None, :]
+    stats_ptr = state_stats_ptr + place * (2 * TILE_Q) + row
+    kept = there & (row < tl.where(has_older, TILE_Q, 0))
+    older_acc = tl.load(state_ptr + offset, mask=kept[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    older_top = tl.load(stats_ptr, mask=kept, other=float("-inf"))
+    older_total = tl.load(stats_ptr + TILE_Q, mask=kept, other=0.0)
+    tl.debug_barrier()  # what these threads load, others may store
+    acc, top, total = paging.merge(older_acc, older_top, older_total, acc, top, total)
+    if is_last:
+        paging.store_rows(
+            acc, top, total, out_ptr, sinks_ptr, token, head, there, dim,
+            stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM,
+        )  # fmt: skip
+    else:
+        paging.store_part(
+            acc, top, total, program * 2, state_ptr, state_stats_ptr, there, dim, HEAD_DIM, TILE_Q, TILE_D
+        )
+    tl.debug_barrier()  # and the other way round
+
+
 @triton.jit(do_not_specialize=[*PER_BATCH, "stride_window_table_seq", "num_window_blocks", "window_length"])
 def invariant_attention_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim]
@@ -135,6 +171,8 @@ def invariant_attention_kernel(
     parts_ptr,  # [num_parts, num_tokens, num_heads, head_dim], sums of values; or None, and no segment is cut
     stats_ptr,  # [num_parts, num_tokens, num_heads, 2], top and total
     counters_ptr,  # [num_programs]
+    state_ptr,  # the scratch of paging.py: parts merged so far, of a segment that is its program's alone
+    state_stats_ptr,
     scale,
     logit_cap,
     window,
@@ -218,8 +256,6 @@ def invariant_attention_kernel(
                 table_row = block_table_ptr + seq.to(tl.int64) * stride_table_seq
                 table = (table_row, stride_table_block, num_blocks, max_blocks_per_seq)
 
-                top, total = softmax.empty(TILE_Q)
-                acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
                 for part in range(first, stop):
                     origin, part_end = part * SPLIT, tl.minimum(key_end, (part + 1) * SPLIT)
                     part_top, part_total = softmax.empty(TILE_Q)
@@ -253,24 +289,27 @@ def invariant_attention_kernel(
                         tl.store(stats_ptr + place * 2, part_top, mask=there)
                         tl.store(stats_ptr + place * 2 + 1, part_total, mask=there)
                     else:
-                        acc, top, total = paging.merge(acc, top, total, part_acc, part_top, part_total)
+                        merge_with_state(
+                            part_acc, part_top, part_total, part > first, part + 1 == stop, state_ptr, state_stats_ptr,
+                            out_ptr, sinks_ptr, token, head, there, dim,
+                            stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, TILE_Q, TILE_D,
+                        )  # fmt: skip
 
-                last = True
+                is_last = False
                 if CUT and not alone:
-                    last = paging.is_last(seg_begin, seg_end, line, num_workers, counters_ptr)
-                    if last:
-                        for part in range(first_part, first_part + seg_end - seg_begin):
-                            place = part * num_rows + row
-                            part_acc = tl.load(
-                                parts_ptr + place[:, None] * HEAD_DIM + dim[None, :], mask=stored, other=0.0,
-                                cache_modifier=".cg",
-                            )  # fmt: skip
-                            part_top = tl.load(
-                                stats_ptr + place * 2, mask=there, other=float("-inf"), cache_modifier=".cg"
-                            )
-                            part_total = tl.load(stats_ptr + place * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-                            acc, top, total = paging.merge(acc, top, total, part_acc, part_top, part_total)
-                if last:
+                    is_last = paging.is_last(seg_begin, seg_end, line, num_workers, counters_ptr)
+                if is_last:
+                    top, total = softmax.empty(TILE_Q)
+                    acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
+                    for part in range(first_part, first_part + seg_end - seg_begin):
+                        place = part * num_rows + row
+                        part_acc = tl.load(
+                            parts_ptr + place[:, None] * HEAD_DIM + dim[None, :], mask=stored, other=0.0,
+                            cache_modifier=".cg",
+                        )  # fmt: skip
+                        part_top = tl.load(stats_ptr + place * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+                        part_total = tl.load(stats_ptr + place * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+                        acc, top, total = paging.merge(acc, top, total, part_acc, part_top, part_total)
                     paging.store_rows(
                         acc, top, total, out_ptr, sinks_ptr, token, head, there, dim,
                         stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM,
@@ -311,12 +350,14 @@ def attend_invariantly(
     cut = num_parts > 1 and num_parts * q.numel() * 4 <= MOST_SCRATCH
     parts = torch.empty(num_parts * q.numel() if cut else 0, dtype=torch.float32, device=q.device)
     stats = torch.empty(num_parts * num_tokens * num_heads * 2 if cut else 0, dtype=torch.float32, device=q.device)
+    tile_d = max(16, triton.next_power_of_2(head_dim))
+    scratch = paging.make_scratch(q, num_programs, tile_q, tile_d)
     window_table = None if young is None else young.block_table
     invariant_attention_kernel[(num_programs,)](
         q, tuple(strided(array) for array in arrays),
         None if young is None else (strided(young.keys), strided(young.values)),
         block_table, window_table, seq_lens, cu_seqlens_q, sinks, out, parts, stats,
-        paging.zero_counters(q, num_programs),
+        scratch.counters, scratch.parts, scratch.stats,
         scale, logit_cap or 0.0, min(sliding_window or 0, LONGEST_WINDOW),
         0 if young is None else min(young.length, LONGEST_WINDOW),
         *q.stride(), *block_table.stride(), *(block_table if window_table is None else window_table).stride(),
@@ -325,7 +366,7 @@ def attend_invariantly(
         CUT=cut, WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None, WIDE=wide, LOAD=format.load,
         BITS=format.bits, NUM_GROUPS=format.num_groups, GROUP_SIZE=format.group_size, GROUP=group, HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size, SPLIT=SPLIT, TILE_Q=tile_q, TILE_KV=tile_kv,
-        TILE_D=max(16, triton.next_power_of_2(head_dim)), num_warps=num_warps, num_stages=num_stages, **overlapped(q),
+        TILE_D=tile_d, num_warps=num_warps, num_stages=num_stages, **overlapped(q),
     )  # fmt: skip
     return out
 
@@ -347,7 +388,7 @@ def paged_attention_invariant(
     """Same contract as `reference.attention.paged_attention.paged_attention`; of each query the same bits always.
 
     Grid: as ``paged_attention``, with parts of ``SPLIT`` tokens shared out, not tiles.
-    Moves: as ``paged_attention``; of a tile of rows that several programs share, every part out and back.
+    Moves: as ``paged_attention``; of a tile of rows with several parts, every part out to the L2 cache and back.
     Limits: a block size or strides of another kind may compile to other bits; a batch of another kind does not.
     """
     tables = block_table, seq_lens, cu_seqlens_q
