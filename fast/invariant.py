@@ -23,7 +23,12 @@ from fast.attention.invariant_attention import paged_attention_invariant
 from fast.fusion._norm_linear import check_norm_linear
 from fast.fusion._swiglu_linear import check_swiglu_linear
 from fast.fusion.linear_add import check_residual
-from fast.kv_cache._codes import require_affine, require_symmetric
+from fast.kv_cache.invariant_attention import (
+    paged_attention_fp8_invariant,
+    paged_attention_int4_invariant,
+    paged_attention_int8_invariant,
+    paged_attention_kivi_invariant,
+)
 from fast.linear._descriptors import matmul_described
 from fast.linear._matmul import matmul
 from fast.linear._split import describable, split_linear, unsplit
@@ -54,6 +59,10 @@ def _as(op: Callable) -> Callable[[Callable], Callable]:
 
 
 paged_attention = _as(fast.paged_attention)(paged_attention_invariant)
+paged_attention_fp8 = _as(fast.paged_attention_fp8)(paged_attention_fp8_invariant)
+paged_attention_int4 = _as(fast.paged_attention_int4)(paged_attention_int4_invariant)
+paged_attention_int8 = _as(fast.paged_attention_int8)(paged_attention_int8_invariant)
+paged_attention_kivi = _as(fast.paged_attention_kivi)(paged_attention_kivi_invariant)
 lora = _as(fast.lora)(lora_invariant)
 linear_fp8 = _as(fast.linear_fp8)(linear_fp8_invariant)
 linear_fp8_fp8 = _as(fast.linear_fp8_fp8)(linear_fp8_fp8_invariant)
@@ -141,73 +150,3 @@ def _project(x: Array, weight: Array, bias: Array | None, residual: Array | None
             matmul(x, weight, bias, residual, out)
 
     return into(out, x, weight, residual, write)
-
-
-# ---- attention over caches of codes: as floats first ----------------------------------------------------------------
-
-
-@wraps(fast.paged_attention_int8)
-def paged_attention_int8(q, k_cache, v_cache, k_scale, v_scale, block_table, seq_lens, cu_seqlens_q, **options):
-    require_symmetric("paged_attention_int8", k_cache, v_cache, k_scale, v_scale, codes=torch.int8)
-    sides = (k_cache, k_scale), (v_cache, v_scale)
-    return _attend_floats(q, _symmetric, *sides, block_table, seq_lens, cu_seqlens_q, **options)
-
-
-@wraps(fast.paged_attention_fp8)
-def paged_attention_fp8(q, k_cache, v_cache, k_scale, v_scale, block_table, seq_lens, cu_seqlens_q, **options):
-    require_symmetric("paged_attention_fp8", k_cache, v_cache, k_scale, v_scale, codes=torch.float8_e4m3fn)
-    sides = (k_cache, k_scale), (v_cache, v_scale)
-    return _attend_floats(q, _symmetric, *sides, block_table, seq_lens, cu_seqlens_q, **options)
-
-
-@wraps(fast.paged_attention_int4)
-def paged_attention_int4(
-    q, k_cache, v_cache, k_scale, k_zero, v_scale, v_zero, block_table, seq_lens, cu_seqlens_q, **options
-):
-    require_affine("paged_attention_int4", k_cache, v_cache, k_scale, k_zero, v_scale, v_zero)
-    sides = (k_cache, k_scale, k_zero), (v_cache, v_scale, v_zero)
-    return _attend_floats(q, _affine, *sides, block_table, seq_lens, cu_seqlens_q, **options)
-
-
-@wraps(fast.paged_attention_kivi)
-def paged_attention_kivi(*args, **kwargs):
-    raise NotImplementedError("paged_attention_kivi: there is no batch-invariant version")
-
-
-def _attend_floats(
-    q: Array,
-    dequantize: Callable[..., Array],
-    keys: tuple[Array, ...],
-    values: tuple[Array, ...],
-    block_table: Array,
-    seq_lens: Array,
-    cu_seqlens_q: Array,
-    **options: Any,
-) -> Array:
-    """The blocks that the table names become blocks of float32, and are attended to in the order of their positions.
-
-    Slow, and as much memory as the sequences have tokens in float32; nothing is rounded that the op would not round.
-    """
-    num_blocks = len(keys[0])
-    known = (block_table >= 0) & (block_table < num_blocks)
-    own = torch.arange(block_table.numel(), device=q.device).view(block_table.shape)
-    table = torch.where(known, own, -1).to(torch.int32)
-    blocks = torch.where(known, block_table, 0).flatten() if num_blocks else own.flatten()[:0]
-    k, v = (dequantize(*(_take(array, blocks) for array in side)) for side in (keys, values))
-    return paged_attention_invariant(q, k, v, table, seq_lens, cu_seqlens_q, **options)
-
-
-def _take(array: Array, blocks: Array) -> Array:
-    """Those blocks; torch moves no float8, but bytes."""
-    return array.view(torch.uint8)[blocks].view(array.dtype) if array.itemsize == 1 else array[blocks]
-
-
-def _symmetric(codes: Array, scale: Array) -> Array:
-    return codes.float() * scale.float()[..., None]
-
-
-def _affine(codes: Array, scale: Array, zero: Array) -> Array:
-    """Low nibbles are the first half of a head."""
-    numbers = torch.cat([codes & 15, codes >> 4], dim=-1).float()
-    groups = numbers.unflatten(-1, (scale.shape[-1], -1))
-    return (groups * scale.float()[..., None] + zero.float()[..., None]).flatten(-2)

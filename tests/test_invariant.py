@@ -3,20 +3,23 @@
 No tolerance and no second try. Small inputs that Hypothesis draws run everywhere; sizes of real layers need a GPU.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fast
 import reference
 from fast import invariant
+from fast.attention import invariant_attention
 from fast.linear._descriptors import BLOCKS, choose_block, matmul_described
 from fast.linear._matmul import TILES, choose_tile, matmul
 from fast.linear._split import split_linear, unsplit
+from reference.kv_cache.formats import KV_FORMATS
 from reference.model.decoder import Decoder
 from twofold.conformance.properties import fusion as fusion_properties
 from twofold.conformance.properties import kv_cache as cache_properties
@@ -25,11 +28,12 @@ from twofold.conformance.properties import model as model_properties
 from twofold.conformance.properties import parity
 from twofold.conformance.properties.fusion import run
 from twofold.conformance.strategies import fusion as fusion_calls
-from twofold.conformance.strategies.kv_cache import batches
+from twofold.conformance.strategies.kv_cache import Batch, Layout, batches, values
 from twofold.conformance.strategies.linear import LINEAR_OPS, linear_calls, lora_calls
 from twofold.conformance.strategies.model import random_model
 
 TOKENS = [5, 9, 96, 0, 33, 33, 7, 61, 2, 18, 44, 90, 12]
+CODED = ["int8", "fp8", "int4", "kivi"]
 HAS_GPU = torch.cuda.is_available()
 PER_TOKEN = ("x", "residual", "gate_up", "base", "adapter_ids", "token_ids", "q", "k", "v", "positions", "slot_mapping")
 few = settings(max_examples=50 if HAS_GPU else 20)
@@ -98,51 +102,106 @@ def test_embedding_and_rotary(call, data):
     rows_stay_the_same(call, some_tokens(data, num_tokens))
 
 
-@settings(max_examples=30 if HAS_GPU else 4)
-@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+@pytest.fixture
+def short_parts(monkeypatch):
+    """Parts so short that drawn sequences have several."""
+    monkeypatch.setattr(invariant_attention, "SPLIT", 10)
+
+
+@settings(max_examples=30 if HAS_GPU else 8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("format", CODED)
 @given(data=st.data())
-def test_attention_over_codes(format, data):
-    """It is right; of its bits, the next test."""
+def test_attention_over_codes(short_parts, format, data):
+    """It is right; of its bits, the next tests."""
     cache_properties.attends_over_what_is_stored(invariant, data.draw(batches(format)))
 
 
-@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
-def test_attention_over_codes_in_any_company(format):
-    """A decode has the bits of that token in its prompt's chunk, alone or among other sequences."""
-    rng, lens, block_size, num_kv_heads, head_dim = np.random.default_rng(0), [9, 40, 23], 4, 2, 16
-    place = fast.from_host
-    slots = np.concatenate([seq * 40 + np.arange(n) for seq, n in enumerate(lens)])  # ten blocks for each sequence
-    arrays = cache_of(format, 30, block_size, num_kv_heads, head_dim)
-    q, k, v = (rng.normal(size=(sum(lens), heads, head_dim)).astype(np.float32) for heads in (4, 2, 2))
-    getattr(invariant, f"write_kv_{format}")(place(k), place(v), *arrays, place(slots))
-    attend = getattr(invariant, f"paged_attention_{format}")
-    table, ends = np.arange(30, dtype=np.int32).reshape(3, 10), np.cumsum(lens)
-    offsets = np.array([0, *ends], np.int32)
-    prefill = attend(place(q), *arrays, place(table), place(np.array(lens, np.int32)), place(offsets))
-    decode = attend(
-        place(q[ends - 1]), *arrays, place(table), place(np.array(lens, np.int32)), place(np.arange(4, dtype=np.int32))
+@settings(max_examples=30 if HAS_GPU else 3, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("format", CODED)
+@given(data=st.data())
+def test_attention_over_codes_reads_nothing_else(short_parts, format, data):
+    """What nobody owns, and what no query sees, changes nothing."""
+    batch = data.draw(batches(format))
+    cache_properties.unowned_slots_do_not_matter(invariant, batch)
+    cache_properties.padding_of_the_table_does_not_matter(invariant, batch)
+
+
+@settings(max_examples=50 if HAS_GPU else 6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("format", CODED)
+@given(data=st.data())
+def test_attention_over_codes_in_any_company(short_parts, format, data):
+    """Any chunks of any of the sequences, in any order and number, have the bits of whole prompts side by side."""
+    batch = data.draw(batches(format, share=False, whole=True))
+    cache = cache_properties.written_cache(invariant, batch)
+    whole = cache.attend(batch)
+    spans = [
+        (seq, first, end) for seq, n in enumerate(batch.seq_lens) for end in range(1, n + 1) for first in range(end)
+    ]
+    chunks = data.draw(st.lists(st.sampled_from(spans), min_size=1, max_size=4), "chunks") if spans else []
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans(), "no sequence is cut"):
+            patch.setattr(invariant_attention, "MOST_SCRATCH", 0)
+        chunks_are_as_in_the_whole(cache, batch, whole, chunks)
+
+
+def chunks_are_as_in_the_whole(cache, batch, whole, chunks) -> None:
+    """``chunks`` are (sequence, first query, last + 1) each, and sequences of a batch of their own."""
+    seqs = [seq for seq, *_ in chunks]
+    rows = np.concatenate([np.arange(0), *(batch.cu_seqlens_q[seq] + np.arange(*span) for seq, *span in chunks)])
+    got = cache.attend(
+        batch,
+        q=batch.q[rows.astype(np.intp)],
+        block_table=batch.block_table[seqs],
+        window_block_table=batch.window_block_table[seqs],
+        seq_lens=np.array([end for *_, end in chunks], np.int32),
+        cu_seqlens_q=np.cumsum([0, *(end - first for _, first, end in chunks)]).astype(np.int32),
     )
-    assert torch.equal(decode, prefill[torch.from_numpy(ends - 1).to(prefill.device)])
-    for seq, n in enumerate(lens):
-        tables = table[seq : seq + 1], np.array([n], np.int32), np.array([0, 1], np.int32)
-        alone = attend(place(q[ends[seq] - 1][None]), *arrays, *map(place, tables))
-        assert torch.equal(alone[0], decode[seq]), f"sequence {seq}"
+    expected = np.ascontiguousarray(whole[rows.astype(np.intp)])
+    same = got.tobytes() == expected.tobytes()
+    assert same, f"{chunks}: {np.count_nonzero(got != expected)} of {got.size} numbers have other bits"
 
 
-def cache_of(format: str, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> list[torch.Tensor]:
-    """The arrays of an empty cache, in the order of the ops' arguments."""
-    shape, device = (num_blocks, block_size, num_kv_heads), fast.empty((1,), dtype="float32").device
-    if format == "int4":
-        codes = [torch.zeros(*shape, head_dim // 2, dtype=torch.uint8, device=device) for _ in range(2)]
-        return codes + [torch.zeros(*shape, 1, dtype=torch.float16, device=device) for _ in range(4)]
-    dtype = torch.int8 if format == "int8" else torch.float8_e4m3fn
-    codes = [torch.zeros(*shape, head_dim, dtype=torch.int8, device=device).view(dtype) for _ in range(2)]
-    return codes + [torch.zeros(*shape, device=device) for _ in range(2)]
+@pytest.mark.parametrize("format", ["plain", *CODED])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_long_attention_in_any_company(format, dtype):
+    """Decodes, alone and together, and chunks: of more keys than a tile has, and on a GPU of several parts."""
+    batch = prompts(format, dtype, [900, 4100, 2300] if HAS_GPU else [9, 70, 34])
+    cache = cache_properties.written_cache(invariant, batch)
+    whole = cache.attend(batch)
+    last = [(seq, int(n) - 1, int(n)) for seq, n in enumerate(batch.seq_lens)]
+    cut = [(seq, int(n) // 3, int(n) // 2) for seq, n in enumerate(batch.seq_lens)]
+    for chunks in (last, [last[1]], [cut[2], last[1], cut[0], last[0], cut[1]]):
+        chunks_are_as_in_the_whole(cache, batch, whole, chunks)
+
+
+def prompts(format: str, dtype: str, lens: list[int]) -> Batch:
+    """Whole prompts, in shuffled blocks; KIVI's window is no multiple of its groups."""
+    block_size, rng = 16, np.random.default_rng(0)
+    blocks_of = [-(-n // block_size) for n in lens]
+    layout = Layout(
+        format, sum(blocks_of), sum(blocks_of), block_size, num_kv_heads=2, head_dim=64 if HAS_GPU else 16,
+        num_groups=2, group_size=8, bits=2, dtype=dtype,
+    )  # fmt: skip
+    table = np.full((len(lens), max(blocks_of)), -1, np.int32)
+    for row, count, ids in zip(table, blocks_of, np.split(rng.permutation(sum(blocks_of)), np.cumsum(blocks_of))):
+        row[:count] = ids
+    packed = [values(rng, (n, 4, layout.head_dim), "normal", dtype) for n in lens]
+    q, lengths = values(rng, (sum(lens), 8, layout.head_dim), "normal", dtype), np.array(lens, np.int32)
+    options = {"window": 21} if format == "kivi" else {}
+    return Batch(layout, "normal", lengths, lengths, table, table, packed, 0, q, options)
 
 
 @pytest.mark.parametrize(
     ("dtype", "weight_format", "kv_format"),
-    [("float32", "auto", "auto"), ("float16", "int8", "auto"), ("bfloat16", "int4-32", "int8")],
+    [
+        ("float32", "auto", "auto"),
+        ("float16", "int8", "auto"),
+        ("bfloat16", "int4-32", "int8"),
+        ("float16", "auto", "fp8"),
+        ("bfloat16", "auto", "int4"),
+        ("bfloat16", "auto", replace(KV_FORMATS["kivi2"], window=3, group_size=4)),
+        ("float32", "auto", replace(KV_FORMATS["kivi4"], window=5, group_size=2)),
+    ],
 )
 def test_a_model_in_any_company(dtype, weight_format, kv_format):
     """A whole decoder: a sequence's logits alone, in one step, are bit for bit those it has in a batch, in chunks."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from reference.kv_cache.cache import CacheView, KVCache
+from reference.kv_cache.formats import KVFormat, resolve_format
 from reference.linear.weight import Weight, weight_format
 from reference.model.config import ModelConfig
 from reference.model.decoder import AdapterBank, Decoder
@@ -34,7 +35,7 @@ def paged_logits(
     *,
     block_size: int = 4,
     seed: int = 0,
-    kv_format: str = "auto",
+    kv_format: KVFormat | str = "auto",
     adapters: AdapterBank | None = None,
     adapter_of: Sequence[int] | None = None,
     last_only: bool = False,
@@ -60,10 +61,12 @@ def paged_logits(
         head_dim=config.head_dim,
         block_size=block_size,
         num_blocks=num_blocks,
+        num_window_blocks=num_blocks if resolve_format(kv_format, decoder.dtype).window else 0,
         dtype=decoder.dtype,
         backend=backend,
     )
-    cache.swap_in(np.full((num_blocks, cache.block_bytes[0]), 0xFF, np.uint8), range(num_blocks))
+    for pool, size in enumerate(cache.block_bytes):
+        cache.swap_in(np.full((num_blocks, size), 0xFF, np.uint8), range(num_blocks), pool=pool)
     block_table = np.full((len(sequences), max(blocks_per_seq, default=0)), -1, np.int32)
     for row, count, start in zip(block_table, blocks_per_seq, np.cumsum([0, *blocks_per_seq])):
         row[:count] = order[start : start + count]
@@ -84,6 +87,8 @@ def paged_logits(
             seq_lens=place(np.array(done, np.int32)),
             block_table=place(block_table),
             slot_mapping=place(np.array(slots, np.int64)),
+            window_block_table=place(block_table),  # blocks of the window's pool have their own ids; these are as good
+            window_slot_mapping=place(np.array(slots, np.int64)),
         )
         rows = (
             [int(end) - 1 for end, count in zip(ends[1:], counts) if count] if last_only else list(range(len(tokens)))
