@@ -8,7 +8,7 @@ import reference
 from twofold.conformance.properties import fusion as properties
 from twofold.conformance.strategies.fusion import linear_add_calls
 
-calls = linear_add_calls().filter(lambda call: call.op == "linear_add")
+calls = linear_add_calls("linear_add")
 
 
 @given(call=calls)

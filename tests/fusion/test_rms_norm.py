@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fast
 import reference
@@ -10,10 +11,13 @@ from fast.fusion.rms_norm import choose_tile
 from twofold.conformance.properties import fusion as properties
 from twofold.conformance.strategies.fusion import Call, norm_calls
 
+each_op = pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "rms_norm_linear"])
 
-@given(call=norm_calls())
-def test_matches_the_oracle(backend, call):
-    properties.matches_the_oracle(backend, call)
+
+@each_op
+@given(data=st.data())
+def test_matches_the_oracle(backend, op, data):
+    properties.matches_the_oracle(backend, data.draw(norm_calls(op)))
 
 
 @settings(max_examples=200)
@@ -22,8 +26,10 @@ def test_fused_is_its_parts(call):
     properties.fused_is_its_parts(reference, call)
 
 
-@given(call=norm_calls())
-def test_writes_only_where_it_says(backend, call):
+@each_op
+@given(data=st.data())
+def test_writes_only_where_it_says(backend, op, data):
+    call = data.draw(norm_calls(op))
     properties.writes_only_where_it_says(backend, call)
     properties.honours_out(backend, call)
 

@@ -21,9 +21,13 @@ from twofold.conformance.strategies.fusion import Call, rotary_calls
 turns = rotary_calls("rotary")
 
 
-@given(call=rotary_calls())
-def test_matches_the_oracle(backend, call):
-    properties.matches_the_oracle(backend, call)
+each_op = pytest.mark.parametrize("op", ["rotary", "rotary_write_kv"])
+
+
+@each_op
+@given(data=st.data())
+def test_matches_the_oracle(backend, op, data):
+    properties.matches_the_oracle(backend, data.draw(rotary_calls(op)))
 
 
 @settings(max_examples=200)
@@ -33,8 +37,10 @@ def test_fused_is_its_parts(call):
 
 
 @pytest.mark.interpreted(6)
-@given(call=rotary_calls())
-def test_writes_only_where_it_says(backend, call):
+@each_op
+@given(data=st.data())
+def test_writes_only_where_it_says(backend, op, data):
+    call = data.draw(rotary_calls(op))
     properties.writes_only_where_it_says(backend, call)
     properties.honours_out(backend, call)
 

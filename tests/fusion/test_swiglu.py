@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fast
 import reference
@@ -13,12 +14,14 @@ from fast.fusion.swiglu import TILE_SIZE, choose_tile
 from twofold.conformance.properties import fusion as properties
 from twofold.conformance.strategies.fusion import Call, linear_add_calls, swiglu_calls
 
-fused = linear_add_calls().filter(lambda call: call.op == "swiglu_linear_add")
+fused = linear_add_calls("swiglu_linear_add")
+each_op = pytest.mark.parametrize("calls", [pytest.param(swiglu_calls(), id="swiglu"), pytest.param(fused, id="fused")])
 
 
-@given(call=swiglu_calls() | fused)
-def test_matches_the_oracle(backend, call):
-    properties.matches_the_oracle(backend, call)
+@each_op
+@given(data=st.data())
+def test_matches_the_oracle(backend, calls, data):
+    properties.matches_the_oracle(backend, data.draw(calls))
 
 
 @settings(max_examples=200)
@@ -27,8 +30,10 @@ def test_fused_is_its_parts(call):
     properties.fused_is_its_parts(reference, call)
 
 
-@given(call=swiglu_calls() | fused)
-def test_writes_only_where_it_says(backend, call):
+@each_op
+@given(data=st.data())
+def test_writes_only_where_it_says(backend, calls, data):
+    call = data.draw(calls)
     properties.writes_only_where_it_says(backend, call)
     properties.honours_out(backend, call)
 

@@ -44,6 +44,11 @@ def drawn_dtype(draw: st.DrawFn) -> np.dtype:
     return np.dtype(getattr(ml_dtypes, name, name))
 
 
+def number_of_tokens(draw: st.DrawFn) -> int:
+    """Often one: kernels take another way then."""
+    return draw(st.one_of(st.just(1), st.integers(0, 7)), label="num_tokens")
+
+
 def rng_of(draw: st.DrawFn) -> np.random.Generator:
     return np.random.default_rng(draw(st.integers(0, 2**32 - 1), label="seed"))
 
@@ -73,12 +78,12 @@ def embedding_calls(draw: st.DrawFn) -> Call:
 
 
 @st.composite
-def norm_calls(draw: st.DrawFn) -> Call:
+def norm_calls(draw: st.DrawFn, op: str | None = None) -> Call:
     """rms_norm of rows or of heads, add_rms_norm, or rms_norm_linear."""
     rng, dtype = rng_of(draw), drawn_dtype(draw)
-    op = draw(st.sampled_from(["rms_norm", "add_rms_norm", "rms_norm_linear"]), label="op")
+    op = op or draw(st.sampled_from(["rms_norm", "add_rms_norm", "rms_norm_linear"]), label="op")
     hidden = draw(st.sampled_from(SIZES), label="hidden_size")
-    rows: tuple[int, ...] = (draw(st.integers(0, 7), label="num_tokens"),)
+    rows: tuple[int, ...] = (number_of_tokens(draw),)
     if op == "rms_norm" and draw(st.booleans(), label="heads"):
         rows += (3,)
     options = {"eps": draw(st.sampled_from([1e-6, 1e-5, 0.1]), label="eps")}
@@ -94,17 +99,15 @@ def norm_calls(draw: st.DrawFn) -> Call:
 
 
 @st.composite
-def linear_add_calls(draw: st.DrawFn) -> Call:
+def linear_add_calls(draw: st.DrawFn, op: str | None = None) -> Call:
     """linear_add, or swiglu_linear_add. Gates reach far to both sides, where e^-z overflows or vanishes."""
     rng, dtype = rng_of(draw), drawn_dtype(draw)
-    num_tokens, in_features = (
-        draw(st.integers(0, 7), label="num_tokens"),
-        draw(st.sampled_from(SIZES), label="in_features"),
-    )
+    op = op or draw(st.sampled_from(["linear_add", "swiglu_linear_add"]), label="op")
+    num_tokens, in_features = number_of_tokens(draw), draw(st.sampled_from(SIZES), label="in_features")
     linear = _linear(draw, rng, in_features, dtype)
     bias = {name: linear.pop(name) for name in list(linear) if name == "bias"}
     residual = matrix(draw, rng, (num_tokens, len(linear["weight"])), dtype, "residual")
-    if draw(st.booleans(), label="swiglu"):
+    if op == "swiglu_linear_add":
         gate_up = gates(draw, rng, num_tokens, in_features, dtype)
         return Call("swiglu_linear_add", {"gate_up": gate_up} | linear | {"residual": residual} | bias)
     x = matrix(draw, rng, (num_tokens, in_features), dtype, "x")
@@ -115,7 +118,7 @@ def linear_add_calls(draw: st.DrawFn) -> Call:
 def swiglu_calls(draw: st.DrawFn) -> Call:
     rng, dtype = rng_of(draw), drawn_dtype(draw)
     size = draw(st.sampled_from(SIZES), label="intermediate_size")
-    return Call("swiglu", {"gate_up": gates(draw, rng, draw(st.integers(0, 7), label="num_tokens"), size, dtype)})
+    return Call("swiglu", {"gate_up": gates(draw, rng, number_of_tokens(draw), size, dtype)})
 
 
 def gates(draw: st.DrawFn, rng: np.random.Generator, num_tokens: int, size: int, dtype: np.dtype) -> np.ndarray:
