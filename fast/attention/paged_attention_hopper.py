@@ -12,33 +12,27 @@ import torch
 from torch import Tensor as Array
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fast._triton.platform import num_processors
+from fast.attention._hopper import (
+    LOG2E,
+    NUM_STAGES,
+    TILE_KV,
+    TILE_Q,
+    add_sink,
+    attend,
+    empty_state,
+    item_of,
+    store_rows,
+)
 
-TILE_Q = 128  # of a program: 64 for each consumer
-TILE_KV = 128
 IN_TURN = True  # the consumers start their products in turn, so that one's softmax falls beside the other's products
-NUM_STAGES = 2  # tiles of K, and as many of V, in shared memory
-LOG2E = gl.constexpr(1.4426950408889634)
 PER_BATCH = [
     "stride_table_seq", "num_seqs", "num_tokens", "num_heads", "group", "num_slots", "num_halvings", "num_blocks",
     "max_blocks_per_seq", "k_rows_per_block", "v_rows_per_block", "fewest_queries",
 ]  # fmt: skip
-
-
-@gluon.jit
-def item_of(turn):
-    """The item a program takes in its ``turn``: to and fro, because items get shorter and the first is the longest."""
-    place = gl.where(turn % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
-    return turn * gl.num_programs(0) + place
 
 
 @gluon.jit
@@ -137,93 +131,15 @@ def produce(
 
 
 @gluon.jit
-def hide(scores, first, position, num_keys, LAYOUT: gl.constexpr):
-    """-inf for every score of a key that its query does not see."""
-    rows: gl.constexpr = scores.shape[0]
-    columns: gl.constexpr = scores.shape[1]
-    key = first + gl.arange(0, columns, gl.SliceLayout(0, LAYOUT))[None, :]
-    query = position + gl.arange(0, rows, gl.SliceLayout(1, LAYOUT))[:, None]
-    return gl.where((key < num_keys) & (key <= query), scores, float("-inf"))
-
-
-@gluon.jit
-def weigh(scores, top, total, scale_log2):
-    """``softmax.update`` of `fast._triton.softmax`."""
-    new_top = gl.maximum(top, gl.max(scores, 1) * scale_log2)
-    shift = gl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = gl.exp2(scores * scale_log2 - shift[:, None])
-    rescale = gl.exp2(top - shift)
-    return new_top, total * rescale + gl.sum(weights, 1), rescale, weights
-
-
-@gluon.jit
-def clean(v_tile, num_rows, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Zero the rows of a tile of V that are another sequence's: a weight of 0 times its NaN would be NaN.
-
-    Both consumers do it, with the same zeros, each before it reads the tile.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [4, 1], [1, 0])
-    for part in gl.static_range(TILE_KV // 32):
-        rows = v_tile.slice(part * 32, 32)
-        row = part * 32 + gl.arange(0, 32, gl.SliceLayout(1, layout))
-        values = rows.load(layout)
-        rows.store(gl.where((row < num_rows)[:, None], values, gl.zeros_like(values)))
-    fence_async_shared()
-
-
-@gluon.jit
-def pass_tiles(
-    scores_of, acc, weights, top, total, rescale, passed, turns, start, stop, position, num_keys, scale_log2,
-    q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-    WHICH: gl.constexpr, IN_TURN: gl.constexpr, MASKED: gl.constexpr, TILE_KV: gl.constexpr, STAGES: gl.constexpr,
-    S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Tiles of keys from ``start`` down to ``stop``; the values of a tile are added while the next one is scored."""
-    for step in range(start - stop):
-        tile = start - 1 - step
-        stage = passed % STAGES
-        if IN_TURN:
-            mbarrier.wait(my_turn, (turns & 1) ^ (1 - WHICH))
-        scores = warpgroup_mma(q_tile, k_smem.index(stage).permute((1, 0)), scores_of, use_acc=False, is_async=True)
-        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, P_LAYOUT.parent))[:, None]
-        before = (passed - 1) % STAGES
-        mbarrier.wait(v_full.index(before), (passed - 1) // STAGES & 1)
-        acc = warpgroup_mma(weights, v_smem.index(before), acc, is_async=True)
-        if IN_TURN:
-            mbarrier.arrive(other_turn, count=1)
-            turns += 1
-        scores = warpgroup_mma_wait(1, deps=[scores])
-        mbarrier.arrive(k_empty.index(stage), count=1)
-        if MASKED:
-            scores = hide(scores, tile * TILE_KV, position, num_keys, S_LAYOUT)
-        top, total, rescale, new_weights = weigh(scores, top, total, scale_log2)
-        # The next keys are waited for here because the assembler moves no arithmetic over the loop of a wait: without
-        # one it would put the wait for the values before the softmax that is to hide it.
-        mbarrier.wait(k_full.index((passed + 1) % STAGES), (passed + 1) // STAGES & 1, pred=tile > 0)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(v_empty.index(before), count=1)
-        weights = gl.convert_layout(new_weights.to(q_tile.dtype), P_LAYOUT)
-        passed += 1
-    return acc, weights, top, total, rescale, passed, turns
-
-
-@gluon.jit
 def consume(
-    q_tile, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-    out_ptr, sinks_ptr, scale_log2,
-    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots,
-    num_halvings, capacity, fewest_queries, WHICH: gl.constexpr, IN_TURN: gl.constexpr, SINKS: gl.constexpr,
-    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    q_tile, q_full, q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head,
+    cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity, fewest_queries,
+    WHICH: gl.constexpr, IN_TURN: gl.constexpr, SINKS: gl.constexpr,
+    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 of an item's queries, through all its tiles of keys."""
     ROWS: gl.constexpr = TILE_Q // 2
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    STORE_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [4, 1], [1, 0])
-    dtype: gl.constexpr = q_tile.dtype
-    scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, S_LAYOUT)
+    scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16]))
 
     passed = 0
     items = 0
@@ -239,62 +155,20 @@ def consume(
         rows_left -= WHICH * ROWS
         position += WHICH * ROWS
 
-        top = gl.full([ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
-        total = gl.zeros([ROWS], gl.float32, ROW_LAYOUT)
-        acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
+        top, total, acc = empty_state(ROWS, TILE_KV, HEAD_DIM)
         if num_tiles > 0:
             mbarrier.wait(q_full, items & 1)
             items += 1
-            stage = passed % STAGES
-            mbarrier.wait(k_full.index(stage), passed // STAGES & 1)
-            scores = warpgroup_mma(q_tile, k_smem.index(stage).permute((1, 0)), scores_of, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[scores])
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            first = (num_tiles - 1) * TILE_KV
-            scores = hide(scores, first, position, num_keys, S_LAYOUT)
-            top, total, rescale, new_weights = weigh(scores, top, total, scale_log2)
-            weights = gl.convert_layout(new_weights.to(dtype), P_LAYOUT)
-            if num_keys - first < TILE_KV:
-                mbarrier.wait(v_full.index(stage), passed // STAGES & 1)
-                clean(v_smem.index(stage), num_keys - first, TILE_KV, HEAD_DIM)
-            passed += 1
-            mbarrier.wait(k_full.index(passed % STAGES), passed // STAGES & 1, pred=num_tiles > 1)
-
-            middle = gl.minimum(seen_tiles, num_tiles - 1)
-            acc, weights, top, total, rescale, passed, turns = pass_tiles(
-                scores_of, acc, weights, top, total, rescale, passed, turns,
-                num_tiles - 1, middle, position, num_keys, scale_log2,
-                q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-                WHICH, IN_TURN, True, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
+            acc, top, total, passed, turns = attend(
+                scores_of, acc, top, total, passed, turns, position, num_keys, num_tiles, seen_tiles, scale_log2,
+                q_tile, q_empty, WHICH, tiles, turn, IN_TURN, WHICH, True,
             )  # fmt: skip
-            acc, weights, top, total, rescale, passed, turns = pass_tiles(
-                scores_of, acc, weights, top, total, rescale, passed, turns, middle, 0, position, num_keys, scale_log2,
-                q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-                WHICH, IN_TURN, False, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
-            )  # fmt: skip
-            mbarrier.arrive(q_empty, count=1)
-            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            stage = (passed - 1) % STAGES
-            mbarrier.wait(v_full.index(stage), (passed - 1) // STAGES & 1)
-            acc = warpgroup_mma(weights, v_smem.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(v_empty.index(stage), count=1)
 
         if rows_left > 0:
-            if SINKS:  # a key that brings no value
-                sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2E
-                new_top = gl.maximum(top, sink)
-                shift = gl.where(new_top == float("-inf"), 0.0, new_top)
-                rescale = gl.exp2(top - shift)
-                total = total * rescale + gl.exp2(sink - shift)
-                acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
+            if SINKS:
+                acc, top, total = add_sink(acc, top, total, sinks_ptr, head)
             total = gl.where(total > 0, total, 1.0)
-            acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            result = gl.convert_layout(acc.to(dtype), STORE_LAYOUT)
-            row = gl.arange(0, ROWS, gl.SliceLayout(1, STORE_LAYOUT))[:, None]
-            dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, STORE_LAYOUT))[None, :]
-            offset = (token + row).to(gl.int64) * stride_out_token + head.to(gl.int64) * stride_out_head + dim
-            gl.store(out_ptr + offset, result, mask=row < rows_left)
+            store_rows(acc, total, out_ptr, token, head, rows_left, stride_out_token, stride_out_head, q_tile.dtype)
 
 
 @gluon.jit(do_not_specialize=PER_BATCH)
@@ -353,21 +227,18 @@ def paged_attention_hopper_kernel(
         mbarrier.init(v_empty.index(stage), count=2)
     fence_async_shared()
     capacity = max_blocks_per_seq * BLOCK_SIZE
+    tiles = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
     gl.warp_specialize(
         [
             (consume, (
-                q_smem.index(0), k_smem, v_smem, q_full.index(0), q_empty.index(0), k_full, k_empty, v_full, v_empty,
-                turn.index(0), turn.index(1), out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head,
-                cu_seqlens_q_ptr, seq_lens_ptr,
-                num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS,
-                TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                q_smem.index(0), q_full.index(0), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
+                stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
+                num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
             )),
             (consume, (
-                q_smem.index(1), k_smem, v_smem, q_full.index(1), q_empty.index(1), k_full, k_empty, v_full, v_empty,
-                turn.index(1), turn.index(0), out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head,
-                cu_seqlens_q_ptr, seq_lens_ptr,
-                num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS,
-                TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                q_smem.index(1), q_full.index(1), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
+                stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
+                num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
             )),
             (produce, (
                 q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
