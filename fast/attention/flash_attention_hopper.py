@@ -18,6 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fast._triton.paging import zero_counters
 from fast._triton.platform import num_processors
 from fast.attention._hopper import (
     LN2,
@@ -33,6 +34,7 @@ from fast.attention._hopper import (
     store_rows,
 )
 
+DRAWN = False  # each next item is drawn from a counter by who is ready for it, not dealt beforehand
 CACHED_BYTES = 20 * 2**20  # of K and V side by side, of 50 MB of L2 cache: several sequences may be on their way
 COUNTS = ("num_seqs", "num_tokens", "total_keys", "num_heads", "group", "section", "num_slots", "num_halvings")
 
@@ -95,39 +97,128 @@ def find_item(
 
 
 @gluon.jit
+def fetch_item(
+    q_desc, k_desc, v_desc, tiles, head, token, first_key, num_tiles, group, items, passed,
+    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Ask for the queries of an item once, and for its keys and values from the last tile to the first."""
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
+    kv_column = head // group * HEAD_DIM
+    for which in gl.static_range(2):
+        half = items % 2 * 2 + which
+        mbarrier.wait(q_empty.index(half), (items // 2 & 1) ^ 1)
+        mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            q_desc, [token + which * (TILE_Q // 2), head * HEAD_DIM], q_full.index(half), q_smem.index(half)
+        )
+    for step in range(num_tiles):
+        row = first_key + (num_tiles - 1 - step) * TILE_KV
+        stage = passed % STAGES
+        phase = (passed // STAGES & 1) ^ 1
+        mbarrier.wait(k_empty.index(stage), phase)
+        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [row, kv_column], k_full.index(stage), k_smem.index(stage))
+        mbarrier.wait(v_empty.index(stage), phase)
+        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_desc, [row, kv_column], v_full.index(stage), v_smem.index(stage))
+        passed += 1
+    return passed
+
+
+@gluon.jit
 def produce(
     q_desc, k_desc, v_desc, tiles, batch, group, num_turns,
     CAUSAL: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer: for each item, its queries once and its keys and values from the last tile to the first."""
-    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
+    """The producer of items that were dealt."""
     passed = 0  # tiles of keys, of all items
     items = 0
     for turn in range(num_turns):
         head, token, _rows, _position, first_key, _keys, num_tiles, _seen = find_item(
             item_of(turn), *batch, CAUSAL, TILE_Q, TILE_KV
         )
-        kv_column = head // group * HEAD_DIM
         if num_tiles > 0:
-            for which in gl.static_range(2):
-                half = items % 2 * 2 + which
-                mbarrier.wait(q_empty.index(half), (items // 2 & 1) ^ 1)
-                mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    q_desc, [token + which * (TILE_Q // 2), head * HEAD_DIM], q_full.index(half), q_smem.index(half)
-                )
+            passed = fetch_item(
+                q_desc, k_desc, v_desc, tiles, head, token, first_key, num_tiles, group, items, passed,
+                TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+            )  # fmt: skip
             items += 1
-            for step in range(num_tiles):
-                row = first_key + (num_tiles - 1 - step) * TILE_KV
-                stage = passed % STAGES
-                phase = (passed // STAGES & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), phase)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(k_desc, [row, kv_column], k_full.index(stage), k_smem.index(stage))
-                mbarrier.wait(v_empty.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(v_desc, [row, kv_column], v_full.index(stage), v_smem.index(stage))
-                passed += 1
+
+
+@gluon.jit
+def draw(counter_ptr):
+    """The counter before one is added, in lane 0: it may still be under way when this returns."""
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    return gl.atomic_add(counter_ptr + lane * 0, gl.full_like(lane, 1), mask=lane == 0, sem="relaxed")
+
+
+@gluon.jit
+def post(mail, letters, head, token, rows_left, position, num_keys, num_tiles, seen_tiles, more):
+    """Write the consumers what comes next, as soon as they have read the letter before the last one."""
+    boxes, full, empty = mail
+    box = letters % 2
+    mbarrier.wait(empty.index(box), (letters // 2 & 1) ^ 1)
+    index = gl.arange(0, 8, gl.BlockedLayout([1], [32], [1], [0]))
+    letter = gl.where(index == 0, head, 0) + gl.where(index == 1, token, 0) + gl.where(index == 2, rows_left, 0)
+    letter += gl.where(index == 3, position, 0) + gl.where(index == 4, num_keys, 0)
+    letter += gl.where(index == 5, num_tiles, 0) + gl.where(index == 6, seen_tiles, 0) + gl.where(index == 7, more, 0)
+    boxes.index(box).store(letter)
+    mbarrier.arrive(full.index(box), count=1)
+
+
+@gluon.jit
+def read_field(letter, INDEX: gl.constexpr):
+    index = gl.arange(0, 8, letter.type.layout)
+    return gl.sum(gl.where(index == INDEX, letter, 0), 0)
+
+
+@gluon.jit
+def produce_drawn(
+    q_desc, k_desc, v_desc, tiles, mail, counter_ptr, batch, group, num_items,
+    CAUSAL: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The producer that draws its items, but for the first, and tells the consumers of those that have a row.
+
+    There are as many draws as items. Whoever draws last leaves the counter at 0, for the next launch.
+    """
+    passed = 0  # tiles of keys, of all items
+    items = 0
+    letters = 0
+    item = gl.program_id(0)
+    while item < num_items:
+        drawn = draw(counter_ptr)
+        head, token, rows_left, position, first_key, num_keys, num_tiles, seen_tiles = find_item(
+            item, *batch, CAUSAL, TILE_Q, TILE_KV
+        )
+        if rows_left > 0:
+            post(mail, letters, head, token, rows_left, position, num_keys, num_tiles, seen_tiles, 1)
+            letters += 1
+        if num_tiles > 0:
+            passed = fetch_item(
+                q_desc, k_desc, v_desc, tiles, head, token, first_key, num_tiles, group, items, passed,
+                TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+            )  # fmt: skip
+            items += 1
+        lane = gl.arange(0, 32, drawn.type.layout)
+        before = gl.sum(gl.where(lane == 0, drawn, 0), 0)
+        gl.store(counter_ptr, 0, mask=before == num_items - 1)
+        item = gl.num_programs(0) + before
+    post(mail, letters, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+@gluon.jit
+def finish_item(
+    acc, top, total, results, head, token, rows_left, SINKS: gl.constexpr, dtype: gl.constexpr
+):  # fmt: skip
+    """Store a consumer's rows and their log-sum-exp."""
+    out_ptr, lse_ptr, sinks_ptr, num_heads, _scale, stride_out_token, stride_out_head = results
+    if SINKS:
+        acc, top, total = add_sink(acc, top, total, sinks_ptr, head)
+    total = gl.where(total > 0, total, 1.0)
+    lse = (top + gl.log2(total)) * LN2
+    row = gl.arange(0, total.shape[0], total.type.layout)
+    gl.store(lse_ptr + (token + row).to(gl.int64) * num_heads + head, lse, mask=row < rows_left)
+    store_rows(acc, total, out_ptr, token, head, rows_left, stride_out_token, stride_out_head, dtype)
 
 
 @gluon.jit
@@ -139,7 +230,6 @@ def consume(
     ROWS: gl.constexpr = TILE_Q // 2
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
     keys = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
-    out_ptr, lse_ptr, sinks_ptr, num_heads, scale_log2, stride_out_token, stride_out_head = results
     scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16]))
 
     passed = 0
@@ -166,18 +256,53 @@ def consume(
             mbarrier.wait(q_full.index(half), items // 2 & 1)
             items += 1
             acc, top, total, passed, turns = attend(
-                scores_of, acc, top, total, passed, turns, position, num_keys, num_tiles, seen_tiles, scale_log2,
+                scores_of, acc, top, total, passed, turns, position, num_keys, num_tiles, seen_tiles, results[4],
                 q_tile, q_empty, half, keys, None, False, WHICH, CAUSAL,
             )  # fmt: skip
 
         if rows_left > 0:
-            if SINKS:
-                acc, top, total = add_sink(acc, top, total, sinks_ptr, head)
-            total = gl.where(total > 0, total, 1.0)
-            lse = (top + gl.log2(total)) * LN2
-            row = gl.arange(0, ROWS, total.type.layout)
-            gl.store(lse_ptr + (token + row).to(gl.int64) * num_heads + head, lse, mask=row < rows_left)
-            store_rows(acc, total, out_ptr, token, head, rows_left, stride_out_token, stride_out_head, k_smem.dtype)
+            finish_item(acc, top, total, results, head, token, rows_left, SINKS, k_smem.dtype)
+
+
+@gluon.jit
+def consume_drawn(
+    tiles, mail, results, WHICH: gl.constexpr, SINKS: gl.constexpr, CAUSAL: gl.constexpr,
+    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
+):  # fmt: skip
+    """A consumer of items that the producer writes of: 64 of an item's queries, through all its tiles of keys."""
+    ROWS: gl.constexpr = TILE_Q // 2
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
+    keys = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
+    boxes, mail_full, mail_empty = mail
+    scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16]))
+
+    passed = 0
+    items = 0
+    turns = 0
+    letters = 0
+    more = 1
+    while more != 0:
+        box = letters % 2
+        mbarrier.wait(mail_full.index(box), letters // 2 & 1)
+        letter = boxes.index(box).load(gl.BlockedLayout([8], [32], [4], [0]))
+        mbarrier.arrive(mail_empty.index(box), count=1)
+        letters += 1
+        head, token = read_field(letter, 0), read_field(letter, 1) + WHICH * ROWS
+        rows_left, position = read_field(letter, 2) - WHICH * ROWS, read_field(letter, 3) + WHICH * ROWS
+        num_keys, num_tiles, seen_tiles = read_field(letter, 4), read_field(letter, 5), read_field(letter, 6)
+        more = read_field(letter, 7)
+
+        top, total, acc = empty_state(ROWS, TILE_KV, HEAD_DIM)
+        if num_tiles > 0:
+            half = items % 2 * 2 + WHICH
+            mbarrier.wait(q_full.index(half), items // 2 & 1)
+            items += 1
+            acc, top, total, passed, turns = attend(
+                scores_of, acc, top, total, passed, turns, position, num_keys, num_tiles, seen_tiles, results[4],
+                q_smem.index(half), q_empty, half, keys, None, False, WHICH, CAUSAL,
+            )  # fmt: skip
+        if rows_left > 0:
+            finish_item(acc, top, total, results, head, token, rows_left, SINKS, k_smem.dtype)
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -190,6 +315,7 @@ def flash_attention_hopper_kernel(
     sinks_ptr,  # [num_heads]
     cu_seqlens_q_ptr,  # [num_seqs + 1]
     cu_seqlens_k_ptr,  # [num_seqs + 1]
+    counter_ptr,  # one zero, or None
     scale_log2,
     stride_out_token,
     stride_out_head,
@@ -201,6 +327,7 @@ def flash_attention_hopper_kernel(
     section,
     num_slots,
     num_halvings,
+    DRAWN: gl.constexpr,
     SINKS: gl.constexpr,
     CAUSAL: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -224,18 +351,36 @@ def flash_attention_hopper_kernel(
         num_halvings,
     )  # fmt: skip
     results = (out_ptr, lse_ptr, sinks_ptr, num_heads, scale_log2, stride_out_token, stride_out_head)
-    gl.warp_specialize(
-        [
-            (consume, (tiles, results, batch, num_turns, 0, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM)),
-            (consume, (tiles, results, batch, num_turns, 1, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM)),
-            (
-                produce,
-                (q_desc, k_desc, v_desc, tiles, batch, group, num_turns, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES),
-            ),
-        ],
-        [4, 1],  # warps of the second consumer and of the producer
-        [240, 24],  # registers of a thread of theirs; the first consumer gets what is left, 240
-    )
+    if DRAWN:
+        boxes = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        mail = (boxes, barriers(2, 1), barriers(2, 2))
+        fence_async_shared()
+        num_items = num_slots * num_heads
+        gl.warp_specialize(
+            [
+                (consume_drawn, (tiles, mail, results, 0, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM)),
+                (consume_drawn, (tiles, mail, results, 1, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM)),
+                (produce_drawn, (
+                    q_desc, k_desc, v_desc, tiles, mail, counter_ptr, batch, group, num_items,
+                    CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (tiles, results, batch, num_turns, 0, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM)),
+                (consume, (tiles, results, batch, num_turns, 1, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM)),
+                (
+                    produce,
+                    (q_desc, k_desc, v_desc, tiles, batch, group, num_turns, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES),
+                ),
+            ],
+            [4, 1],  # warps of the second consumer and of the producer
+            [240, 24],  # registers of a thread of theirs; the first consumer gets what is left, 240
+        )
 
 
 def attend_on_hopper(
@@ -268,6 +413,7 @@ def attend_on_hopper(
         lse if sinks is None else sinks,
         cu_seqlens_q,
         cu_seqlens_k,
+        zero_counters(q, 1) if DRAWN else None,
         scale * LOG2E.value,
         out.stride(0),
         out.stride(1),
@@ -279,6 +425,7 @@ def attend_on_hopper(
         heads_at_a_time(k, num_heads, num_seqs),
         num_slots,
         (num_seqs - 1).bit_length(),
+        DRAWN=DRAWN,
         SINKS=sinks is not None,
         CAUSAL=causal,
         TILE_Q=TILE_Q,
