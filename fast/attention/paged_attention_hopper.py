@@ -28,6 +28,9 @@ from fast.attention._hopper import (
     store_rows,
 )
 
+# How block ids reach the copies: 0 = each is loaded when its block is asked for; 1 = those of the next tile are loaded
+# together, once for K and V, while this tile is asked for; 2 = the same, and K and V have a producer warp each.
+AHEAD = 0
 IN_TURN = True  # the consumers start their products in turn, so that one's softmax falls beside the other's products
 PER_BATCH = [
     "stride_table_seq", "num_seqs", "num_tokens", "num_heads", "group", "num_slots", "num_halvings", "num_blocks",
@@ -80,6 +83,80 @@ def load_blocks(
         block = gl.where(known & (block >= 0) & (block < num_blocks), block, -1)
         rows = tile.slice(index * BLOCK_SIZE, BLOCK_SIZE)
         tma.async_copy_global_to_shared(desc, [block * rows_per_block, column], full, rows)
+
+
+@gluon.jit
+def load_ids(row_ptr, tile, max_blocks_per_seq, BLOCKS: gl.constexpr):
+    """The ids of a tile's blocks, one a lane, perhaps still on their way; -1 where the table ends, or before tile 0."""
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    index = tile * BLOCKS + lane
+    return gl.load(row_ptr + index, mask=(tile >= 0) & (lane < BLOCKS) & (index < max_blocks_per_seq), other=-1)
+
+
+@gluon.jit
+def copy_blocks(
+    desc, ids, num_blocks, rows_per_block, column, full, tile, BLOCK_SIZE: gl.constexpr, TILE_KV: gl.constexpr
+):
+    """``load_blocks`` of ids that are there."""
+    lane = gl.arange(0, 32, ids.type.layout)
+    first_rows = gl.where((ids >= 0) & (ids < num_blocks), ids * rows_per_block, -rows_per_block)
+    for index in gl.static_range(TILE_KV // BLOCK_SIZE):
+        first_row = gl.sum(gl.where(lane == index, first_rows, 0), 0)
+        tma.async_copy_global_to_shared(desc, [first_row, column], full, tile.slice(index * BLOCK_SIZE, BLOCK_SIZE))
+
+
+@gluon.jit
+def produce_ahead(
+    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads, group,
+    num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block, fewest_queries,
+    KEYS: gl.constexpr, VALUES: gl.constexpr, BLOCK_SIZE: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr,
+    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A producer, of keys and queries, values or all, that knows a tile's blocks before there is a place for it."""
+    TILE_BYTES: gl.constexpr = TILE_KV * HEAD_DIM * 2
+    BLOCKS: gl.constexpr = TILE_KV // BLOCK_SIZE
+    passed = 0  # tiles of keys, of all items
+    items = 0
+    num_items = num_slots * num_heads
+    for round in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
+        head, seq, token, _, _, _, num_tiles, _ = find_item(
+            item_of(round), cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings,
+            max_blocks_per_seq * BLOCK_SIZE, fewest_queries, TILE_Q, TILE_KV,
+        )  # fmt: skip
+        kv_column = head // group * HEAD_DIM
+        row_ptr = block_table_ptr + seq.to(gl.int64) * stride_table_seq
+        if num_tiles > 0:
+            next_ids = load_ids(row_ptr, num_tiles - 1, max_blocks_per_seq, BLOCKS)
+            if KEYS:
+                for which in gl.static_range(2):
+                    mbarrier.wait(q_empty.index(which), (items & 1) ^ 1)
+                    mbarrier.expect(q_full.index(which), q_desc.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        q_desc, [token + which * (TILE_Q // 2), head * HEAD_DIM], q_full.index(which),
+                        q_smem.index(which),
+                    )  # fmt: skip
+            items += 1
+            for step in range(num_tiles):
+                ids = next_ids
+                next_ids = load_ids(row_ptr, num_tiles - 2 - step, max_blocks_per_seq, BLOCKS)
+                stage = passed % STAGES
+                phase = (passed // STAGES & 1) ^ 1
+                if KEYS:
+                    mbarrier.wait(k_empty.index(stage), phase)
+                    mbarrier.expect(k_full.index(stage), TILE_BYTES)
+                    copy_blocks(
+                        k_desc, ids, num_blocks, k_rows_per_block, kv_column, k_full.index(stage), k_smem.index(stage),
+                        BLOCK_SIZE, TILE_KV,
+                    )  # fmt: skip
+                if VALUES:
+                    mbarrier.wait(v_empty.index(stage), phase)
+                    mbarrier.expect(v_full.index(stage), TILE_BYTES)
+                    copy_blocks(
+                        v_desc, ids, num_blocks, v_rows_per_block, kv_column, v_full.index(stage), v_smem.index(stage),
+                        BLOCK_SIZE, TILE_KV,
+                    )  # fmt: skip
+                passed += 1
 
 
 @gluon.jit
@@ -196,6 +273,7 @@ def paged_attention_hopper_kernel(
     k_rows_per_block,
     v_rows_per_block,
     fewest_queries,
+    AHEAD: gl.constexpr,
     IN_TURN: gl.constexpr,
     SINKS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
@@ -228,28 +306,81 @@ def paged_attention_hopper_kernel(
     fence_async_shared()
     capacity = max_blocks_per_seq * BLOCK_SIZE
     tiles = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
-    gl.warp_specialize(
-        [
-            (consume, (
-                q_smem.index(0), q_full.index(0), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
-                stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
-                num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
-            )),
-            (consume, (
-                q_smem.index(1), q_full.index(1), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
-                stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
-                num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
-            )),
-            (produce, (
-                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
-                group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
-                fewest_queries, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    if AHEAD == 2:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    q_smem.index(0), q_full.index(0), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
+                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
+                    num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
+                )),
+                (consume, (
+                    q_smem.index(1), q_full.index(1), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
+                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
+                    num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
+                )),
+                (produce_ahead, (
+                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
+                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
+                    fewest_queries, True, False, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                )),
+                (produce_ahead, (
+                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
+                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
+                    fewest_queries, False, True, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                )),
+            ],
+            [4, 1, 1],
+            [232, 40, 40],
+        )  # fmt: skip
+    elif AHEAD == 1:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    q_smem.index(0), q_full.index(0), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
+                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
+                    num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
+                )),
+                (consume, (
+                    q_smem.index(1), q_full.index(1), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
+                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
+                    num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
+                )),
+                (produce_ahead, (
+                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
+                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
+                    fewest_queries, True, True, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                )),
+            ],
+            [4, 1],
+            [232, 40],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    q_smem.index(0), q_full.index(0), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
+                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
+                    num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
+                )),
+                (consume, (
+                    q_smem.index(1), q_full.index(1), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
+                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
+                    num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
+                )),
+                (produce, (
+                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
+                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
+                    fewest_queries, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
 
 
 def hopper_fits(q: Array, k_cache: Array, v_cache: Array, block_table: Array) -> bool:
@@ -303,6 +434,6 @@ def attend_chunks_on_hopper(
         block_table.stride(0), out.stride(0), out.stride(1),
         num_seqs, num_tokens, num_heads, num_heads // num_kv_heads, num_slots, (num_seqs - 1).bit_length(),
         num_blocks, max_blocks_per_seq, *rows_per_block, fewest_queries,
-        IN_TURN=IN_TURN, SINKS=sinks is not None, BLOCK_SIZE=block_size, TILE_Q=TILE_Q, TILE_KV=TILE_KV,
+        AHEAD=AHEAD, IN_TURN=IN_TURN, SINKS=sinks is not None, BLOCK_SIZE=block_size, TILE_Q=TILE_Q, TILE_KV=TILE_KV,
         HEAD_DIM=head_dim, STAGES=NUM_STAGES, LAYOUT=layout, num_warps=4,
     )  # fmt: skip
