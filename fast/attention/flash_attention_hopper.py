@@ -15,24 +15,28 @@ softmax weighs twice as much, it was the faster one.
 from torch import Tensor as Array
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fast._triton.paging import zero_counters
 from fast._triton.platform import num_processors
+from fast.attention._hopper import (
+    LN2,
+    LOG2E,
+    NUM_STAGES,
+    TILE_KV,
+    TILE_Q,
+    add_sink,
+    attend,
+    barriers,
+    empty_state,
+    item_of,
+    store_rows,
+)
 
-TILE_Q = 128  # of a program: 64 for each consumer
-TILE_KV = 128
-NUM_STAGES = 2  # tiles of K, and as many of V, in shared memory; q has two as well, one for the next item
+DRAWN = False  # each next item is drawn from a counter by who is ready for it, not dealt beforehand
 CACHED_BYTES = 20 * 2**20  # of K and V side by side, of 50 MB of L2 cache: several sequences may be on their way
 COUNTS = ("num_seqs", "num_tokens", "total_keys", "num_heads", "group", "section", "num_slots", "num_halvings")
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
 
 
 def heads_at_a_time(k: Array, num_heads: int, num_seqs: int) -> int:
@@ -47,13 +51,6 @@ def heads_at_a_time(k: Array, num_heads: int, num_seqs: int) -> int:
         return num_heads
     most = CACHED_BYTES * num_seqs // (2 * num_keys * head_dim * k.element_size())
     return group * next(n for n in range(num_kv_heads, 0, -1) if num_kv_heads % n == 0 and (n <= most or n == 1))
-
-
-@gluon.jit
-def item_of(turn):
-    """The item a program takes in its ``turn``: to and fro, because items get shorter and the first is the longest."""
-    place = gl.where(turn % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
-    return turn * gl.num_programs(0) + place
 
 
 @gluon.jit
@@ -100,129 +97,144 @@ def find_item(
 
 
 @gluon.jit
+def fetch_item(
+    q_desc, k_desc, v_desc, tiles, head, token, first_key, num_tiles, group, items, passed,
+    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Ask for the queries of an item once, and for its keys and values from the last tile to the first."""
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
+    kv_column = head // group * HEAD_DIM
+    for which in gl.static_range(2):
+        half = items % 2 * 2 + which
+        mbarrier.wait(q_empty.index(half), (items // 2 & 1) ^ 1)
+        mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(
+            q_desc, [token + which * (TILE_Q // 2), head * HEAD_DIM], q_full.index(half), q_smem.index(half)
+        )
+    for step in range(num_tiles):
+        row = first_key + (num_tiles - 1 - step) * TILE_KV
+        stage = passed % STAGES
+        phase = (passed // STAGES & 1) ^ 1
+        mbarrier.wait(k_empty.index(stage), phase)
+        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [row, kv_column], k_full.index(stage), k_smem.index(stage))
+        mbarrier.wait(v_empty.index(stage), phase)
+        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_desc, [row, kv_column], v_full.index(stage), v_smem.index(stage))
+        passed += 1
+    return passed
+
+
+@gluon.jit
 def produce(
     q_desc, k_desc, v_desc, tiles, batch, group, num_turns,
     CAUSAL: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer: for each item, its queries once and its keys and values from the last tile to the first."""
-    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
+    """The producer of items that were dealt."""
     passed = 0  # tiles of keys, of all items
     items = 0
     for turn in range(num_turns):
         head, token, _rows, _position, first_key, _keys, num_tiles, _seen = find_item(
             item_of(turn), *batch, CAUSAL, TILE_Q, TILE_KV
         )
-        kv_column = head // group * HEAD_DIM
         if num_tiles > 0:
-            for which in gl.static_range(2):
-                half = items % 2 * 2 + which
-                mbarrier.wait(q_empty.index(half), (items // 2 & 1) ^ 1)
-                mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    q_desc, [token + which * (TILE_Q // 2), head * HEAD_DIM], q_full.index(half), q_smem.index(half)
-                )
+            passed = fetch_item(
+                q_desc, k_desc, v_desc, tiles, head, token, first_key, num_tiles, group, items, passed,
+                TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+            )  # fmt: skip
             items += 1
-            for step in range(num_tiles):
-                row = first_key + (num_tiles - 1 - step) * TILE_KV
-                stage = passed % STAGES
-                phase = (passed // STAGES & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), phase)
-                mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(k_desc, [row, kv_column], k_full.index(stage), k_smem.index(stage))
-                mbarrier.wait(v_empty.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(v_desc, [row, kv_column], v_full.index(stage), v_smem.index(stage))
-                passed += 1
 
 
 @gluon.jit
-def hide(scores, first, position, num_keys, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
-    """-inf for every score of a key that its query does not see."""
-    rows: gl.constexpr = scores.shape[0]
-    columns: gl.constexpr = scores.shape[1]
-    key = first + gl.arange(0, columns, gl.SliceLayout(0, LAYOUT))[None, :]
-    seen = key < num_keys
-    if CAUSAL:
-        query = position + gl.arange(0, rows, gl.SliceLayout(1, LAYOUT))[:, None]
-        seen = seen & (key <= query)
-    return gl.where(seen, scores, float("-inf"))
+def draw(counter_ptr):
+    """The counter before one is added, in lane 0: it may still be under way when this returns."""
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    return gl.atomic_add(counter_ptr + lane * 0, gl.full_like(lane, 1), mask=lane == 0, sem="relaxed")
 
 
 @gluon.jit
-def weigh(scores, top, total, scale_log2):
-    """``softmax.update`` of `fast._triton.softmax`."""
-    new_top = gl.maximum(top, gl.max(scores, 1) * scale_log2)
-    shift = gl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = gl.exp2(scores * scale_log2 - shift[:, None])
-    rescale = gl.exp2(top - shift)
-    return new_top, total * rescale + gl.sum(weights, 1), rescale, weights
+def post(mail, letters, head, token, rows_left, position, num_keys, num_tiles, seen_tiles, more):
+    """Write the consumers what comes next, as soon as they have read the letter before the last one."""
+    boxes, full, empty = mail
+    box = letters % 2
+    mbarrier.wait(empty.index(box), (letters // 2 & 1) ^ 1)
+    index = gl.arange(0, 8, gl.BlockedLayout([1], [32], [1], [0]))
+    letter = gl.where(index == 0, head, 0) + gl.where(index == 1, token, 0) + gl.where(index == 2, rows_left, 0)
+    letter += gl.where(index == 3, position, 0) + gl.where(index == 4, num_keys, 0)
+    letter += gl.where(index == 5, num_tiles, 0) + gl.where(index == 6, seen_tiles, 0) + gl.where(index == 7, more, 0)
+    boxes.index(box).store(letter)
+    mbarrier.arrive(full.index(box), count=1)
 
 
 @gluon.jit
-def clean(v_tile, num_rows, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Zero the rows of a tile of V that are another sequence's: a weight of 0 times its NaN would be NaN.
-
-    Both consumers do it, with the same zeros, each before it reads the tile.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [4, 1], [1, 0])
-    for part in gl.static_range(TILE_KV // 32):
-        rows = v_tile.slice(part * 32, 32)
-        row = part * 32 + gl.arange(0, 32, gl.SliceLayout(1, layout))
-        values = rows.load(layout)
-        rows.store(gl.where((row < num_rows)[:, None], values, gl.zeros_like(values)))
-    fence_async_shared()
+def read_field(letter, INDEX: gl.constexpr):
+    index = gl.arange(0, 8, letter.type.layout)
+    return gl.sum(gl.where(index == INDEX, letter, 0), 0)
 
 
 @gluon.jit
-def pass_tiles(
-    scores_of, acc, weights, top, total, rescale, passed, start, stop, position, num_keys, scale_log2, q_tile, tiles,
-    MASKED: gl.constexpr, CAUSAL: gl.constexpr, TILE_KV: gl.constexpr, STAGES: gl.constexpr,
-    S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+def produce_drawn(
+    q_desc, k_desc, v_desc, tiles, mail, counter_ptr, batch, group, num_items,
+    CAUSAL: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of keys from ``start`` down to ``stop``; the values of a tile are added while the next one is scored."""
-    _q, k_smem, v_smem, _q_full, _q_empty, k_full, k_empty, v_full, v_empty = tiles
-    for step in range(start - stop):
-        tile = start - 1 - step
-        stage = passed % STAGES
-        scores = warpgroup_mma(q_tile, k_smem.index(stage).permute((1, 0)), scores_of, use_acc=False, is_async=True)
-        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, P_LAYOUT.parent))[:, None]
-        before = (passed - 1) % STAGES
-        mbarrier.wait(v_full.index(before), (passed - 1) // STAGES & 1)
-        acc = warpgroup_mma(weights, v_smem.index(before), acc, is_async=True)
-        scores = warpgroup_mma_wait(1, deps=[scores])
-        mbarrier.arrive(k_empty.index(stage), count=1)
-        if MASKED:
-            scores = hide(scores, tile * TILE_KV, position, num_keys, CAUSAL, S_LAYOUT)
-        top, total, rescale, new_weights = weigh(scores, top, total, scale_log2)
-        # The next keys are waited for here because the assembler moves no arithmetic over the loop of a wait: without
-        # one it would put the wait for the values before the softmax that is to hide it.
-        mbarrier.wait(k_full.index((passed + 1) % STAGES), (passed + 1) // STAGES & 1, pred=tile > 0)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(v_empty.index(before), count=1)
-        weights = gl.convert_layout(new_weights.to(q_tile.dtype), P_LAYOUT)
-        passed += 1
-    return acc, weights, top, total, rescale, passed
+    """The producer that draws its items, but for the first, and tells the consumers of those that have a row.
+
+    There are as many draws as items. Whoever draws last leaves the counter at 0, for the next launch.
+    """
+    passed = 0  # tiles of keys, of all items
+    items = 0
+    letters = 0
+    item = gl.program_id(0)
+    while item < num_items:
+        drawn = draw(counter_ptr)
+        head, token, rows_left, position, first_key, num_keys, num_tiles, seen_tiles = find_item(
+            item, *batch, CAUSAL, TILE_Q, TILE_KV
+        )
+        if rows_left > 0:
+            post(mail, letters, head, token, rows_left, position, num_keys, num_tiles, seen_tiles, 1)
+            letters += 1
+        if num_tiles > 0:
+            passed = fetch_item(
+                q_desc, k_desc, v_desc, tiles, head, token, first_key, num_tiles, group, items, passed,
+                TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+            )  # fmt: skip
+            items += 1
+        lane = gl.arange(0, 32, drawn.type.layout)
+        before = gl.sum(gl.where(lane == 0, drawn, 0), 0)
+        gl.store(counter_ptr, 0, mask=before == num_items - 1)
+        item = gl.num_programs(0) + before
+    post(mail, letters, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+@gluon.jit
+def finish_item(
+    acc, top, total, results, head, token, rows_left, SINKS: gl.constexpr, dtype: gl.constexpr
+):  # fmt: skip
+    """Store a consumer's rows and their log-sum-exp."""
+    out_ptr, lse_ptr, sinks_ptr, num_heads, _scale, stride_out_token, stride_out_head = results
+    if SINKS:
+        acc, top, total = add_sink(acc, top, total, sinks_ptr, head)
+    total = gl.where(total > 0, total, 1.0)
+    lse = (top + gl.log2(total)) * LN2
+    row = gl.arange(0, total.shape[0], total.type.layout)
+    gl.store(lse_ptr + (token + row).to(gl.int64) * num_heads + head, lse, mask=row < rows_left)
+    store_rows(acc, total, out_ptr, token, head, rows_left, stride_out_token, stride_out_head, dtype)
 
 
 @gluon.jit
 def consume(
     tiles, results, batch, num_turns, WHICH: gl.constexpr, SINKS: gl.constexpr, CAUSAL: gl.constexpr,
-    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 of an item's queries, through all its tiles of keys."""
     ROWS: gl.constexpr = TILE_Q // 2
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    STORE_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [4, 1], [1, 0])
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
-    out_ptr, lse_ptr, sinks_ptr, num_heads, scale_log2, stride_out_token, stride_out_head = results
-    dtype: gl.constexpr = k_smem.dtype
-    scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, S_LAYOUT)
+    keys = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
+    scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16]))
 
     passed = 0
     items = 0
+    turns = 0
     next_head, next_token, next_rows, next_position, _key, next_keys, next_tiles, next_seen = find_item(
         item_of(0), *batch, CAUSAL, TILE_Q, TILE_KV
     )
@@ -237,74 +249,60 @@ def consume(
         rows_left -= WHICH * ROWS
         position += WHICH * ROWS
 
-        top = gl.full([ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
-        total = gl.zeros([ROWS], gl.float32, ROW_LAYOUT)
-        acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
+        top, total, acc = empty_state(ROWS, TILE_KV, HEAD_DIM)
         if num_tiles > 0:
             half = items % 2 * 2 + WHICH
             q_tile = q_smem.index(half)
             mbarrier.wait(q_full.index(half), items // 2 & 1)
             items += 1
-            stage = passed % STAGES
-            mbarrier.wait(k_full.index(stage), passed // STAGES & 1)
-            scores = warpgroup_mma(q_tile, k_smem.index(stage).permute((1, 0)), scores_of, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[scores])
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            first = (num_tiles - 1) * TILE_KV
-            scores = hide(scores, first, position, num_keys, CAUSAL, S_LAYOUT)
-            top, total, rescale, new_weights = weigh(scores, top, total, scale_log2)
-            weights = gl.convert_layout(new_weights.to(dtype), P_LAYOUT)
-            if num_keys - first < TILE_KV:
-                mbarrier.wait(v_full.index(stage), passed // STAGES & 1)
-                clean(v_smem.index(stage), num_keys - first, TILE_KV, HEAD_DIM)
-            passed += 1
-            mbarrier.wait(k_full.index(passed % STAGES), passed // STAGES & 1, pred=num_tiles > 1)
-
-            middle = gl.minimum(seen_tiles, num_tiles - 1)
-            acc, weights, top, total, rescale, passed = pass_tiles(
-                scores_of, acc, weights, top, total, rescale, passed, num_tiles - 1, middle, position, num_keys,
-                scale_log2, q_tile, tiles, True, CAUSAL, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
+            acc, top, total, passed, turns = attend(
+                scores_of, acc, top, total, passed, turns, position, num_keys, num_tiles, seen_tiles, results[4],
+                q_tile, q_empty, half, keys, None, False, WHICH, CAUSAL,
             )  # fmt: skip
-            acc, weights, top, total, rescale, passed = pass_tiles(
-                scores_of, acc, weights, top, total, rescale, passed, middle, 0, position, num_keys,
-                scale_log2, q_tile, tiles, False, CAUSAL, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
-            )  # fmt: skip
-            mbarrier.arrive(q_empty.index(half), count=1)
-            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            stage = (passed - 1) % STAGES
-            mbarrier.wait(v_full.index(stage), (passed - 1) // STAGES & 1)
-            acc = warpgroup_mma(weights, v_smem.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(v_empty.index(stage), count=1)
 
         if rows_left > 0:
-            if SINKS:  # a key that brings no value
-                sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2E
-                new_top = gl.maximum(top, sink)
-                shift = gl.where(new_top == float("-inf"), 0.0, new_top)
-                rescale = gl.exp2(top - shift)
-                total = total * rescale + gl.exp2(sink - shift)
-                acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
-                top = new_top
-            total = gl.where(total > 0, total, 1.0)
-            lse = (top + gl.log2(total)) * LN2
-            row = gl.arange(0, ROWS, ROW_LAYOUT)
-            gl.store(lse_ptr + (token + row).to(gl.int64) * num_heads + head, lse, mask=row < rows_left)
-            acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            result = gl.convert_layout(acc.to(dtype), STORE_LAYOUT)
-            row = gl.arange(0, ROWS, gl.SliceLayout(1, STORE_LAYOUT))[:, None]
-            dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, STORE_LAYOUT))[None, :]
-            offset = (token + row).to(gl.int64) * stride_out_token + head.to(gl.int64) * stride_out_head + dim
-            gl.store(out_ptr + offset, result, mask=row < rows_left)
+            finish_item(acc, top, total, results, head, token, rows_left, SINKS, k_smem.dtype)
 
 
 @gluon.jit
-def barriers(NUMBER: gl.constexpr, ARRIVALS: gl.constexpr):
-    """So many barriers in shared memory, each of which opens after as many arrivals."""
-    made = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUMBER):
-        mbarrier.init(made.index(i), count=ARRIVALS)
-    return made
+def consume_drawn(
+    tiles, mail, results, WHICH: gl.constexpr, SINKS: gl.constexpr, CAUSAL: gl.constexpr,
+    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
+):  # fmt: skip
+    """A consumer of items that the producer writes of: 64 of an item's queries, through all its tiles of keys."""
+    ROWS: gl.constexpr = TILE_Q // 2
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
+    keys = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
+    boxes, mail_full, mail_empty = mail
+    scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16]))
+
+    passed = 0
+    items = 0
+    turns = 0
+    letters = 0
+    more = 1
+    while more != 0:
+        box = letters % 2
+        mbarrier.wait(mail_full.index(box), letters // 2 & 1)
+        letter = boxes.index(box).load(gl.BlockedLayout([8], [32], [4], [0]))
+        mbarrier.arrive(mail_empty.index(box), count=1)
+        letters += 1
+        head, token = read_field(letter, 0), read_field(letter, 1) + WHICH * ROWS
+        rows_left, position = read_field(letter, 2) - WHICH * ROWS, read_field(letter, 3) + WHICH * ROWS
+        num_keys, num_tiles, seen_tiles = read_field(letter, 4), read_field(letter, 5), read_field(letter, 6)
+        more = read_field(letter, 7)
+
+        top, total, acc = empty_state(ROWS, TILE_KV, HEAD_DIM)
+        if num_tiles > 0:
+            half = items % 2 * 2 + WHICH
+            mbarrier.wait(q_full.index(half), items // 2 & 1)
+            items += 1
+            acc, top, total, passed, turns = attend(
+                scores_of, acc, top, total, passed, turns, position, num_keys, num_tiles, seen_tiles, results[4],
+                q_smem.index(half), q_empty, half, keys, None, False, WHICH, CAUSAL,
+            )  # fmt: skip
+        if rows_left > 0:
+            finish_item(acc, top, total, results, head, token, rows_left, SINKS, k_smem.dtype)
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -317,6 +315,7 @@ def flash_attention_hopper_kernel(
     sinks_ptr,  # [num_heads]
     cu_seqlens_q_ptr,  # [num_seqs + 1]
     cu_seqlens_k_ptr,  # [num_seqs + 1]
+    counter_ptr,  # one zero, or None
     scale_log2,
     stride_out_token,
     stride_out_head,
@@ -328,6 +327,7 @@ def flash_attention_hopper_kernel(
     section,
     num_slots,
     num_halvings,
+    DRAWN: gl.constexpr,
     SINKS: gl.constexpr,
     CAUSAL: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -351,18 +351,36 @@ def flash_attention_hopper_kernel(
         num_halvings,
     )  # fmt: skip
     results = (out_ptr, lse_ptr, sinks_ptr, num_heads, scale_log2, stride_out_token, stride_out_head)
-    gl.warp_specialize(
-        [
-            (consume, (tiles, results, batch, num_turns, 0, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES)),
-            (consume, (tiles, results, batch, num_turns, 1, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES)),
-            (
-                produce,
-                (q_desc, k_desc, v_desc, tiles, batch, group, num_turns, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES),
-            ),
-        ],
-        [4, 1],  # warps of the second consumer and of the producer
-        [240, 24],  # registers of a thread of theirs; the first consumer gets what is left, 240
-    )
+    if DRAWN:
+        boxes = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        mail = (boxes, barriers(2, 1), barriers(2, 2))
+        fence_async_shared()
+        num_items = num_slots * num_heads
+        gl.warp_specialize(
+            [
+                (consume_drawn, (tiles, mail, results, 0, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM)),
+                (consume_drawn, (tiles, mail, results, 1, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM)),
+                (produce_drawn, (
+                    q_desc, k_desc, v_desc, tiles, mail, counter_ptr, batch, group, num_items,
+                    CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (tiles, results, batch, num_turns, 0, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM)),
+                (consume, (tiles, results, batch, num_turns, 1, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM)),
+                (
+                    produce,
+                    (q_desc, k_desc, v_desc, tiles, batch, group, num_turns, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES),
+                ),
+            ],
+            [4, 1],  # warps of the second consumer and of the producer
+            [240, 24],  # registers of a thread of theirs; the first consumer gets what is left, 240
+        )
 
 
 def attend_on_hopper(
@@ -395,6 +413,7 @@ def attend_on_hopper(
         lse if sinks is None else sinks,
         cu_seqlens_q,
         cu_seqlens_k,
+        zero_counters(q, 1) if DRAWN else None,
         scale * LOG2E.value,
         out.stride(0),
         out.stride(1),
@@ -406,6 +425,7 @@ def attend_on_hopper(
         heads_at_a_time(k, num_heads, num_seqs),
         num_slots,
         (num_seqs - 1).bit_length(),
+        DRAWN=DRAWN,
         SINKS=sinks is not None,
         CAUSAL=causal,
         TILE_Q=TILE_Q,

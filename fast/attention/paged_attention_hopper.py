@@ -12,33 +12,30 @@ import torch
 from torch import Tensor as Array
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fast._triton.platform import num_processors
+from fast.attention._hopper import (
+    LOG2E,
+    NUM_STAGES,
+    TILE_KV,
+    TILE_Q,
+    add_sink,
+    attend,
+    empty_state,
+    item_of,
+    store_rows,
+)
 
-TILE_Q = 128  # of a program: 64 for each consumer
-TILE_KV = 128
+# How block ids reach the copies: 0 = each is loaded when its block is asked for; 1 = those of the next tile are loaded
+# together, once for K and V, while this tile is asked for; 2 = the same, and K and V have a producer warp each.
+AHEAD = 0
 IN_TURN = True  # the consumers start their products in turn, so that one's softmax falls beside the other's products
-NUM_STAGES = 2  # tiles of K, and as many of V, in shared memory
-LOG2E = gl.constexpr(1.4426950408889634)
 PER_BATCH = [
     "stride_table_seq", "num_seqs", "num_tokens", "num_heads", "group", "num_slots", "num_halvings", "num_blocks",
     "max_blocks_per_seq", "k_rows_per_block", "v_rows_per_block", "fewest_queries",
 ]  # fmt: skip
-
-
-@gluon.jit
-def item_of(turn):
-    """The item a program takes in its ``turn``: to and fro, because items get shorter and the first is the longest."""
-    place = gl.where(turn % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
-    return turn * gl.num_programs(0) + place
 
 
 @gluon.jit
@@ -86,6 +83,80 @@ def load_blocks(
         block = gl.where(known & (block >= 0) & (block < num_blocks), block, -1)
         rows = tile.slice(index * BLOCK_SIZE, BLOCK_SIZE)
         tma.async_copy_global_to_shared(desc, [block * rows_per_block, column], full, rows)
+
+
+@gluon.jit
+def load_ids(row_ptr, tile, max_blocks_per_seq, BLOCKS: gl.constexpr):
+    """The ids of a tile's blocks, one a lane, perhaps still on their way; -1 where the table ends, or before tile 0."""
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    index = tile * BLOCKS + lane
+    return gl.load(row_ptr + index, mask=(tile >= 0) & (lane < BLOCKS) & (index < max_blocks_per_seq), other=-1)
+
+
+@gluon.jit
+def copy_blocks(
+    desc, ids, num_blocks, rows_per_block, column, full, tile, BLOCK_SIZE: gl.constexpr, TILE_KV: gl.constexpr
+):
+    """``load_blocks`` of ids that are there."""
+    lane = gl.arange(0, 32, ids.type.layout)
+    first_rows = gl.where((ids >= 0) & (ids < num_blocks), ids * rows_per_block, -rows_per_block)
+    for index in gl.static_range(TILE_KV // BLOCK_SIZE):
+        first_row = gl.sum(gl.where(lane == index, first_rows, 0), 0)
+        tma.async_copy_global_to_shared(desc, [first_row, column], full, tile.slice(index * BLOCK_SIZE, BLOCK_SIZE))
+
+
+@gluon.jit
+def produce_ahead(
+    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads, group,
+    num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block, fewest_queries,
+    KEYS: gl.constexpr, VALUES: gl.constexpr, BLOCK_SIZE: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr,
+    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A producer, of keys and queries, values or all, that knows a tile's blocks before there is a place for it."""
+    TILE_BYTES: gl.constexpr = TILE_KV * HEAD_DIM * 2
+    BLOCKS: gl.constexpr = TILE_KV // BLOCK_SIZE
+    passed = 0  # tiles of keys, of all items
+    items = 0
+    num_items = num_slots * num_heads
+    for round in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
+        head, seq, token, _, _, _, num_tiles, _ = find_item(
+            item_of(round), cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings,
+            max_blocks_per_seq * BLOCK_SIZE, fewest_queries, TILE_Q, TILE_KV,
+        )  # fmt: skip
+        kv_column = head // group * HEAD_DIM
+        row_ptr = block_table_ptr + seq.to(gl.int64) * stride_table_seq
+        if num_tiles > 0:
+            next_ids = load_ids(row_ptr, num_tiles - 1, max_blocks_per_seq, BLOCKS)
+            if KEYS:
+                for which in gl.static_range(2):
+                    mbarrier.wait(q_empty.index(which), (items & 1) ^ 1)
+                    mbarrier.expect(q_full.index(which), q_desc.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        q_desc, [token + which * (TILE_Q // 2), head * HEAD_DIM], q_full.index(which),
+                        q_smem.index(which),
+                    )  # fmt: skip
+            items += 1
+            for step in range(num_tiles):
+                ids = next_ids
+                next_ids = load_ids(row_ptr, num_tiles - 2 - step, max_blocks_per_seq, BLOCKS)
+                stage = passed % STAGES
+                phase = (passed // STAGES & 1) ^ 1
+                if KEYS:
+                    mbarrier.wait(k_empty.index(stage), phase)
+                    mbarrier.expect(k_full.index(stage), TILE_BYTES)
+                    copy_blocks(
+                        k_desc, ids, num_blocks, k_rows_per_block, kv_column, k_full.index(stage), k_smem.index(stage),
+                        BLOCK_SIZE, TILE_KV,
+                    )  # fmt: skip
+                if VALUES:
+                    mbarrier.wait(v_empty.index(stage), phase)
+                    mbarrier.expect(v_full.index(stage), TILE_BYTES)
+                    copy_blocks(
+                        v_desc, ids, num_blocks, v_rows_per_block, kv_column, v_full.index(stage), v_smem.index(stage),
+                        BLOCK_SIZE, TILE_KV,
+                    )  # fmt: skip
+                passed += 1
 
 
 @gluon.jit
@@ -137,93 +208,15 @@ def produce(
 
 
 @gluon.jit
-def hide(scores, first, position, num_keys, LAYOUT: gl.constexpr):
-    """-inf for every score of a key that its query does not see."""
-    rows: gl.constexpr = scores.shape[0]
-    columns: gl.constexpr = scores.shape[1]
-    key = first + gl.arange(0, columns, gl.SliceLayout(0, LAYOUT))[None, :]
-    query = position + gl.arange(0, rows, gl.SliceLayout(1, LAYOUT))[:, None]
-    return gl.where((key < num_keys) & (key <= query), scores, float("-inf"))
-
-
-@gluon.jit
-def weigh(scores, top, total, scale_log2):
-    """``softmax.update`` of `fast._triton.softmax`."""
-    new_top = gl.maximum(top, gl.max(scores, 1) * scale_log2)
-    shift = gl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = gl.exp2(scores * scale_log2 - shift[:, None])
-    rescale = gl.exp2(top - shift)
-    return new_top, total * rescale + gl.sum(weights, 1), rescale, weights
-
-
-@gluon.jit
-def clean(v_tile, num_rows, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """Zero the rows of a tile of V that are another sequence's: a weight of 0 times its NaN would be NaN.
-
-    Both consumers do it, with the same zeros, each before it reads the tile.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [4, 1], [1, 0])
-    for part in gl.static_range(TILE_KV // 32):
-        rows = v_tile.slice(part * 32, 32)
-        row = part * 32 + gl.arange(0, 32, gl.SliceLayout(1, layout))
-        values = rows.load(layout)
-        rows.store(gl.where((row < num_rows)[:, None], values, gl.zeros_like(values)))
-    fence_async_shared()
-
-
-@gluon.jit
-def pass_tiles(
-    scores_of, acc, weights, top, total, rescale, passed, turns, start, stop, position, num_keys, scale_log2,
-    q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-    WHICH: gl.constexpr, IN_TURN: gl.constexpr, MASKED: gl.constexpr, TILE_KV: gl.constexpr, STAGES: gl.constexpr,
-    S_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Tiles of keys from ``start`` down to ``stop``; the values of a tile are added while the next one is scored."""
-    for step in range(start - stop):
-        tile = start - 1 - step
-        stage = passed % STAGES
-        if IN_TURN:
-            mbarrier.wait(my_turn, (turns & 1) ^ (1 - WHICH))
-        scores = warpgroup_mma(q_tile, k_smem.index(stage).permute((1, 0)), scores_of, use_acc=False, is_async=True)
-        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, P_LAYOUT.parent))[:, None]
-        before = (passed - 1) % STAGES
-        mbarrier.wait(v_full.index(before), (passed - 1) // STAGES & 1)
-        acc = warpgroup_mma(weights, v_smem.index(before), acc, is_async=True)
-        if IN_TURN:
-            mbarrier.arrive(other_turn, count=1)
-            turns += 1
-        scores = warpgroup_mma_wait(1, deps=[scores])
-        mbarrier.arrive(k_empty.index(stage), count=1)
-        if MASKED:
-            scores = hide(scores, tile * TILE_KV, position, num_keys, S_LAYOUT)
-        top, total, rescale, new_weights = weigh(scores, top, total, scale_log2)
-        # The next keys are waited for here because the assembler moves no arithmetic over the loop of a wait: without
-        # one it would put the wait for the values before the softmax that is to hide it.
-        mbarrier.wait(k_full.index((passed + 1) % STAGES), (passed + 1) // STAGES & 1, pred=tile > 0)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(v_empty.index(before), count=1)
-        weights = gl.convert_layout(new_weights.to(q_tile.dtype), P_LAYOUT)
-        passed += 1
-    return acc, weights, top, total, rescale, passed, turns
-
-
-@gluon.jit
 def consume(
-    q_tile, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-    out_ptr, sinks_ptr, scale_log2,
-    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots,
-    num_halvings, capacity, fewest_queries, WHICH: gl.constexpr, IN_TURN: gl.constexpr, SINKS: gl.constexpr,
-    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    q_tile, q_full, q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head,
+    cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity, fewest_queries,
+    WHICH: gl.constexpr, IN_TURN: gl.constexpr, SINKS: gl.constexpr,
+    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 of an item's queries, through all its tiles of keys."""
     ROWS: gl.constexpr = TILE_Q // 2
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16])
-    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
-    STORE_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [4, 1], [1, 0])
-    dtype: gl.constexpr = q_tile.dtype
-    scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, S_LAYOUT)
+    scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16]))
 
     passed = 0
     items = 0
@@ -239,62 +232,20 @@ def consume(
         rows_left -= WHICH * ROWS
         position += WHICH * ROWS
 
-        top = gl.full([ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
-        total = gl.zeros([ROWS], gl.float32, ROW_LAYOUT)
-        acc = gl.zeros([ROWS, HEAD_DIM], gl.float32, O_LAYOUT)
+        top, total, acc = empty_state(ROWS, TILE_KV, HEAD_DIM)
         if num_tiles > 0:
             mbarrier.wait(q_full, items & 1)
             items += 1
-            stage = passed % STAGES
-            mbarrier.wait(k_full.index(stage), passed // STAGES & 1)
-            scores = warpgroup_mma(q_tile, k_smem.index(stage).permute((1, 0)), scores_of, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[scores])
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            first = (num_tiles - 1) * TILE_KV
-            scores = hide(scores, first, position, num_keys, S_LAYOUT)
-            top, total, rescale, new_weights = weigh(scores, top, total, scale_log2)
-            weights = gl.convert_layout(new_weights.to(dtype), P_LAYOUT)
-            if num_keys - first < TILE_KV:
-                mbarrier.wait(v_full.index(stage), passed // STAGES & 1)
-                clean(v_smem.index(stage), num_keys - first, TILE_KV, HEAD_DIM)
-            passed += 1
-            mbarrier.wait(k_full.index(passed % STAGES), passed // STAGES & 1, pred=num_tiles > 1)
-
-            middle = gl.minimum(seen_tiles, num_tiles - 1)
-            acc, weights, top, total, rescale, passed, turns = pass_tiles(
-                scores_of, acc, weights, top, total, rescale, passed, turns,
-                num_tiles - 1, middle, position, num_keys, scale_log2,
-                q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-                WHICH, IN_TURN, True, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
+            acc, top, total, passed, turns = attend(
+                scores_of, acc, top, total, passed, turns, position, num_keys, num_tiles, seen_tiles, scale_log2,
+                q_tile, q_empty, WHICH, tiles, turn, IN_TURN, WHICH, True,
             )  # fmt: skip
-            acc, weights, top, total, rescale, passed, turns = pass_tiles(
-                scores_of, acc, weights, top, total, rescale, passed, turns, middle, 0, position, num_keys, scale_log2,
-                q_tile, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-                WHICH, IN_TURN, False, TILE_KV, STAGES, S_LAYOUT, P_LAYOUT,
-            )  # fmt: skip
-            mbarrier.arrive(q_empty, count=1)
-            acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            stage = (passed - 1) % STAGES
-            mbarrier.wait(v_full.index(stage), (passed - 1) // STAGES & 1)
-            acc = warpgroup_mma(weights, v_smem.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(v_empty.index(stage), count=1)
 
         if rows_left > 0:
-            if SINKS:  # a key that brings no value
-                sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2E
-                new_top = gl.maximum(top, sink)
-                shift = gl.where(new_top == float("-inf"), 0.0, new_top)
-                rescale = gl.exp2(top - shift)
-                total = total * rescale + gl.exp2(sink - shift)
-                acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT))[:, None]
+            if SINKS:
+                acc, top, total = add_sink(acc, top, total, sinks_ptr, head)
             total = gl.where(total > 0, total, 1.0)
-            acc = acc * gl.convert_layout(1.0 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
-            result = gl.convert_layout(acc.to(dtype), STORE_LAYOUT)
-            row = gl.arange(0, ROWS, gl.SliceLayout(1, STORE_LAYOUT))[:, None]
-            dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, STORE_LAYOUT))[None, :]
-            offset = (token + row).to(gl.int64) * stride_out_token + head.to(gl.int64) * stride_out_head + dim
-            gl.store(out_ptr + offset, result, mask=row < rows_left)
+            store_rows(acc, total, out_ptr, token, head, rows_left, stride_out_token, stride_out_head, q_tile.dtype)
 
 
 @gluon.jit(do_not_specialize=PER_BATCH)
@@ -322,6 +273,7 @@ def paged_attention_hopper_kernel(
     k_rows_per_block,
     v_rows_per_block,
     fewest_queries,
+    AHEAD: gl.constexpr,
     IN_TURN: gl.constexpr,
     SINKS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
@@ -353,32 +305,82 @@ def paged_attention_hopper_kernel(
         mbarrier.init(v_empty.index(stage), count=2)
     fence_async_shared()
     capacity = max_blocks_per_seq * BLOCK_SIZE
-    gl.warp_specialize(
-        [
-            (consume, (
-                q_smem.index(0), k_smem, v_smem, q_full.index(0), q_empty.index(0), k_full, k_empty, v_full, v_empty,
-                turn.index(0), turn.index(1), out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head,
-                cu_seqlens_q_ptr, seq_lens_ptr,
-                num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS,
-                TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-            )),
-            (consume, (
-                q_smem.index(1), k_smem, v_smem, q_full.index(1), q_empty.index(1), k_full, k_empty, v_full, v_empty,
-                turn.index(1), turn.index(0), out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head,
-                cu_seqlens_q_ptr, seq_lens_ptr,
-                num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS,
-                TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-            )),
-            (produce, (
-                q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
-                group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
-                fewest_queries, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    tiles = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
+    if AHEAD == 2:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    q_smem.index(0), q_full.index(0), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
+                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
+                    num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
+                )),
+                (consume, (
+                    q_smem.index(1), q_full.index(1), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
+                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
+                    num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
+                )),
+                (produce_ahead, (
+                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
+                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
+                    fewest_queries, True, False, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                )),
+                (produce_ahead, (
+                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
+                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
+                    fewest_queries, False, True, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                )),
+            ],
+            [4, 1, 1],
+            [232, 40, 40],
+        )  # fmt: skip
+    elif AHEAD == 1:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    q_smem.index(0), q_full.index(0), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
+                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
+                    num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
+                )),
+                (consume, (
+                    q_smem.index(1), q_full.index(1), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
+                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
+                    num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
+                )),
+                (produce_ahead, (
+                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
+                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
+                    fewest_queries, True, True, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                )),
+            ],
+            [4, 1],
+            [232, 40],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    q_smem.index(0), q_full.index(0), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
+                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
+                    num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
+                )),
+                (consume, (
+                    q_smem.index(1), q_full.index(1), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
+                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
+                    num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
+                )),
+                (produce, (
+                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
+                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
+                    fewest_queries, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+                )),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
 
 
 def hopper_fits(q: Array, k_cache: Array, v_cache: Array, block_table: Array) -> bool:
@@ -432,6 +434,6 @@ def attend_chunks_on_hopper(
         block_table.stride(0), out.stride(0), out.stride(1),
         num_seqs, num_tokens, num_heads, num_heads // num_kv_heads, num_slots, (num_seqs - 1).bit_length(),
         num_blocks, max_blocks_per_seq, *rows_per_block, fewest_queries,
-        IN_TURN=IN_TURN, SINKS=sinks is not None, BLOCK_SIZE=block_size, TILE_Q=TILE_Q, TILE_KV=TILE_KV,
+        AHEAD=AHEAD, IN_TURN=IN_TURN, SINKS=sinks is not None, BLOCK_SIZE=block_size, TILE_Q=TILE_Q, TILE_KV=TILE_KV,
         HEAD_DIM=head_dim, STAGES=NUM_STAGES, LAYOUT=layout, num_warps=4,
     )  # fmt: skip
