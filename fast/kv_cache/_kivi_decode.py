@@ -167,10 +167,20 @@ def from_lane(x, lane):
     return y
 
 
+@triton.constexpr_function
+def other_asm(distance):
+    return f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
+
+
 @triton.jit
 def from_other(x, DISTANCE: tl.constexpr):
     """What the lane has whose number differs in one bit."""
-    return from_lane(x, tl.arange(0, 32) ^ DISTANCE)
+    if INTERPRETED:
+        y = from_lane(x, tl.arange(0, 32) ^ DISTANCE)
+    else:
+        asm: tl.constexpr = other_asm(DISTANCE)
+        y = tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return y
 
 
 @triton.jit
@@ -295,30 +305,73 @@ def times_scale(x, scale, COLS: tl.constexpr):
 
 
 @triton.jit
-def scores_of(
-    q, k_rows, scales_at, zeros_at, stride_token: tl.constexpr,
-    BITS: tl.constexpr, PIECES: tl.constexpr, COLS: tl.constexpr,
+def some(words, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT of them from the FIRST on."""
+    return words[FIRST : FIRST + COUNT]
+
+
+@triton.jit
+def times_stride(block, stride):
+    """Where a block begins, in one multiplication (neither is negative)."""
+    return (block.to(tl.uint32).to(tl.uint64) * stride.to(tl.uint32).to(tl.uint64)).to(tl.int64)
+
+
+@triton.jit
+def load_page(
+    block_id, offset, rows, k_scales, v_scales, stride_cache_block, stride_k_scale_block, stride_v_scale_block,
+    num_blocks, stride_cache_token: tl.constexpr, stride_k_scale_group: tl.constexpr,
+    stride_v_scale_token: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
 ):  # fmt: skip
+    """All that a page holds: scales and zeros of channels, and codes of two rows of keys; scales and zeros of four
+    tokens, and their codes."""
+    CHUNKS: tl.constexpr = PIECES * BITS // 8
+    block = tl.minimum(tl.maximum(block_id, 0), num_blocks - 1)
+    cells = times_stride(block, stride_cache_block) + offset * stride_cache_token
+    of_group = times_stride(block, stride_k_scale_block) + offset // GROUP_SIZE * stride_k_scale_group
+    of_tokens = times_stride(block, stride_v_scale_block) + offset * stride_v_scale_token
+    k_rows, v_rows = rows[0] + cells, rows[1] + cells
+    words = ()
+    for j in tl.static_range(PIECES):
+        words = words + load_words(k_scales[0] + of_group + 16 * j, 4)
+    for chunk in tl.static_range(CHUNKS):
+        words = words + load_words(k_rows + 8 * chunk, 2) + load_words(k_rows + (8 * stride_cache_token + 8 * chunk), 2)
+    for j in tl.static_range(PIECES):
+        words = words + load_words(k_scales[1] + of_group + 16 * j, 4)
+    for chunk in tl.static_range(CHUNKS):
+        for i in tl.static_range(4):
+            token = i % 2 + i // 2 * 8
+            words = words + (tl.load(v_rows + (8 * chunk + token * stride_cache_token)),)
+    for i in tl.static_range(4):
+        token = i % 2 + i // 2 * 8
+        words = words + load_words(v_scales[0] + of_tokens + token * stride_v_scale_token, NUM_GROUPS // 2)
+    z = v_scales[1] + 2 * of_tokens
+    z0 = word_of(tl.load(z), tl.load(z + 2 * stride_v_scale_token))
+    z1 = word_of(tl.load(z + 16 * stride_v_scale_token), tl.load(z + 18 * stride_v_scale_token))
+    return words + (z0, z1)
+
+
+@triton.jit
+def scores_of(q, words, BITS: tl.constexpr, PIECES: tl.constexpr, COLS: tl.constexpr):
     """The scores of a page, in 2^-24: rows g and g + 8, columns 2 c and 2 c + 1."""
     PARTS: tl.constexpr = 8 // BITS
     CHUNKS: tl.constexpr = PIECES // PARTS
     none = tl.zeros([32], tl.float32)
     scaled, za, zb = (), (none, none, none, none), (none, none, none, none)
+    for i in tl.static_range(4 * PIECES):
+        scaled = scaled + (times_scale(q[i], words[i], COLS),)
     for j in tl.static_range(PIECES):
-        steps, zeros = load_words(scales_at + 16 * j, 4), load_words(zeros_at + 16 * j, 4)
-        for i in tl.static_range(4):
-            scaled = scaled + (times_scale(q[4 * j + i], steps[i], COLS),)
-        # the zeros are the same in every row
-        za = product(zeros[0], zeros[0], zeros[1], zeros[1], q[4 * j], q[4 * j + 1], za[0], za[1], za[2], za[3])
-        zb = product(zeros[2], zeros[2], zeros[3], zeros[3], q[4 * j + 2], q[4 * j + 3], zb[0], zb[1], zb[2], zb[3])
+        # As four words lie in registers: rows g hold the zeros of the first and third, rows g + 8 of the others.
+        z0, z1, z2, z3 = some(words, 4 * PIECES + 4 * CHUNKS + 4 * j, 4)
+        za = product(z0, z1, z2, z3, q[4 * j], q[4 * j + 2], za[0], za[1], za[2], za[3])
+        zb = product(z0, z1, z2, z3, q[4 * j + 1], q[4 * j + 3], zb[0], zb[1], zb[2], zb[3])
     parts = ()
     for _ in tl.static_range(PARTS):
         parts = parts + ((none, none, none, none),)
     for chunk in tl.static_range(CHUNKS):
-        upper = load_words(k_rows + 8 * chunk, 2)
-        lower = load_words(k_rows + (8 * stride_token + 8 * chunk), 2)
+        rows = some(words, 4 * PIECES + 4 * chunk, 4)
         for x in tl.static_range(2):
-            a0, a1 = bytes_0213(upper[x]), bytes_0213(lower[x])
+            a0, a1 = bytes_0213(rows[x]), bytes_0213(rows[x + 2])
             a2, a3 = a0 >> 8, a1 >> 8
             new_parts = ()
             for part in tl.static_range(PARTS):
@@ -330,7 +383,7 @@ def scores_of(
                 )  # fmt: skip
                 new_parts = new_parts + (t,)
             parts = new_parts
-    zero0, zero1 = (za[0] + zb[0]) * 2.0**-24, (za[1] + zb[1]) * 2.0**-24
+    zero0, zero1 = (za[0] + zb[2]) * 2.0**-24, (za[1] + zb[3]) * 2.0**-24
     t0, t1, t2, t3 = parts[PARTS - 1]
     for down in tl.static_range(1, PARTS):
         t = parts[PARTS - 1 - down]
@@ -370,31 +423,23 @@ def rescaled(accs, rescale0, rescale1):
 
 @triton.jit
 def add_values(
-    accs, b0, b1, v_rows, scales_at, zeros_at, stride_token: tl.constexpr, stride_scale_token: tl.constexpr,
-    BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    accs, b0, b1, words, BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr, COLS: tl.constexpr
+):
     """Weights times a page's codes and scales, piece by piece, and last weights times zeros, a row a group."""
     PARTS: tl.constexpr = 8 // BITS
     CHUNKS: tl.constexpr = PIECES // PARTS
-    s0 = load_words(scales_at, NUM_GROUPS // 2)
-    s1 = load_words(scales_at + stride_scale_token, NUM_GROUPS // 2)
-    s2 = load_words(scales_at + 8 * stride_scale_token, NUM_GROUPS // 2)
-    s3 = load_words(scales_at + 9 * stride_scale_token, NUM_GROUPS // 2)
-    scaled = ()
-    for group in tl.static_range(NUM_GROUPS):
-        steps0 = pair(s0[group // 2], s1[group // 2], group % 2)
-        steps1 = pair(s2[group // 2], s3[group // 2], group % 2)
-        scaled = scaled + ((times_scale(b0, steps0, COLS), times_scale(b1, steps1, COLS)),)
-    z0 = word_of(tl.load(zeros_at), tl.load(zeros_at + 2 * stride_scale_token))
-    z1 = word_of(tl.load(zeros_at + 16 * stride_scale_token), tl.load(zeros_at + 18 * stride_scale_token))
-
+    PAIRS: tl.constexpr = NUM_GROUPS // 2
     chunks = ()
     for chunk in tl.static_range(CHUNKS):
-        at = v_rows + 8 * chunk
-        w0, w1 = tl.load(at), tl.load(at + stride_token)
-        w2, w3 = tl.load(at + 8 * stride_token), tl.load(at + 9 * stride_token)
+        w0, w1, w2, w3 = some(words, 8 * PIECES + 4 * CHUNKS + 4 * chunk, 4)
         x0, x1, y0, y1 = pair(w0, w1, 0), pair(w2, w3, 0), pair(w0, w1, 1), pair(w2, w3, 1)
         chunks = chunks + (((x0, x0 >> 8, x1, x1 >> 8), (y0, y0 >> 8, y1, y1 >> 8)),)
+    of_tokens = some(words, 8 * PIECES + 8 * CHUNKS, 4 * PAIRS)
+    scaled = ()
+    for group in tl.static_range(NUM_GROUPS):
+        steps0 = pair(of_tokens[group // 2], of_tokens[PAIRS + group // 2], group % 2)
+        steps1 = pair(of_tokens[2 * PAIRS + group // 2], of_tokens[3 * PAIRS + group // 2], group % 2)
+        scaled = scaled + ((times_scale(b0, steps0, COLS), times_scale(b1, steps1, COLS)),)
     new = ()
     for j in tl.static_range(PIECES):
         weights = scaled[j * NUM_GROUPS // PIECES]
@@ -404,8 +449,8 @@ def add_values(
                 accs, 8 * j + 4 * u, codes_of(a[0], BITS, j // CHUNKS), codes_of(a[1], BITS, j // CHUNKS),
                 codes_of(a[2], BITS, j // CHUNKS), codes_of(a[3], BITS, j // CHUNKS), weights[0], weights[1],
             )  # fmt: skip
-    nothing = tl.zeros([32], tl.int32)
-    return new + product_at(accs, 8 * PIECES, z0, nothing, z1, nothing, b0, b1)
+    z0, z1 = some(words, 8 * PIECES + 8 * CHUNKS + 4 * PAIRS, 2)
+    return new + product_at(accs, 8 * PIECES, z0, z0, z1, z1, b0, b1)
 
 
 @triton.jit
@@ -416,7 +461,7 @@ def attend_old_pages(
     stride_cache_token: tl.constexpr, stride_k_scale_group: tl.constexpr, stride_v_scale_token: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr,
-    PAGES: tl.constexpr,
+    PAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Let tiles ``start`` to ``stop`` of PAGES pages pass; what is read of them are the pages ``lowest`` to ``last``.
 
@@ -426,10 +471,9 @@ def attend_old_pages(
     PARTS: tl.constexpr = 8 // BITS
     lane = tl.arange(0, 32)
     g, c = lane // 4, lane % 4
-    k_lane = g * stride_cache_token + 2 * c
-    v_lane = 2 * c * stride_cache_token + g
-    v_scale_lane = 2 * c * stride_v_scale_token
-    v_zero_lane = 2 * v_scale_lane + g % NUM_GROUPS
+    rows = k_ptr + (g * stride_cache_token + 2 * c), v_ptr + (2 * c * stride_cache_token + g)
+    k_scales = k_scale_ptr + 4 * c, k_zero_ptr + 4 * c
+    v_scales = v_scale_ptr + 2 * c * stride_v_scale_token, v_zero_ptr + (4 * c * stride_v_scale_token + g % NUM_GROUPS)
     top0, total0 = tl.full([32], LOWEST, tl.float32), tl.zeros([32], tl.float32)
     top1, total1 = top0, total0
     accs = ()
@@ -444,21 +488,40 @@ def attend_old_pages(
     for i in tl.static_range(PAGES):
         page = tl.minimum(tl.maximum(start * PAGES + i, lowest), last)
         ids = ids + (tl.load(row_ptr + page * PAGE // BLOCK_SIZE * stride_table_block),)
-    for tile in tl.range(start, stop, num_stages=1):
-        next_ids, scores0, scores1, at = (), (), (), ()
+    ahead = ()  # what the next tile's pages hold, if it is loaded so early
+    if AHEAD:
         for i in tl.static_range(PAGES):
-            next_page = tl.minimum(tl.maximum((tile + 1) * PAGES + i, lowest), last)
-            next_ids = next_ids + (tl.load(row_ptr + next_page * PAGE // BLOCK_SIZE * stride_table_block),)
-            page = tl.minimum(tl.maximum(tile * PAGES + i, lowest), last)
-            block, offset = tl.minimum(tl.maximum(ids[i], 0), num_blocks - 1).to(tl.int64), page * PAGE % BLOCK_SIZE
-            cells = block * stride_cache_block + offset * stride_cache_token
-            of_group = block * stride_k_scale_block + offset // GROUP_SIZE * stride_k_scale_group
-            of_tokens = block * stride_v_scale_block + offset * stride_v_scale_token
-            at = at + ((cells, of_tokens),)
-            s0, s1, s2, s3 = scores_of(
-                q, k_ptr + cells + k_lane, k_scale_ptr + of_group + 4 * c, k_zero_ptr + of_group + 4 * c,
-                stride_cache_token, BITS, PIECES, COLS,
+            page = tl.minimum(tl.maximum(start * PAGES + i, lowest), last)
+            ahead = ahead + load_page(
+                ids[i], page * PAGE % BLOCK_SIZE, rows, k_scales, v_scales, stride_cache_block, stride_k_scale_block,
+                stride_v_scale_block, num_blocks, stride_cache_token, stride_k_scale_group, stride_v_scale_token,
+                BITS, PIECES, NUM_GROUPS, GROUP_SIZE,
             )  # fmt: skip
+        next_ids = ()
+        for i in tl.static_range(PAGES):
+            page = tl.minimum(tl.maximum((start + 1) * PAGES + i, lowest), last)
+            next_ids = next_ids + (tl.load(row_ptr + page * PAGE // BLOCK_SIZE * stride_table_block),)
+        ids = next_ids
+    WORDS: tl.constexpr = PIECES * BITS + 8 * PIECES + 2 * NUM_GROUPS + 2  # of a page
+    for tile in tl.range(start, stop, num_stages=1):
+        pages, next_ids, scores0, scores1 = (), (), (), ()
+        for i in tl.static_range(PAGES):
+            page = tl.minimum(tl.maximum((tile + AHEAD) * PAGES + i, lowest), last)
+            pages = pages + load_page(
+                ids[i], page * PAGE % BLOCK_SIZE, rows, k_scales, v_scales, stride_cache_block, stride_k_scale_block,
+                stride_v_scale_block, num_blocks, stride_cache_token, stride_k_scale_group, stride_v_scale_token,
+                BITS, PIECES, NUM_GROUPS, GROUP_SIZE,
+            )  # fmt: skip
+        for i in tl.static_range(PAGES):
+            page = tl.minimum(tl.maximum((tile + AHEAD + 1) * PAGES + i, lowest), last)
+            next_ids = next_ids + (tl.load(row_ptr + page * PAGE // BLOCK_SIZE * stride_table_block),)
+        ids = next_ids
+        if AHEAD:
+            next_pages = pages
+            pages = ahead
+            ahead = next_pages
+        for i in tl.static_range(PAGES):
+            s0, s1, s2, s3 = scores_of(q, some(pages, WORDS * i, WORDS), BITS, PIECES, COLS)
             if CAPPED:
                 s0 = softmax.cap_scores(s0 * (unit0 * 2.0**24), scale, logit_cap)
                 s1 = softmax.cap_scores(s1 * (unit1 * 2.0**24), scale, logit_cap)
@@ -478,7 +541,6 @@ def attend_old_pages(
                 hidden = tl.where(tile * PAGES + i <= last, 0.0, float("-inf"))
                 s0, s1, s2, s3 = s0 + hidden, s1 + hidden, s2 + hidden, s3 + hidden
             scores0, scores1 = scores0 + (s0, s2), scores1 + (s1, s3)
-        ids = next_ids
 
         weights0, top0, total0, rescale0 = update(scores0, top0, total0, scale0)
         weights1, top1, total1, rescale1 = update(scores1, top1, total1, scale1)
@@ -486,12 +548,7 @@ def attend_old_pages(
         for i in tl.static_range(PAGES):
             b0 = transposed(packed(weights0[2 * i], weights1[2 * i], tl.float16))
             b1 = transposed(packed(weights0[2 * i + 1], weights1[2 * i + 1], tl.float16))
-            cells, of_tokens = at[i]
-            accs = add_values(
-                accs, b0, b1, v_ptr + cells + v_lane, v_scale_ptr + of_tokens + v_scale_lane,
-                v_zero_ptr + 2 * of_tokens + v_zero_lane, stride_cache_token, stride_v_scale_token,
-                BITS, PIECES, NUM_GROUPS, COLS,
-            )  # fmt: skip
+            accs = add_values(accs, b0, b1, some(pages, WORDS * i, WORDS), BITS, PIECES, NUM_GROUPS, COLS)
 
     whole = ()
     for j in tl.static_range(PIECES):
@@ -689,6 +746,7 @@ def decode_attention_kernel(
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
     PAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     TILE_KV: tl.constexpr = PAGES * PAGE
     lane = tl.arange(0, 32)
@@ -747,7 +805,7 @@ def decode_attention_kernel(
                     v_scale_ptr + in_v_scales, v_zero_ptr + 2 * in_v_scales, scale, logit_cap, sliding_window,
                     stride_cache_block, stride_k_scale_block, stride_v_scale_block, num_blocks,
                     stride_cache_token, stride_k_scale_group, stride_v_scale_token,
-                    WINDOWED, CAPPED, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE, QUERIES, COLS, PAGES,
+                    WINDOWED, CAPPED, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE, QUERIES, COLS, PAGES, AHEAD,
                 )  # fmt: skip
                 accs, top0, top1, total0, total1 = attend_young_pages(
                     load_queries(q_rows, there, PIECES), accs, top0, top1, total0, total1,

@@ -441,6 +441,7 @@ class DecodeTiles(NamedTuple):
     queries: int  # of a sequence that a program takes together
     columns: int  # for them and the heads of a group
     pages: int  # of keys that it takes together
+    ahead: int  # whether it loads them a step ahead
     programs_per_processor: int
     max_registers: int | None = None  # of a thread
 
@@ -462,7 +463,7 @@ def choose_decode(
     columns = COLUMNS.value if dtype == torch.bfloat16 else COLUMNS.value // 2
     if num_tokens * group > columns * num_seqs or q_stride_dim != 1:
         return None
-    return DecodeTiles(1 if num_tokens <= num_seqs else columns // group, columns, 1, 16, 128)
+    return DecodeTiles(1 if num_tokens <= num_seqs else columns // group, columns, 1, 1, 12, 168)
 
 
 def loads_whole_words(q: Array, cache: KiviArrays) -> bool:
@@ -512,7 +513,7 @@ def _decode(
         DTYPE=tl.bfloat16 if q.dtype == torch.bfloat16 else tl.float16, BITS=cache.bits, GROUP=group,
         PIECES=head_dim // 32, BLOCK_SIZE=block_size, GROUP_SIZE=cache.group_size, NUM_GROUPS=cache.v_scale.shape[3],
         QUERIES=tiles.queries, COLS=tiles.columns, ROWS=next_power_of_2(tiles.queries * group), PAGES=tiles.pages,
-        num_warps=1, maxnreg=tiles.max_registers,
+        AHEAD=tiles.ahead, num_warps=1, maxnreg=tiles.max_registers,
     )  # fmt: skip
 
 
