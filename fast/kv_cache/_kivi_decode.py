@@ -1,8 +1,8 @@
-"""KIVI's attention for decodes, in float16 and bfloat16: a warp a program, lane by lane. The schedule is `paging.py`'s.
+"""KIVI's attention for decodes, in float16 and bfloat16: a warp a KV head, lane by lane. The schedule is `paging.py`'s.
 
 A decode over codes of 2 bits is bound by instructions and by waiting, long before it is bound by memory. What costs
 most is not arithmetic but moving numbers between the layouts that products want. So here nothing is ever moved: a
-tensor of 32 is one register of the 32 lanes of a warp, a product is the GPU's own ``mma.m16n8k16``, and every load
+tensor is one register of every lane (32 to a warp), a product is the GPU's own ``mma.m16n8k16``, and every load
 brings a lane exactly what that lane's registers hold of an operand. (In such a product lane 4 g + c holds of the left
 operand, 16 x 16, rows g and g + 8, of the right one, 16 x 8, column g, each at the steps 2 c, 2 c + 1 and those plus 8;
 of the result rows g and g + 8 at columns 2 c and 2 c + 1.) Which step of a product is which channel, or which token, is
@@ -20,7 +20,10 @@ free: it only has to be the same on both sides. So a lane takes the channels who
 A *piece* is 32 channels side by side: channel 32 j + 8 c + i of the keys is lane c's, channel 32 j + 4 g + i of the
 values is lane g's. Pieces in the same bytes (2 bits: all four) are the bytes' *parts*, of other bits.
 
-The interpreter knows no such instructions; there each is computed from the 32 numbers of every register instead.
+A program is a few warps, with neighbouring KV heads: none waits for another, but what lies side by side in memory is
+read at about the same time.
+
+The interpreter knows no such instructions; there each is computed from the numbers in every lane's registers instead.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -158,9 +161,9 @@ def load_words(ptr, COUNT: tl.constexpr):
 
 @triton.jit
 def from_lane(x, lane):
-    """What another lane has."""
+    """What another lane of the warp has."""
     if INTERPRETED:
-        y = tl.gather(x, lane, 0)
+        y = tl.gather(x, tl.arange(0, x.shape[0]) // 32 * 32 + lane, 0)
     else:
         asm: tl.constexpr = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
         y = tl.inline_asm_elementwise(asm, "=f,f,r", [x, lane], tl.float32, is_pure=True, pack=1)
@@ -176,7 +179,7 @@ def other_asm(distance):
 def from_other(x, DISTANCE: tl.constexpr):
     """What the lane has whose number differs in one bit."""
     if INTERPRETED:
-        y = from_lane(x, tl.arange(0, 32) ^ DISTANCE)
+        y = from_lane(x, tl.arange(0, x.shape[0]) % 32 ^ DISTANCE)
     else:
         asm: tl.constexpr = other_asm(DISTANCE)
         y = tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=True, pack=1)
@@ -187,8 +190,8 @@ def from_other(x, DISTANCE: tl.constexpr):
 def transposed(words):
     """8 x 8 numbers of 16 bits, lane 4 g + c having (g, 2 c) and (g, 2 c + 1): the transpose, held likewise."""
     if INTERPRETED:
-        table = tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF).reshape(8, 8)
-        low, high = tl.split(tl.trans(table).reshape(32, 2))
+        table = tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF).reshape(words.shape[0] // 32, 8, 8)
+        low, high = tl.split(tl.permute(table, (0, 2, 1)).reshape(words.shape[0], 2))
         words = low | (high << 16)
     else:
         asm: tl.constexpr = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
@@ -198,9 +201,9 @@ def transposed(words):
 
 @triton.jit
 def table_of(words, dtype: tl.constexpr):
-    """8 x 8 floats from the registers of the lanes (for the interpreter)."""
+    """8 x 8 floats of each warp from the registers of its lanes (for the interpreter)."""
     low, high = halves_of(words, dtype)
-    return tl.join(low, high).reshape(8, 8)
+    return tl.join(low, high).reshape(words.shape[0] // 32, 8, 8)
 
 
 @triton.constexpr_function
@@ -215,12 +218,13 @@ def product_asm(kind):
 def product(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, dtype: tl.constexpr = tl.float16):
     """a @ b + c, [16, 16] @ [16, 8]: a's rows g and g + 8 at the first steps, then at the last; c's rows likewise."""
     if INTERPRETED:
-        first, last = tl.trans(table_of(b0, dtype)), tl.trans(table_of(b1, dtype))
-        upper, lower = tl.join(c0, c1).reshape(8, 8), tl.join(c2, c3).reshape(8, 8)
+        SIZE: tl.constexpr = a0.shape[0]
+        first, last = tl.permute(table_of(b0, dtype), (0, 2, 1)), tl.permute(table_of(b1, dtype), (0, 2, 1))
+        upper, lower = tl.join(c0, c1).reshape(SIZE // 32, 8, 8), tl.join(c2, c3).reshape(SIZE // 32, 8, 8)
         upper = dot(table_of(a0, dtype), first, dot(table_of(a2, dtype), last, upper))
         lower = dot(table_of(a1, dtype), first, dot(table_of(a3, dtype), last, lower))
-        c0, c1 = tl.split(upper.reshape(32, 2))
-        c2, c3 = tl.split(lower.reshape(32, 2))
+        c0, c1 = tl.split(upper.reshape(SIZE, 2))
+        c2, c3 = tl.split(lower.reshape(SIZE, 2))
         c = (c0, c1, c2, c3)
     else:
         asm: tl.constexpr = product_asm("bf16" if dtype == tl.bfloat16 else "f16")
@@ -258,7 +262,7 @@ def sum_of(x):
 @triton.jit
 def load_queries(q_rows, there, PIECES: tl.constexpr):
     """The words of a lane's channels, of its column's query; zeros where there is none."""
-    c = tl.arange(0, 32) % 4
+    c = tl.arange(0, there.shape[0]) % 4
     words = ()
     for j in tl.static_range(PIECES):
         four = load_words(q_rows + (16 * j + 4 * c), 4)
@@ -270,7 +274,7 @@ def load_queries(q_rows, there, PIECES: tl.constexpr):
 @triton.jit
 def below_one(words, dtype: tl.constexpr):
     """(the numbers as float16s below 1, the power of two that each column was divided by)."""
-    largest = tl.zeros([32], tl.float32)
+    largest = tl.zeros(words[0].shape, tl.float32)
     for i in tl.static_range(len(words)):
         low, high = halves_of(words[i], dtype)
         largest = tl.maximum(largest, tl.maximum(tl.abs(low), tl.abs(high)))
@@ -299,7 +303,7 @@ def times_scale(x, scale, COLS: tl.constexpr):
     if COLS == COLUMNS:
         y = multiply(x, scale)
     else:
-        negative = tl.where(tl.arange(0, 32) // 4 < COLS, 0, x ^ -2147450880)
+        negative = tl.where(tl.arange(0, x.shape[0]) % 32 // 4 < COLS, 0, x ^ -2147450880)
         y = multiply_add(x, scale, multiply(negative, scale))
     return y
 
@@ -317,38 +321,70 @@ def times_stride(block, stride):
 
 
 @triton.jit
-def load_page(
-    block_id, offset, rows, k_scales, v_scales, stride_cache_block, stride_k_scale_block, stride_v_scale_block,
-    num_blocks, stride_cache_token: tl.constexpr, stride_k_scale_group: tl.constexpr,
-    stride_v_scale_token: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
+def place_of(tile, page, lowest, last, PAGES: tl.constexpr):
+    """The page (of 16 tokens of the sequence) that a tile reads as one of its pages."""
+    return tl.minimum(tl.maximum(tile * PAGES + page, lowest), last)
+
+
+@triton.jit
+def load_ids(row_ptr, stride_table_block, tile, lowest, last, PAGES: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """The blocks of a tile's pages, as the table has them."""
+    ids = ()
+    for i in tl.static_range(PAGES):
+        page = place_of(tile, i, lowest, last, PAGES)
+        ids = ids + (tl.load(row_ptr + page * PAGE // BLOCK_SIZE * stride_table_block),)
+    return ids
+
+
+@triton.jit
+def block_of(block_id, num_blocks):
+    """A block that exists, whatever the table says."""
+    return tl.minimum(tl.maximum(block_id, 0), num_blocks - 1)
+
+
+@triton.jit
+def load_keys(
+    ids, tile, lowest, last, k_rows, scales_at, zeros_at, stride_block, stride_scale_block, num_blocks,
+    stride_token: tl.constexpr, stride_group: tl.constexpr, PAGES: tl.constexpr, BITS: tl.constexpr,
+    PIECES: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """All that a page holds: scales and zeros of channels, and codes of two rows of keys; scales and zeros of four
-    tokens, and their codes."""
-    CHUNKS: tl.constexpr = PIECES * BITS // 8
-    block = tl.minimum(tl.maximum(block_id, 0), num_blocks - 1)
-    cells = times_stride(block, stride_cache_block) + offset * stride_cache_token
-    of_group = times_stride(block, stride_k_scale_block) + offset // GROUP_SIZE * stride_k_scale_group
-    of_tokens = times_stride(block, stride_v_scale_block) + offset * stride_v_scale_token
-    k_rows, v_rows = rows[0] + cells, rows[1] + cells
+    """Of each page the scales of a lane's channels, two rows of codes, and the zeros."""
     words = ()
-    for j in tl.static_range(PIECES):
-        words = words + load_words(k_scales[0] + of_group + 16 * j, 4)
-    for chunk in tl.static_range(CHUNKS):
-        words = words + load_words(k_rows + 8 * chunk, 2) + load_words(k_rows + (8 * stride_cache_token + 8 * chunk), 2)
-    for j in tl.static_range(PIECES):
-        words = words + load_words(k_scales[1] + of_group + 16 * j, 4)
-    for chunk in tl.static_range(CHUNKS):
-        for i in tl.static_range(4):
-            token = i % 2 + i // 2 * 8
-            words = words + (tl.load(v_rows + (8 * chunk + token * stride_cache_token)),)
-    for i in tl.static_range(4):
-        token = i % 2 + i // 2 * 8
-        words = words + load_words(v_scales[0] + of_tokens + token * stride_v_scale_token, NUM_GROUPS // 2)
-    z = v_scales[1] + 2 * of_tokens
-    z0 = word_of(tl.load(z), tl.load(z + 2 * stride_v_scale_token))
-    z1 = word_of(tl.load(z + 16 * stride_v_scale_token), tl.load(z + 18 * stride_v_scale_token))
-    return words + (z0, z1)
+    for i in tl.static_range(PAGES):
+        block, offset = block_of(ids[i], num_blocks), place_of(tile, i, lowest, last, PAGES) * PAGE % BLOCK_SIZE
+        rows = k_rows + (times_stride(block, stride_block) + offset * stride_token)
+        of_group = times_stride(block, stride_scale_block) + offset // GROUP_SIZE * stride_group
+        for j in tl.static_range(PIECES):
+            words = words + load_words(scales_at + of_group + 16 * j, 4)
+        for chunk in tl.static_range(PIECES * BITS // 8):
+            words = words + load_words(rows + 8 * chunk, 2) + load_words(rows + (8 * stride_token + 8 * chunk), 2)
+        for j in tl.static_range(PIECES):
+            words = words + load_words(zeros_at + of_group + 16 * j, 4)
+    return words
+
+
+@triton.jit
+def load_values(
+    ids, tile, lowest, last, v_rows, scales_at, zeros_at, stride_block, stride_scale_block, num_blocks,
+    stride_token: tl.constexpr, stride_scale_token: tl.constexpr, PAGES: tl.constexpr, BITS: tl.constexpr,
+    PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Of each page four tokens' codes, their scales, and the zeros of a group of channels."""
+    words = ()
+    for i in tl.static_range(PAGES):
+        block, offset = block_of(ids[i], num_blocks), place_of(tile, i, lowest, last, PAGES) * PAGE % BLOCK_SIZE
+        rows = v_rows + (times_stride(block, stride_block) + offset * stride_token)
+        of_tokens = times_stride(block, stride_scale_block) + offset * stride_scale_token
+        for chunk in tl.static_range(PIECES * BITS // 8):
+            for k in tl.static_range(4):
+                words = words + (tl.load(rows + (8 * chunk + (k % 2 + k // 2 * 8) * stride_token)),)
+        for k in tl.static_range(4):
+            scales = scales_at + of_tokens + (k % 2 + k // 2 * 8) * stride_scale_token
+            words = words + load_words(scales, NUM_GROUPS // 2)
+        for k in tl.static_range(4):
+            zeros = tl.load(zeros_at + 2 * of_tokens + (k % 2 + k // 2 * 8) * (2 * stride_scale_token))
+            words = words + (zeros.to(tl.int32),)
+    return words
 
 
 @triton.jit
@@ -356,7 +392,7 @@ def scores_of(q, words, BITS: tl.constexpr, PIECES: tl.constexpr, COLS: tl.const
     """The scores of a page, in 2^-24: rows g and g + 8, columns 2 c and 2 c + 1."""
     PARTS: tl.constexpr = 8 // BITS
     CHUNKS: tl.constexpr = PIECES // PARTS
-    none = tl.zeros([32], tl.float32)
+    none = tl.zeros(q[0].shape, tl.float32)
     scaled, za, zb = (), (none, none, none, none), (none, none, none, none)
     for i in tl.static_range(4 * PIECES):
         scaled = scaled + (times_scale(q[i], words[i], COLS),)
@@ -431,10 +467,10 @@ def add_values(
     PAIRS: tl.constexpr = NUM_GROUPS // 2
     chunks = ()
     for chunk in tl.static_range(CHUNKS):
-        w0, w1, w2, w3 = some(words, 8 * PIECES + 4 * CHUNKS + 4 * chunk, 4)
+        w0, w1, w2, w3 = some(words, 4 * chunk, 4)
         x0, x1, y0, y1 = pair(w0, w1, 0), pair(w2, w3, 0), pair(w0, w1, 1), pair(w2, w3, 1)
         chunks = chunks + (((x0, x0 >> 8, x1, x1 >> 8), (y0, y0 >> 8, y1, y1 >> 8)),)
-    of_tokens = some(words, 8 * PIECES + 8 * CHUNKS, 4 * PAIRS)
+    of_tokens = some(words, 4 * CHUNKS, 4 * PAIRS)
     scaled = ()
     for group in tl.static_range(NUM_GROUPS):
         steps0 = pair(of_tokens[group // 2], of_tokens[PAIRS + group // 2], group % 2)
@@ -449,7 +485,8 @@ def add_values(
                 accs, 8 * j + 4 * u, codes_of(a[0], BITS, j // CHUNKS), codes_of(a[1], BITS, j // CHUNKS),
                 codes_of(a[2], BITS, j // CHUNKS), codes_of(a[3], BITS, j // CHUNKS), weights[0], weights[1],
             )  # fmt: skip
-    z0, z1 = some(words, 8 * PIECES + 8 * CHUNKS + 4 * PAIRS, 2)
+    z0, z1, z2, z3 = some(words, 4 * CHUNKS + 4 * PAIRS, 4)
+    z0, z1 = pair(z0, z1, 0), pair(z2, z3, 0)
     return new + product_at(accs, 8 * PIECES, z0, z0, z1, z1, b0, b1)
 
 
@@ -461,7 +498,7 @@ def attend_old_pages(
     stride_cache_token: tl.constexpr, stride_k_scale_group: tl.constexpr, stride_v_scale_token: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr,
-    PAGES: tl.constexpr, AHEAD: tl.constexpr,
+    PAGES: tl.constexpr,
 ):  # fmt: skip
     """Let tiles ``start`` to ``stop`` of PAGES pages pass; what is read of them are the pages ``lowest`` to ``last``.
 
@@ -469,59 +506,41 @@ def attend_old_pages(
     read was written. Returns the sums of values, all in one unit, and (top, total) of both columns.
     """
     PARTS: tl.constexpr = 8 // BITS
-    lane = tl.arange(0, 32)
+    lane = tl.arange(0, unit0.shape[0]) % 32
     g, c = lane // 4, lane % 4
-    rows = k_ptr + (g * stride_cache_token + 2 * c), v_ptr + (2 * c * stride_cache_token + g)
-    k_scales = k_scale_ptr + 4 * c, k_zero_ptr + 4 * c
-    v_scales = v_scale_ptr + 2 * c * stride_v_scale_token, v_zero_ptr + (4 * c * stride_v_scale_token + g % NUM_GROUPS)
-    top0, total0 = tl.full([32], LOWEST, tl.float32), tl.zeros([32], tl.float32)
+    k_rows, v_rows = k_ptr + (g * stride_cache_token + 2 * c), v_ptr + (2 * c * stride_cache_token + g)
+    k_scales, k_zeros = k_scale_ptr + 4 * c, k_zero_ptr + 4 * c
+    v_scales = v_scale_ptr + 2 * c * stride_v_scale_token
+    v_zeros = v_zero_ptr + (4 * c * stride_v_scale_token + g % NUM_GROUPS)
+    top0, total0 = tl.full(unit0.shape, LOWEST, tl.float32), tl.zeros(unit0.shape, tl.float32)
     top1, total1 = top0, total0
     accs = ()
     for _ in tl.static_range(8 * PIECES + 4):
-        accs = accs + (tl.zeros([32], tl.float32),)
+        accs = accs + (tl.zeros(unit0.shape, tl.float32),)
     if CAPPED:
-        scale0, scale1 = tl.full([32], softmax.LOG2E, tl.float32), tl.full([32], softmax.LOG2E, tl.float32)
+        scale0 = tl.full(unit0.shape, softmax.LOG2E, tl.float32)
+        scale1 = scale0
     else:
         scale0, scale1 = unit0 * (2.0**24 * scale * softmax.LOG2E), unit1 * (2.0**24 * scale * softmax.LOG2E)
 
-    ids = ()  # of a tile ahead, so that no other load ever waits for them
-    for i in tl.static_range(PAGES):
-        page = tl.minimum(tl.maximum(start * PAGES + i, lowest), last)
-        ids = ids + (tl.load(row_ptr + page * PAGE // BLOCK_SIZE * stride_table_block),)
-    ahead = ()  # what the next tile's pages hold, if it is loaded so early
-    if AHEAD:
-        for i in tl.static_range(PAGES):
-            page = tl.minimum(tl.maximum(start * PAGES + i, lowest), last)
-            ahead = ahead + load_page(
-                ids[i], page * PAGE % BLOCK_SIZE, rows, k_scales, v_scales, stride_cache_block, stride_k_scale_block,
-                stride_v_scale_block, num_blocks, stride_cache_token, stride_k_scale_group, stride_v_scale_token,
-                BITS, PIECES, NUM_GROUPS, GROUP_SIZE,
-            )  # fmt: skip
-        next_ids = ()
-        for i in tl.static_range(PAGES):
-            page = tl.minimum(tl.maximum((start + 1) * PAGES + i, lowest), last)
-            next_ids = next_ids + (tl.load(row_ptr + page * PAGE // BLOCK_SIZE * stride_table_block),)
-        ids = next_ids
-    WORDS: tl.constexpr = PIECES * BITS + 8 * PIECES + 2 * NUM_GROUPS + 2  # of a page
+    # Each is loaded as soon as what it replaces has been used, half a tile and more before it is used itself.
+    ids = load_ids(row_ptr, stride_table_block, start, lowest, last, PAGES, BLOCK_SIZE)
+    keys = load_keys(
+        ids, start, lowest, last, k_rows, k_scales, k_zeros, stride_cache_block, stride_k_scale_block, num_blocks,
+        stride_cache_token, stride_k_scale_group, PAGES, BITS, PIECES, BLOCK_SIZE, GROUP_SIZE,
+    )  # fmt: skip
+    values = load_values(
+        ids, start, lowest, last, v_rows, v_scales, v_zeros, stride_cache_block, stride_v_scale_block, num_blocks,
+        stride_cache_token, stride_v_scale_token, PAGES, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE,
+    )  # fmt: skip
+    ids = load_ids(row_ptr, stride_table_block, start + 1, lowest, last, PAGES, BLOCK_SIZE)
+    KEYS: tl.constexpr = PIECES * BITS // 2 + 8 * PIECES  # words of a page
+    VALUES: tl.constexpr = PIECES * BITS // 2 + 2 * NUM_GROUPS + 4
     for tile in tl.range(start, stop, num_stages=1):
-        pages, next_ids, scores0, scores1 = (), (), (), ()
+        scores0, scores1 = (), ()
+        next_ids = load_ids(row_ptr, stride_table_block, tile + 2, lowest, last, PAGES, BLOCK_SIZE)
         for i in tl.static_range(PAGES):
-            page = tl.minimum(tl.maximum((tile + AHEAD) * PAGES + i, lowest), last)
-            pages = pages + load_page(
-                ids[i], page * PAGE % BLOCK_SIZE, rows, k_scales, v_scales, stride_cache_block, stride_k_scale_block,
-                stride_v_scale_block, num_blocks, stride_cache_token, stride_k_scale_group, stride_v_scale_token,
-                BITS, PIECES, NUM_GROUPS, GROUP_SIZE,
-            )  # fmt: skip
-        for i in tl.static_range(PAGES):
-            page = tl.minimum(tl.maximum((tile + AHEAD + 1) * PAGES + i, lowest), last)
-            next_ids = next_ids + (tl.load(row_ptr + page * PAGE // BLOCK_SIZE * stride_table_block),)
-        ids = next_ids
-        if AHEAD:
-            next_pages = pages
-            pages = ahead
-            ahead = next_pages
-        for i in tl.static_range(PAGES):
-            s0, s1, s2, s3 = scores_of(q, some(pages, WORDS * i, WORDS), BITS, PIECES, COLS)
+            s0, s1, s2, s3 = scores_of(q, some(keys, KEYS * i, KEYS), BITS, PIECES, COLS)
             if CAPPED:
                 s0 = softmax.cap_scores(s0 * (unit0 * 2.0**24), scale, logit_cap)
                 s1 = softmax.cap_scores(s1 * (unit1 * 2.0**24), scale, logit_cap)
@@ -541,6 +560,10 @@ def attend_old_pages(
                 hidden = tl.where(tile * PAGES + i <= last, 0.0, float("-inf"))
                 s0, s1, s2, s3 = s0 + hidden, s1 + hidden, s2 + hidden, s3 + hidden
             scores0, scores1 = scores0 + (s0, s2), scores1 + (s1, s3)
+        keys = load_keys(
+            ids, tile + 1, lowest, last, k_rows, k_scales, k_zeros, stride_cache_block, stride_k_scale_block,
+            num_blocks, stride_cache_token, stride_k_scale_group, PAGES, BITS, PIECES, BLOCK_SIZE, GROUP_SIZE,
+        )  # fmt: skip
 
         weights0, top0, total0, rescale0 = update(scores0, top0, total0, scale0)
         weights1, top1, total1, rescale1 = update(scores1, top1, total1, scale1)
@@ -548,7 +571,12 @@ def attend_old_pages(
         for i in tl.static_range(PAGES):
             b0 = transposed(packed(weights0[2 * i], weights1[2 * i], tl.float16))
             b1 = transposed(packed(weights0[2 * i + 1], weights1[2 * i + 1], tl.float16))
-            accs = add_values(accs, b0, b1, some(pages, WORDS * i, WORDS), BITS, PIECES, NUM_GROUPS, COLS)
+            accs = add_values(accs, b0, b1, some(values, VALUES * i, VALUES), BITS, PIECES, NUM_GROUPS, COLS)
+        values = load_values(
+            ids, tile + 1, lowest, last, v_rows, v_scales, v_zeros, stride_cache_block, stride_v_scale_block,
+            num_blocks, stride_cache_token, stride_v_scale_token, PAGES, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE,
+        )  # fmt: skip
+        ids = next_ids
 
     whole = ()
     for j in tl.static_range(PIECES):
@@ -572,12 +600,12 @@ def attend_young_pages(
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Let pages ``start`` to ``stop`` pass from the window; what is read of them are the keys ``lowest`` to ``end``."""
-    lane = tl.arange(0, 32)
+    lane = tl.arange(0, top0.shape[0]) % 32
     g, c = lane // 4, lane % 4
     scale_log2 = scale * softmax.LOG2E
     if CAPPED:
         scale_log2 = softmax.LOG2E
-    none = tl.zeros([32], tl.float32)
+    none = tl.zeros(top0.shape, tl.float32)
     for page in tl.range(start, stop, num_stages=1):
         s0, s1, s2, s3 = none, none, none, none
         k_rows = ()
@@ -650,43 +678,46 @@ def query_of(column, tile, QUERIES: tl.constexpr, GROUP: tl.constexpr, COLS: tl.
 
 @triton.jit
 def store_part(
-    accs, top0, top1, total0, total1, place, parts_ptr, stats_ptr, ROWS: tl.constexpr, PIECES: tl.constexpr,
+    accs, top0, top1, total0, total1, place, parts_ptr, stats_ptr,
+    ROWS: tl.constexpr, HEADS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Leave a part at its place in the scratch: the first ROWS columns, as rows."""
-    lane = tl.arange(0, 32)
+    """Leave a part at its place in the scratch: the first ROWS columns of each warp, as rows."""
+    lane = tl.arange(0, 32 * HEADS) % 32
     g, c = lane // 4, lane % 4
-    of_part = parts_ptr + place.to(tl.int64) * (COLUMNS * PIECES * 32)
-    of_stats = stats_ptr + place.to(tl.int64) * (2 * COLUMNS)
+    of_part = parts_ptr + place.to(tl.int64) * (HEADS * COLUMNS * PIECES * 32)
+    of_stats = stats_ptr + place.to(tl.int64) * (2 * HEADS * COLUMNS)
+    warp = tl.arange(0, 32 * HEADS) // 32
     for e in tl.static_range(2):
         column = 2 * c + e
-        at = column * (PIECES * 32) + 4 * g
+        row = warp * COLUMNS + column
+        at = row * (PIECES * 32) + 4 * g
         for j in tl.static_range(PIECES):
             for i in tl.static_range(4):
                 tl.store(of_part + at + (32 * j + i), accs[8 * j + 2 * i + e], mask=column < ROWS)
         first = (column < ROWS) & (g == 0)
-        tl.store(of_stats + column, top0 if e == 0 else top1, mask=first)
-        tl.store(of_stats + COLUMNS + column, total0 if e == 0 else total1, mask=first)
+        tl.store(of_stats + row, top0 if e == 0 else top1, mask=first)
+        tl.store(of_stats + HEADS * COLUMNS + row, total0 if e == 0 else total1, mask=first)
 
 
 @triton.jit
 def merge_parts(
-    first, last, parts_ptr, stats_ptr, out_ptr, sinks_ptr, token, head, there,
-    stride_out_token, stride_out_head, stride_out_dim, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    first, last, parts_ptr, stats_ptr, row, out_ptr, sinks_ptr, token, head, there,
+    stride_out_token, stride_out_head, stride_out_dim, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """`paging.merge_parts`, for a warp that has no shared memory: a few parts at a time, in registers."""
-    row, dim = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
-    top, total = softmax.empty(ROWS)
-    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    """`paging.merge_parts`, for rows anywhere, without shared memory: a few parts at a time, in registers."""
+    dim = tl.arange(0, HEAD_DIM)
+    top, total = softmax.empty(row.shape[0])
+    acc = tl.zeros([row.shape[0], HEAD_DIM], tl.float32)
     for step in tl.range(first, last + 1, FEW_PARTS, num_stages=1):
         parts = ()
         for i in tl.static_range(FEW_PARTS):
             part = step + i
             loaded = row * 0 + part <= last
             place = (part * 2 + tl.where(part == first, 1, 0)).to(tl.int64)
-            stats = stats_ptr + place * (2 * COLUMNS) + row
+            stats = stats_ptr + place * (2 * HEADS * COLUMNS) + row
             part_top = tl.load(stats, mask=loaded, other=float("-inf"), cache_modifier=".cg")
-            part_total = tl.load(stats + COLUMNS, mask=loaded, other=0.0, cache_modifier=".cg")
-            at = parts_ptr + place * (COLUMNS * HEAD_DIM) + row[:, None] * HEAD_DIM + dim[None, :]
+            part_total = tl.load(stats + HEADS * COLUMNS, mask=loaded, other=0.0, cache_modifier=".cg")
+            at = parts_ptr + place * (HEADS * COLUMNS * HEAD_DIM) + row[:, None] * HEAD_DIM + dim[None, :]
             values = tl.load(at, mask=loaded[:, None], other=0.0, cache_modifier=".cg")
             parts = parts + ((values, part_top, part_total),)
         for i in tl.static_range(FEW_PARTS):
@@ -729,7 +760,7 @@ def decode_attention_kernel(
     stride_out_token, stride_out_head, stride_out_dim,
     num_tokens,
     num_seqs,
-    num_kv_heads,
+    num_bundles,  # of HEADS KV heads
     num_window_blocks,
     num_blocks,
     max_blocks_per_seq,
@@ -745,16 +776,16 @@ def decode_attention_kernel(
     QUERIES: tl.constexpr,
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
     PAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     TILE_KV: tl.constexpr = PAGES * PAGE
-    lane = tl.arange(0, 32)
+    lane, warp = tl.arange(0, 32 * HEADS) % 32, tl.arange(0, 32 * HEADS) // 32
     c = lane % 4
     program = tl.program_id(0)
     line, num_workers, begin, end, seq, seq_begin = paging.find_share(
         program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens,
-        max_blocks_per_seq * BLOCK_SIZE, num_kv_heads, sliding_window, QUERIES, TILE_KV, WINDOWED,
+        max_blocks_per_seq * BLOCK_SIZE, num_bundles, sliding_window, QUERIES, TILE_KV, WINDOWED,
     )  # fmt: skip
     unit = begin
     while unit < end:
@@ -762,14 +793,15 @@ def decode_attention_kernel(
             seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, max_blocks_per_seq * BLOCK_SIZE
         )
         per_head, width = paging.units_per_head(num_queries, seq_len, sliding_window, QUERIES, TILE_KV, WINDOWED)
-        if unit >= seq_begin + per_head * num_kv_heads:
-            seq_begin += per_head * num_kv_heads
+        if unit >= seq_begin + per_head * num_bundles:
+            seq_begin += per_head * num_bundles
             seq += 1
         else:
-            kv_head, tile, first_tile, seg_begin, seg_end, following = paging.find_segment(
+            bundle, tile, first_tile, seg_begin, seg_end, following = paging.find_segment(
                 unit, seq_begin, per_head, width, num_queries, seq_len, sliding_window, QUERIES, TILE_KV, WINDOWED
             )
             if unit < seg_end:
+                kv_head = bundle * HEADS + warp
                 query, head, there = query_of(lane // 4, tile, QUERIES, GROUP, COLS)
                 there = there & (query < num_queries)
                 in_q = (first_row + query).to(tl.int64) * stride_q_token + (kv_head * GROUP + head) * stride_q_head
@@ -805,7 +837,7 @@ def decode_attention_kernel(
                     v_scale_ptr + in_v_scales, v_zero_ptr + 2 * in_v_scales, scale, logit_cap, sliding_window,
                     stride_cache_block, stride_k_scale_block, stride_v_scale_block, num_blocks,
                     stride_cache_token, stride_k_scale_group, stride_v_scale_token,
-                    WINDOWED, CAPPED, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE, QUERIES, COLS, PAGES, AHEAD,
+                    WINDOWED, CAPPED, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE, QUERIES, COLS, PAGES,
                 )  # fmt: skip
                 accs, top0, top1, total0, total1 = attend_young_pages(
                     load_queries(q_rows, there, PIECES), accs, top0, top1, total0, total1,
@@ -820,7 +852,7 @@ def decode_attention_kernel(
 
                 store_part(
                     accs, top0, top1, sum_of(total0), sum_of(total1), program * 2 + (seg_begin >= begin).to(tl.int32),
-                    parts_ptr, stats_ptr, ROWS, PIECES,
+                    parts_ptr, stats_ptr, ROWS, HEADS, PIECES,
                 )  # fmt: skip
                 first, last = program, program
                 complete = (seg_begin >= begin) & (seg_end <= end)
@@ -831,11 +863,12 @@ def decode_attention_kernel(
                     last = paging.worker_of(seg_end - 1, num_workers, line)
                     complete = paging.is_last(seg_begin, seg_end, line, num_workers, counters_ptr)
                 if complete:
-                    row = tl.arange(0, ROWS)
-                    of_row, head_of_row, is_row = query_of(row, tile, QUERIES, GROUP, COLS)
+                    row = tl.arange(0, ROWS * HEADS)
+                    of_row, head_of_row, is_row = query_of(row // HEADS, tile, QUERIES, GROUP, COLS)
                     merge_parts(
-                        first, last, parts_ptr, stats_ptr, out_ptr, sinks_ptr, (first_row + of_row).to(tl.int64),
-                        kv_head * GROUP + head_of_row, is_row & (of_row < num_queries),
-                        stride_out_token, stride_out_head, stride_out_dim, ROWS, PIECES * 32,
+                        first, last, parts_ptr, stats_ptr, row % HEADS * COLUMNS + row // HEADS, out_ptr, sinks_ptr,
+                        (first_row + of_row).to(tl.int64), (bundle * HEADS + row % HEADS) * GROUP + head_of_row,
+                        is_row & (of_row < num_queries), stride_out_token, stride_out_head, stride_out_dim,
+                        HEADS, PIECES * 32,
                     )  # fmt: skip
             unit = tl.minimum(following, end)

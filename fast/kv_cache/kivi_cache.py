@@ -440,9 +440,9 @@ class DecodeTiles(NamedTuple):
 
     queries: int  # of a sequence that a program takes together
     columns: int  # for them and the heads of a group
-    pages: int  # of keys that it takes together
-    ahead: int  # whether it loads them a step ahead
-    programs_per_processor: int
+    heads: int  # KV heads, a warp each
+    pages: int  # of keys that a warp takes together
+    warps_per_processor: int
     max_registers: int | None = None  # of a thread
 
 
@@ -463,7 +463,9 @@ def choose_decode(
     columns = COLUMNS.value if dtype == torch.bfloat16 else COLUMNS.value // 2
     if num_tokens * group > columns * num_seqs or q_stride_dim != 1:
         return None
-    return DecodeTiles(1 if num_tokens <= num_seqs else columns // group, columns, 1, 1, 12, 168)
+    num_kv_heads = cache.k_cache.shape[2]
+    heads = 4 if num_kv_heads % 4 == 0 else 2 if num_kv_heads % 2 == 0 else 1
+    return DecodeTiles(1 if num_tokens <= num_seqs else columns // group, columns, heads, 1, 12, 168)
 
 
 def loads_whole_words(q: Array, cache: KiviArrays) -> bool:
@@ -499,8 +501,8 @@ def _decode(
     num_blocks, block_size, num_kv_heads, _ = cache.k_cache.shape
     num_seqs, max_blocks_per_seq = block_table.shape
     group = num_heads // num_kv_heads
-    num_programs = 3 if INTERPRETING else num_processors(q) * tiles.programs_per_processor
-    scratch = paging.make_scratch(q, num_programs, COLUMNS.value, head_dim)
+    num_programs = 3 if INTERPRETING else num_processors(q) * (tiles.warps_per_processor // tiles.heads)
+    scratch = paging.make_scratch(q, num_programs, tiles.heads * COLUMNS.value, head_dim)
     words = [triton.reinterpret(x, tl.int32) for x in (q, *cache[:-1])]
     strided = q, cache.k_window, cache.k_cache, cache.k_scale, cache.v_scale
     strides = [stride * x.element_size() // 4 for x in strided for stride in x.stride()[:-1]]
@@ -508,12 +510,13 @@ def _decode(
         *words, triton.reinterpret(cache.v_zero, tl.int16), window_block_table, block_table, seq_lens, cu_seqlens_q,
         sinks, out, *scratch, min(window, LONGEST_WINDOW), scale, logit_cap or 0.0,
         min(sliding_window or 0, LONGEST_WINDOW), *strides, *window_block_table.stride(), *block_table.stride(),
-        *out.stride(), num_tokens, num_seqs, num_kv_heads, len(cache.k_window), num_blocks, max_blocks_per_seq,
+        *out.stride(), num_tokens, num_seqs, num_kv_heads // tiles.heads, len(cache.k_window), num_blocks,
+        max_blocks_per_seq,
         WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None,
         DTYPE=tl.bfloat16 if q.dtype == torch.bfloat16 else tl.float16, BITS=cache.bits, GROUP=group,
         PIECES=head_dim // 32, BLOCK_SIZE=block_size, GROUP_SIZE=cache.group_size, NUM_GROUPS=cache.v_scale.shape[3],
-        QUERIES=tiles.queries, COLS=tiles.columns, ROWS=next_power_of_2(tiles.queries * group), PAGES=tiles.pages,
-        AHEAD=tiles.ahead, num_warps=1, maxnreg=tiles.max_registers,
+        QUERIES=tiles.queries, COLS=tiles.columns, ROWS=next_power_of_2(tiles.queries * group), HEADS=tiles.heads,
+        PAGES=tiles.pages, num_warps=tiles.heads, maxnreg=tiles.max_registers,
     )  # fmt: skip
 
 
