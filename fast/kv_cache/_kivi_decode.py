@@ -560,10 +560,11 @@ def attend_old_pages(
                 hidden = tl.where(tile * PAGES + i <= last, 0.0, float("-inf"))
                 s0, s1, s2, s3 = s0 + hidden, s1 + hidden, s2 + hidden, s3 + hidden
             scores0, scores1 = scores0 + (s0, s2), scores1 + (s1, s3)
-        keys = load_keys(
-            ids, tile + 1, lowest, last, k_rows, k_scales, k_zeros, stride_cache_block, stride_k_scale_block,
-            num_blocks, stride_cache_token, stride_k_scale_group, PAGES, BITS, PIECES, BLOCK_SIZE, GROUP_SIZE,
-        )  # fmt: skip
+        if tile + 1 < stop:
+            keys = load_keys(
+                ids, tile + 1, lowest, last, k_rows, k_scales, k_zeros, stride_cache_block, stride_k_scale_block,
+                num_blocks, stride_cache_token, stride_k_scale_group, PAGES, BITS, PIECES, BLOCK_SIZE, GROUP_SIZE,
+            )  # fmt: skip
 
         weights0, top0, total0, rescale0 = update(scores0, top0, total0, scale0)
         weights1, top1, total1, rescale1 = update(scores1, top1, total1, scale1)
@@ -572,10 +573,11 @@ def attend_old_pages(
             b0 = transposed(packed(weights0[2 * i], weights1[2 * i], tl.float16))
             b1 = transposed(packed(weights0[2 * i + 1], weights1[2 * i + 1], tl.float16))
             accs = add_values(accs, b0, b1, some(values, VALUES * i, VALUES), BITS, PIECES, NUM_GROUPS, COLS)
-        values = load_values(
-            ids, tile + 1, lowest, last, v_rows, v_scales, v_zeros, stride_cache_block, stride_v_scale_block,
-            num_blocks, stride_cache_token, stride_v_scale_token, PAGES, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE,
-        )  # fmt: skip
+        if tile + 1 < stop:
+            values = load_values(
+                ids, tile + 1, lowest, last, v_rows, v_scales, v_zeros, stride_cache_block, stride_v_scale_block,
+                num_blocks, stride_cache_token, stride_v_scale_token, PAGES, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE,
+            )  # fmt: skip
         ids = next_ids
 
     whole = ()
