@@ -317,6 +317,7 @@ def some(words, FIRST: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def times_stride(block, stride):
     """Where a block begins, in one multiplication (neither is negative)."""
+    stride = stride + 0 * block  # a tensor, even if it is 1
     return (block.to(tl.uint32).to(tl.uint64) * stride.to(tl.uint32).to(tl.uint64)).to(tl.int64)
 
 
@@ -852,6 +853,7 @@ def decode_attention_kernel(
                     WINDOWED, CAPPED, PIECES, BLOCK_SIZE, DTYPE,
                 )  # fmt: skip
 
+                tl.debug_barrier()  # the part of a segment before this one may still be read
                 store_part(
                     accs, top0, top1, sum_of(total0), sum_of(total1), program * 2 + (seg_begin >= begin).to(tl.int32),
                     parts_ptr, stats_ptr, ROWS, HEADS, PIECES,

@@ -469,15 +469,14 @@ def choose_decode(
 
 
 def loads_whole_words(q: Array, cache: KiviArrays) -> bool:
-    """Whether everything lies where the kernel for decodes loads it, many bytes at once."""
+    """Whether everything lies where the kernel for decodes loads it: many bytes at once, blocks not too far apart."""
     token_scales = 2 * cache.v_scale.shape[3]
     aligned = (q, 16), (cache.k_window, 16), (cache.v_window, 16), (cache.k_cache, 8), (cache.v_cache, 4)
     aligned += (cache.k_scale, 16), (cache.k_zero, 16), (cache.v_scale, token_scales), (cache.v_zero, 4)
     return all(
-        place % size == 0
+        x.data_ptr() % size == 0 and all(stride * x.element_size() % size == 0 for stride in x.stride()[:-1])
         for x, size in aligned
-        for place in (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
-    )
+    ) and all(0 <= stride < 2**31 for x in cache for stride in x.stride())
 
 
 def _decode(
