@@ -136,8 +136,9 @@ def load_asm(count):
 
 
 @triton.jit
-def load_words(ptr, COUNT: tl.constexpr):
-    """COUNT (1, 2 or 4) words side by side, in one load."""
+def load_words(ptr, COUNT: tl.constexpr, AGAIN: tl.constexpr = False):
+    """COUNT (1, 2 or 4) words side by side, in one load. AGAIN: even if they were loaded before, because to keep them
+    takes registers."""
     if COUNT == 1:
         words = (tl.load(ptr),)
     elif INTERPRETED:
@@ -147,12 +148,12 @@ def load_words(ptr, COUNT: tl.constexpr):
     elif COUNT == 2:
         asm: tl.constexpr = load_asm(COUNT)
         address = ptr.to(tl.int64)
-        words = tl.inline_asm_elementwise(asm, "=r,=r,l", [address], (tl.int32, tl.int32), is_pure=True, pack=1)
+        words = tl.inline_asm_elementwise(asm, "=r,=r,l", [address], (tl.int32, tl.int32), is_pure=not AGAIN, pack=1)
     else:
         asm: tl.constexpr = load_asm(COUNT)
         address = ptr.to(tl.int64)
         kinds: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
-        words = tl.inline_asm_elementwise(asm, "=r,=r,=r,=r,l", [address], kinds, is_pure=True, pack=1)
+        words = tl.inline_asm_elementwise(asm, "=r,=r,=r,=r,l", [address], kinds, is_pure=not AGAIN, pack=1)
     return words
 
 
@@ -260,12 +261,12 @@ def sum_of(x):
 
 
 @triton.jit
-def load_queries(q_rows, there, PIECES: tl.constexpr):
+def load_queries(q_rows, there, PIECES: tl.constexpr, AGAIN: tl.constexpr = False):
     """The words of a lane's channels, of its column's query; zeros where there is none."""
     c = tl.arange(0, there.shape[0]) % 4
     words = ()
     for j in tl.static_range(PIECES):
-        four = load_words(q_rows + (16 * j + 4 * c), 4)
+        four = load_words(q_rows + (16 * j + 4 * c), 4, AGAIN)
         for i in tl.static_range(4):
             words = words + (tl.where(there, four[i], 0),)
     return words
@@ -843,7 +844,7 @@ def decode_attention_kernel(
                     WINDOWED, CAPPED, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE, QUERIES, COLS, PAGES,
                 )  # fmt: skip
                 accs, top0, top1, total0, total1 = attend_young_pages(
-                    load_queries(q_rows, there, PIECES), accs, top0, top1, total0, total1,
+                    load_queries(q_rows, there, PIECES, AGAIN=True), accs, top0, top1, total0, total1,
                     boundary0, boundary1, position0, position1,
                     tl.maximum(start * PAGES, tl.maximum(first_young, lowest) // PAGE),
                     tl.minimum(stop * PAGES, (last_key + PAGE - 1) // PAGE), tl.maximum(first_young, lowest), last_key,

@@ -545,8 +545,9 @@ def paged_attention_kivi(
 
     Grid: as `paged_attention`'s, a persistent one over equal shares of all tiles of keys.
     Moves: for each tile of queries the codes and scales of its old keys once, and its young ones in full.
-    Limits: arrays for keys and for values have the same strides, the last of them 1. Everything is multiplied in
-    float32, without tensor cores: it saves memory, not time.
+    Limits: arrays for keys and for values have the same strides, the last of them 1. Decodes that `choose_decode` names
+    have a kernel of their own; of the rest everything is multiplied in float32, without tensor cores: that saves
+    memory, not time.
     """
     op = "paged_attention_kivi"
     cache = KiviArrays(k_window, v_window, k_cache, v_cache, k_scale, k_zero, v_scale, v_zero)
