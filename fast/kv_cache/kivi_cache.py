@@ -25,11 +25,15 @@ from fast._checks import (
     require_values,
 )
 from fast._triton import paging, softmax
-from fast._triton.platform import INTERPRETING, next_power_of_2, num_processors
+from fast._triton.platform import COMPILE_ONLY, INTERPRETING, next_power_of_2, num_processors
 from fast._triton.rounding import clamp, dot
 from fast.attention._checks import require_attention, require_tables
 from fast.kv_cache._codes import FLOAT16_MAX, affine_codes, affine_range
+from fast.kv_cache._kivi_decode import COLUMNS, PAGE, decode_attention_kernel, quantized_before
 from fast.kv_cache.slots import launch_write_kv, require_slots, require_tokens
+
+# Whether a GPU may run the kernel for decodes. It has been compiled for one and interpreted, but never run on one.
+DECODES_ON_GPU = False
 
 LONGEST_WINDOW = 2**30  # a longer one hides nothing either, and positions plus it stay below 2^31
 
@@ -416,12 +420,6 @@ def _attention_kernel(
             unit = tl.minimum(following, end)
 
 
-@triton.jit
-def quantized_before(position, window, GROUP_SIZE: tl.constexpr):
-    """The position before which a query reads keys and values quantized: the end of the last group old enough."""
-    return tl.maximum(position + 1 - window, 0) // GROUP_SIZE * GROUP_SIZE
-
-
 class Tiles(NamedTuple):
     """How a launch cuts its work."""
 
@@ -435,6 +433,90 @@ def choose_tiles(num_tokens: int, num_seqs: int, group: int, head_dim: int) -> T
     """By the mean number of rows of a sequence, known from shapes alone: few for decodes, many for chunks."""
     rows = max(-(-num_tokens // num_seqs) * group, next_power_of_2(group), 16)
     return Tiles(max(16 if rows <= 16 else 32, next_power_of_2(group)), 16 if head_dim > 128 else 32, 4, 2)
+
+
+class DecodeTiles(NamedTuple):
+    """How a launch of the kernel for decodes cuts its work."""
+
+    queries: int  # of a sequence that a program takes together
+    columns: int  # for them and the heads of a group
+    heads: int  # KV heads, a warp each
+    pages: int  # of keys that a warp takes together
+    warps_per_processor: int
+    max_registers: int | None = None  # of a thread
+
+
+def choose_decode(
+    num_tokens: int, num_seqs: int, group: int, dtype: torch.dtype, q_stride_dim: int, cache: KiviArrays
+) -> DecodeTiles | None:
+    """How the kernel for decodes takes a batch; None if it does not.
+
+    It takes two-byte floats, a head of pieces of 32 channels, each of one group of values, and keys 16 at a time, all
+    of one group of keys; and batches in which the mean sequence has no more rows than a product has columns.
+    """
+    head_dim = cache.k_window.shape[3]
+    num_groups = cache.v_scale.shape[3]
+    whole = cache.k_cache.shape[3] % 32 == 0 and head_dim <= 128 and cache.group_size % PAGE.value == 0
+    grouped = num_groups % 2 == 0 and head_dim % (32 * num_groups) == 0
+    if not (whole and grouped and dtype in (torch.bfloat16, torch.float16) and dtype == cache.k_window.dtype):
+        return None
+    columns = COLUMNS.value if dtype == torch.bfloat16 else COLUMNS.value // 2
+    if num_tokens * group > columns * num_seqs or q_stride_dim != 1:
+        return None
+    num_kv_heads = cache.k_cache.shape[2]
+    heads = 4 if num_kv_heads % 4 == 0 else 2 if num_kv_heads % 2 == 0 else 1
+    return DecodeTiles(1 if num_tokens <= num_seqs else columns // group, columns, heads, 1, 12, 168)
+
+
+def loads_whole_words(q: Array, cache: KiviArrays) -> bool:
+    """Whether everything lies where the kernel for decodes loads it: many bytes at once, blocks not too far apart."""
+    token_scales = 2 * cache.v_scale.shape[3]
+    aligned = (q, 16), (cache.k_window, 16), (cache.v_window, 16), (cache.k_cache, 8), (cache.v_cache, 4)
+    aligned += (cache.k_scale, 16), (cache.k_zero, 16), (cache.v_scale, token_scales), (cache.v_zero, 4)
+    return all(
+        x.data_ptr() % size == 0 and all(stride * x.element_size() % size == 0 for stride in x.stride()[:-1])
+        for x, size in aligned
+    ) and all(0 <= stride < 2**31 for x in cache for stride in x.stride())
+
+
+def _decode(
+    q: Array,
+    cache: KiviArrays,
+    window_block_table: Array,
+    block_table: Array,
+    seq_lens: Array,
+    cu_seqlens_q: Array,
+    tiles: DecodeTiles,
+    *,
+    window: int,
+    scale: float,
+    sliding_window: int | None,
+    sinks: Array | None,
+    logit_cap: float | None,
+    out: Array,
+) -> None:
+    """Launch the kernel for decodes."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_blocks, block_size, num_kv_heads, _ = cache.k_cache.shape
+    num_seqs, max_blocks_per_seq = block_table.shape
+    group = num_heads // num_kv_heads
+    num_programs = 3 if INTERPRETING else num_processors(q) * (tiles.warps_per_processor // tiles.heads)
+    scratch = paging.make_scratch(q, num_programs, tiles.heads * COLUMNS.value, head_dim)
+    words = [triton.reinterpret(x, tl.int32) for x in (q, *cache[:-1])]
+    strided = q, cache.k_window, cache.k_cache, cache.k_scale, cache.v_scale
+    strides = [stride * x.element_size() // 4 for x in strided for stride in x.stride()[:-1]]
+    decode_attention_kernel[(num_programs,)](
+        *words, triton.reinterpret(cache.v_zero, tl.int16), window_block_table, block_table, seq_lens, cu_seqlens_q,
+        sinks, out, *scratch, min(window, LONGEST_WINDOW), scale, logit_cap or 0.0,
+        min(sliding_window or 0, LONGEST_WINDOW), *strides, *window_block_table.stride(), *block_table.stride(),
+        *out.stride(), num_tokens, num_seqs, num_kv_heads // tiles.heads, len(cache.k_window), num_blocks,
+        max_blocks_per_seq,
+        WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None,
+        DTYPE=tl.bfloat16 if q.dtype == torch.bfloat16 else tl.float16, BITS=cache.bits, GROUP=group,
+        PIECES=head_dim // 32, BLOCK_SIZE=block_size, GROUP_SIZE=cache.group_size, NUM_GROUPS=cache.v_scale.shape[3],
+        QUERIES=tiles.queries, COLS=tiles.columns, ROWS=next_power_of_2(tiles.queries * group), HEADS=tiles.heads,
+        PAGES=tiles.pages, num_warps=tiles.heads, maxnreg=tiles.max_registers,
+    )  # fmt: skip
 
 
 def paged_attention_kivi(
@@ -463,8 +545,9 @@ def paged_attention_kivi(
 
     Grid: as `paged_attention`'s, a persistent one over equal shares of all tiles of keys.
     Moves: for each tile of queries the codes and scales of its old keys once, and its young ones in full.
-    Limits: arrays for keys and for values have the same strides, the last of them 1. Everything is multiplied in
-    float32, without tensor cores: it saves memory, not time.
+    Limits: arrays for keys and for values have the same strides, the last of them 1. Decodes that `choose_decode` names
+    have a kernel of their own; of the rest everything is multiplied in float32, without tensor cores: that saves
+    memory, not time.
     """
     op = "paged_attention_kivi"
     cache = KiviArrays(k_window, v_window, k_cache, v_cache, k_scale, k_zero, v_scale, v_zero)
@@ -486,6 +569,12 @@ def paged_attention_kivi(
     num_blocks, block_size, num_kv_heads, _ = k_cache.shape
     num_seqs, max_blocks_per_seq = block_table.shape
     group = num_heads // num_kv_heads
+    decode = choose_decode(num_tokens, num_seqs, group, q.dtype, q.stride(2), cache)
+    may_decode = DECODES_ON_GPU or INTERPRETING or COMPILE_ONLY
+    if decode is not None and may_decode and loads_whole_words(q, cache):
+        options = {"sliding_window": sliding_window, "sinks": sinks, "logit_cap": logit_cap, "out": out}
+        _decode(q, cache, window_block_table, *tables, decode, window=window, scale=scale, **options)
+        return out
     tiles = choose_tiles(num_tokens, num_seqs, group, head_dim)
     tile_d = max(16, next_power_of_2(head_dim))
     num_programs = 3 if INTERPRETING else num_processors(q) * tiles.programs_per_processor

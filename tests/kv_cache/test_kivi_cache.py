@@ -5,16 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fast
 import reference
 from fast._triton.platform import INTERPRETING
-from fast.kv_cache.kivi_cache import choose_tiles
+from fast.kv_cache.kivi_cache import KiviArrays, choose_decode, choose_tiles
 from twofold.conformance.properties import kv_cache as properties
 from twofold.conformance.strategies.attention import COUNTED_FEATURES
-from twofold.conformance.strategies.kv_cache import EXTREME, ORDINARY, batches, cuts, valid_calls, values
+from twofold.conformance.strategies.kv_cache import EXTREME, ORDINARY, Layout, batches, cuts, valid_calls, values
 
 CALLS = valid_calls("kivi")
 
@@ -78,6 +79,106 @@ def test_what_is_written_again_is_sealed_again(backend, data):
     batch = data.draw(batches("kivi", share=False))
     kept = [data.draw(st.integers(0, int(n)), label="kept") for n in batch.seq_lens]
     properties.rewriting_seals_again(backend, batch, kept)
+
+
+# ---- the kernel for decodes: large heads, groups of 16 keys and more, two-byte floats -----------------------------
+
+
+@st.composite
+def decodes(draw, **options):
+    """Batches that `fast` gives to its kernel for decodes."""
+    bits, head_dim = draw(st.sampled_from([(2, 128), (4, 128), (2, 128), (4, 64)]), label="bits and head_dim")
+    num_groups = draw(st.sampled_from([2, 4] if head_dim == 128 else [2]), label="num_groups")
+    block_size, group_size = draw(st.sampled_from([(16, 16), (32, 16), (32, 32)]), label="block and group")
+    num_kv_heads = draw(st.sampled_from([1, 2, 3, 4]), label="num_kv_heads")
+    dtype = draw(st.sampled_from(["bfloat16", "float16"]), label="dtype")
+    layout = Layout("kivi", 0, 0, block_size, num_kv_heads, head_dim, num_groups, group_size, bits, dtype)
+    most = draw(st.sampled_from([1, 1, 2]), label="most queries")
+    return draw(batches("kivi", layout=layout, most_queries=most, **options))
+
+
+@pytest.mark.interpreted(5)
+@settings(max_examples=40)
+@given(batch=decodes())
+def test_decodes_attend_over_what_is_stored(backend, batch):
+    properties.attends_over_what_is_stored(backend, batch)
+
+
+@pytest.mark.interpreted(4)
+@settings(max_examples=20)
+@given(batch=decodes())
+def test_unowned_slots_do_not_matter_to_decodes(backend, batch):
+    properties.unowned_slots_do_not_matter(backend, batch)
+
+
+@pytest.mark.interpreted(4)
+@settings(max_examples=20)
+@given(batch=decodes())
+def test_released_blocks_do_not_matter_to_decodes(backend, batch):
+    properties.padding_of_the_table_does_not_matter(backend, batch)
+
+
+def kivi_arrays(head_dim=128, bits=2, block_size=16, group_size=16, num_groups=4, num_kv_heads=8, dtype=torch.bfloat16):
+    """Empty arrays of a cache without blocks."""
+    window = torch.empty(0, block_size, num_kv_heads, head_dim, dtype=dtype)
+    codes = torch.empty(0, block_size, num_kv_heads, head_dim * bits // 8, dtype=torch.uint8)
+    k_scale = torch.empty(0, block_size // group_size, num_kv_heads, head_dim, dtype=torch.float16)
+    v_scale = torch.empty(0, block_size, num_kv_heads, num_groups, dtype=torch.float16)
+    return KiviArrays(window, window, codes, codes, k_scale, k_scale, v_scale, v_scale)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seqs", "group", "dtype", "sizes", "chosen"),
+    [
+        (32, 32, 4, torch.bfloat16, {}, (1, 8, 4)),
+        (32, 32, 4, torch.float16, {"dtype": torch.float16}, (1, 4, 4)),
+        (64, 32, 4, torch.bfloat16, {}, (2, 8, 4)),  # two queries of four heads each fill the eight columns
+        (65, 32, 4, torch.bfloat16, {}, None),
+        (64, 32, 4, torch.float16, {"dtype": torch.float16}, None),
+        (32, 32, 8, torch.bfloat16, {"num_kv_heads": 6}, (1, 8, 2)),
+        (32, 32, 8, torch.float16, {"dtype": torch.float16}, None),
+        (32, 32, 1, torch.bfloat16, {"num_kv_heads": 1, "bits": 4, "num_groups": 2}, (1, 8, 1)),
+        (32, 32, 4, torch.float32, {"dtype": torch.float32}, None),
+        (32, 32, 4, torch.bfloat16, {"dtype": torch.float16}, None),  # a window of other numbers than the queries
+        (32, 32, 4, torch.bfloat16, {"group_size": 8}, None),
+        (32, 32, 4, torch.bfloat16, {"num_groups": 8}, None),
+        (32, 32, 4, torch.bfloat16, {"num_groups": 1}, None),
+        (32, 32, 4, torch.bfloat16, {"head_dim": 64, "num_groups": 2}, None),  # 16 bytes of 2 bits
+        (32, 32, 4, torch.bfloat16, {"head_dim": 64, "num_groups": 2, "bits": 4}, (1, 8, 4)),
+        (32, 32, 4, torch.bfloat16, {"head_dim": 256}, None),
+    ],
+)
+def test_which_batches_are_decodes(tokens, seqs, group, dtype, sizes, chosen):
+    tiles = choose_decode(tokens, seqs, group, dtype, 1, kivi_arrays(**sizes))
+    assert (None if tiles is None else (tiles.queries, tiles.columns, tiles.heads)) == chosen
+    assert choose_decode(tokens, seqs, group, dtype, 2, kivi_arrays(**sizes)) is None  # queries apart from each other
+
+
+def test_the_drawn_decodes_are_decodes():
+    """The kernel for decodes takes what is drawn for it, and the general one what is drawn for that."""
+    taken = Counter()
+
+    def take(batch, drawn):
+        if len(batch.q) and batch.q.dtype.itemsize == 2:
+            layout, dtype = batch.layout, getattr(torch, batch.q.dtype.name)
+            sizes = {name: getattr(layout, name) for name in ("head_dim", "bits", "block_size", "group_size")}
+            sizes |= {"num_groups": layout.num_groups, "num_kv_heads": layout.num_kv_heads}
+            arrays = kivi_arrays(**sizes, dtype=getattr(torch, layout.dtype))
+            group = batch.q.shape[1] // layout.num_kv_heads
+            taken[drawn, choose_decode(len(batch.q), batch.num_sequences, group, dtype, 1, arrays) is None] += 1
+
+    @settings(max_examples=100)
+    @given(special=decodes(), general=batches("kivi"))
+    def draw(special, general):
+        take(special, "special")
+        take(general, "general")
+
+    draw()
+    assert taken["special", False] >= 3 * taken["special", True], f"taken by the general kernel: {taken}"
+    assert not taken["general", False], f"taken by the kernel for decodes: {taken}"
+
+
+# ---- what is drawn ----------------------------------------------------------------------------------------------
 
 
 def test_the_batches_have_what_matters():

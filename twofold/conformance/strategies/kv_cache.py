@@ -241,15 +241,27 @@ def windows(group_size: int, longest: int) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def batches(draw, format: str, *, options: bool = True, share: bool = True, whole: bool = False) -> Batch:
+def batches(
+    draw,
+    format: str,
+    *,
+    options: bool = True,
+    share: bool = True,
+    whole: bool = False,
+    layout: Layout | None = None,
+    most_queries: int | None = None,
+) -> Batch:
     """A batch of up to three sequences, among them padded ones and decodes, in shuffled and perhaps shared blocks.
 
     Args:
         options: Draw scale, sliding window, sinks and cap as well.
         share: Let two sequences share blocks.
         whole: Every token is a query.
+        layout: The cache's, whose dtype is then that of q, k and v as well (None: any).
+        most_queries: A sequence has at most so many.
     """
-    layout = draw(layouts(format, num_blocks=0))
+    given = layout
+    layout = draw(layouts(format, num_blocks=0)) if given is None else given
     block_size = layout.block_size
     seq_lens = np.array(draw(lengths(block_size), label="seq_lens"), np.int32)
     shared = 0
@@ -257,10 +269,12 @@ def batches(draw, format: str, *, options: bool = True, share: bool = True, whol
         shared = int(seq_lens[0]) // block_size * block_size
         seq_lens[1] = shared + min(seq_lens[1], block_size)  # its own tokens follow, if there are any
     queries = [n if whole else draw(one_of(1, n, (n + 1) // 2), label="queries") for n in seq_lens.tolist()]
+    if most_queries is not None:
+        queries = [min(most_queries, n) for n in queries]
     query_lens = np.array(queries, np.int32)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1), label="seed"))
     kind = draw(one_of(*ORDINARY), label="kind")
-    dtype = draw(one_of(*FLOATS), label="dtype of q, k and v")
+    dtype = draw(one_of(*FLOATS), label="dtype of q, k and v") if given is None else given.dtype
 
     width = (2 * layout.num_kv_heads, layout.head_dim)
     packed = [values(rng, (int(n), *width), kind, dtype) for n in seq_lens]
