@@ -1,7 +1,7 @@
 """Linear layers with codes for weights, in Triton. What the technique is for: `reference/linear/quantized_linear.py`.
 
 Codes are kept in the documented layout: 16 bytes of a row are 16 neighbouring features already (of one half of a group,
-for 4 bits). The kernels: `_int4.py`, `_eight_bit.py`, `_w8a8.py`.
+for 4 bits). The kernels: `_int4.py` (which names others), `_eight_bit.py`, `_w8a8.py`.
 """
 
 import torch
