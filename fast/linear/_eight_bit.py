@@ -261,11 +261,10 @@ def few_tokens(
     out: Array,
     *,
     group_size: int | None = None,
-    tiles: Tiles | None = None,
 ) -> Array:
     """Any number of tokens, in tiles of ``FEW_TOKENS``; the order of a sum depends on ``in_features`` alone."""
     (num_tokens, out_features), in_features = out.shape, x.shape[1]
-    tiles = tiles or choose_few(num_tokens, out_features)
+    tiles = choose_few(num_tokens, out_features)
     if x.dtype == torch.float32:
         tiles = tiles._replace(tokens=min(tiles.tokens, 16), rows=16, stages=2)
     tile_i = group_size or TILE_I
@@ -287,12 +286,11 @@ def many_tokens(
     bias: Array | None,
     out: Array,
     *,
-    tiles: Tiles | None = None,
     tile_i: int = 64,
 ) -> Array:
     """Any number of tokens; whole sums in each program, in the same order whatever the tile."""
     (num_tokens, out_features), in_features = out.shape, x.shape[1]
-    tiles = tiles or choose_many(num_tokens, out_features, x.dtype)
+    tiles = choose_many(num_tokens, out_features, x.dtype)
     tile_i = 32 if x.dtype == torch.float32 else tile_i
     _many_tokens_kernel[(cdiv(out_features, tiles.rows) * cdiv(num_tokens, tiles.tokens),)](
         x, x_scale, weight, weight_scale, bias, out,

@@ -86,10 +86,9 @@ def few_tokens(
     bias: Array | None,
     out: Array,
     group_size: int,
-    tiles: Tiles | None = None,
 ) -> Array:
     num_tokens, out_features = out.shape
-    tiles = tiles or choose_few(num_tokens, out_features)
+    tiles = choose_few(num_tokens, out_features)
     _few_tokens_kernel[(cdiv(out_features, tiles.rows), cdiv(num_tokens, tiles.tokens))](
         x, weight, scale, least, bias, out, *strides_of(x, weight, scale, least, out),
         num_tokens, out_features, scale.shape[1],

@@ -137,11 +137,10 @@ def sums(
     bias: Array | None,
     out: Array,
     group_size: int,
-    tiles: Tiles | None = None,
 ) -> Array:
     """Any number of tokens, in an order that is the same for all of them."""
     num_tokens, out_features = out.shape
-    tiles = tiles or choose_sums(num_tokens, out_features)
+    tiles = choose_sums(num_tokens, out_features)
     _sums_kernel[(cdiv(out_features, tiles.rows) * cdiv(num_tokens, tiles.tokens),)](
         x, weight, scale, least, bias, out, *strides_of(x, weight, scale, least, out),
         num_tokens, out_features, scale.shape[1],
@@ -158,10 +157,9 @@ def many_tokens(
     bias: Array | None,
     out: Array,
     group_size: int,
-    tiles: Tiles | None = None,
 ) -> Array:
     num_tokens, out_features = out.shape
-    tiles = tiles or LARGEST
+    tiles = LARGEST
     _many_tokens_kernel[(cdiv(out_features, tiles.rows) * cdiv(num_tokens, tiles.tokens),)](
         TensorDescriptor.from_tensor(x, [tiles.tokens, group_size // 2]),
         TensorDescriptor.from_tensor(weight, [tiles.rows, group_size // 2]),
