@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fast._triton import paging, softmax
 from fast._triton.platform import INTERPRETING, num_processors
+from fast.attention._cached_tiles import LONGEST_WINDOW
 from fast.attention._checks import require_attention, require_tables
 from fast.kv_cache._coded_tiles import attend_coded_tiles
-from fast.kv_cache._planes import joined, load_planes
+from fast.kv_cache._planes import joined, joined_numbers, load_planes
 
 PARTS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}  # float16s that add up to one number
-LONGEST_WINDOW = 1 << 30  # positions are int32
 
 
 class Tiles(NamedTuple):
@@ -126,10 +126,7 @@ def coded_attention_kernel(
         begin, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_bundles, window,
         QUERIES, TILE_KV, WINDOWED,
     )  # fmt: skip
-    column = tl.arange(0, PLANES * TILE_WORDS)
-    plane_of, number = column % PLANES, column // PLANES * BYTES + column % BYTES
-    half: tl.constexpr = HEAD_DIM // NIBBLES
-    dim = tl.where(number < half, plane_of // BYTES * half + number, HEAD_DIM)
+    dim = joined_numbers(HEAD_DIM, BYTES, NIBBLES, TILE_WORDS)
     unit = begin
     while unit < end:
         first_row, num_queries, seq_len = paging.sequence(

@@ -153,3 +153,13 @@ def joined(accs, ROWS: tl.constexpr, TILE_D: tl.constexpr):
     else:
         acc = tl.join(tl.join(turned[0], turned[2]), tl.join(turned[1], turned[3]))
     return acc.reshape(ROWS, TILE_D)
+
+
+@triton.jit
+def joined_numbers(HEAD_DIM: tl.constexpr, BYTES: tl.constexpr, NIBBLES: tl.constexpr, TILE_WORDS: tl.constexpr):
+    """Which number of the head each column of the joined tile is; ``HEAD_DIM`` for one that is none."""
+    PLANES: tl.constexpr = BYTES * NIBBLES
+    HALF: tl.constexpr = HEAD_DIM // NIBBLES
+    column = tl.arange(0, PLANES * TILE_WORDS)
+    plane_of, number = column % PLANES, column // PLANES * BYTES + column % BYTES
+    return tl.where(number < HALF, plane_of // BYTES * HALF + number, HEAD_DIM)

@@ -13,7 +13,7 @@ from torch import Tensor as Array
 
 from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import INTERPRETED, cdiv, next_power_of_2
-from fast._triton.rounding import dot, store, to_dtype
+from fast._triton.rounding import dot_in_order, store, to_dtype
 
 FEW_TOKENS = 64  # up to here programs own few rows of the weight, and warps share out the columns
 PARTS = 4  # that many; with TILE_I it fixes the order in which a sum is added up, whatever the number of tokens
@@ -61,18 +61,6 @@ def to_operand(codes, like: tl.constexpr):
     else:
         y = codes.to(like)
     return y
-
-
-@triton.jit
-def dot_in_order(a, b, acc):
-    """``acc + a @ b``. On a GPU each element's order is the instruction's; the interpreter's BLAS has one per shape."""
-    if INTERPRETED and len(acc.shape) == 3:
-        acc = acc + tl.sum(a.to(tl.float32)[:, :, :, None] * b.to(tl.float32)[:, None, :, :], axis=2)
-    elif INTERPRETED:
-        acc = acc + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
-    else:
-        acc = dot(a, b, acc)
-    return acc
 
 
 @triton.jit

@@ -6,8 +6,7 @@ import triton.language as tl
 from torch import Tensor as Array
 
 from fast._triton.platform import cdiv
-from fast._triton.rounding import store, to_dtype
-from fast.linear._eight_bit import dot_in_order
+from fast._triton.rounding import dot_in_order, store, to_dtype
 from fast.linear._int4_codes import nibbles, strides_of
 
 

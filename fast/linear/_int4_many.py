@@ -11,8 +11,8 @@ from torch import Tensor as Array
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fast._triton.platform import INTERPRETED, cdiv, next_power_of_2
-from fast._triton.rounding import dot, to_dtype
-from fast.linear._eight_bit import Tiles, dot_in_order
+from fast._triton.rounding import dot, dot_in_order, to_dtype
+from fast.linear._eight_bit import Tiles
 from fast.linear._int4_codes import add_minimum, nibbles, store_tile, strides_of
 
 LARGEST = Tiles(256, 128, 8, 3)  # as much as registers and shared memory hold
