@@ -36,6 +36,8 @@ LEAST_FILLED = (
 )
 ONE_LAUNCH = False  # one sequence of many rows is a chunk, which leaves nothing for the kernel of decodes
 
+FEWEST_UNITS = 4  # that a program takes: a shorter share costs more to merge than it saves
+
 
 class Tiles(NamedTuple):
     """How a launch cuts its work."""
@@ -45,8 +47,6 @@ class Tiles(NamedTuple):
     num_warps: int
     num_stages: int
     programs_per_processor: int
-    fewest_units: int = 4  # that a program takes: a shorter share costs more to merge than it saves
-    max_registers: int | None = None  # of a thread, to have more programs on a processor
 
 
 def choose_tiles(num_tokens: int, num_seqs: int, group: int, head_dim: int, itemsize: int) -> Tiles:
@@ -245,8 +245,7 @@ def paged_attention(
         num_tokens, num_seqs, num_kv_heads, num_blocks, max_blocks_per_seq,
         WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None, WIDE=wide, GROUP=group,
         HEAD_DIM=head_dim, BLOCK_SIZE=block_size, TILE_Q=tiles.tile_q, TILE_KV=tiles.tile_kv, TILE_D=tile_d,
-        FEWEST=tiles.fewest_units, FEW=chunks_apart, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        maxnreg=tiles.max_registers, **overlapped(q),
+        FEWEST=FEWEST_UNITS, FEW=chunks_apart, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **overlapped(q),
     )  # fmt: skip
     return out
 

@@ -1,5 +1,7 @@
 """Values as small integers: the arithmetic of `reference/kv_cache/_codes.py` in kernels, and the door of its ops."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,11 +27,16 @@ TILE_NUMBERS = 2048  # of k or v in one program that quantizes: 16 a thread, so 
 
 
 @triton.jit
-def locate(slot, num_slots, block_size):
-    """(owns one, block, offset) of each slot; one that is out of range counts as -1, none."""
+def locate_rows(
+    slot_mapping_ptr, slot_mapping_stride, num_rows, num_slots, block_size, num_kv_heads, TILE_ROWS: tl.constexpr
+):
+    """A program's rows of keys or values: (token, head, has a slot, block, offset). A slot out of range is none."""
+    row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    token, head = row // num_kv_heads, row % num_kv_heads
+    slot = tl.load(slot_mapping_ptr + token * slot_mapping_stride, mask=row < num_rows, other=-1)
     has_slot = (slot >= 0) & (slot < num_slots)
     slot = tl.where(has_slot, slot, 0).to(tl.int64)
-    return has_slot, slot // block_size, slot % block_size
+    return token, head, has_slot, slot // block_size, slot % block_size
 
 
 @triton.jit
@@ -150,10 +157,27 @@ def require_affine(
 # ---- launching --------------------------------------------------------------------------------------------------
 
 
-def sides(k: tuple[torch.Tensor, ...], v: tuple[torch.Tensor, ...]):
-    """The launches of a kernel that treats keys (programs with id 0 on axis 1) and values (id 1) alike, given what it
-    takes for each: one launch where these have the same strides, as views of one projection and one pool do; else two.
+def launch_write(
+    kernel: Any,
+    k: tuple[torch.Tensor, ...],
+    v: tuple[torch.Tensor, ...],
+    slot_mapping: torch.Tensor,
+    *sizes: int,
+    TILE_ROWS: int,
+    **constants: int | float,
+) -> None:
+    """Launch a kernel that writes keys (programs with id 0 on axis 1) and values (id 1) alike.
+
+    ``k`` and ``v`` are what it takes of each: new tokens, their cache, its scales... One launch where these have the
+    same strides, as views of one projection and one pool do; else two.
     """
-    if all(a.stride() == b.stride() and a.dtype == b.dtype for a, b in zip(k, v)):
-        return [(k, v, 2)]
-    return [(k, k, 1), (v, v, 1)]
+    (num_tokens, num_kv_heads, _), (num_blocks, block_size) = k[0].shape, k[1].shape[:2]
+    num_rows = num_tokens * num_kv_heads
+    alike = all(a.stride() == b.stride() and a.dtype == b.dtype for a, b in zip(k, v))
+    for ks, vs, num_sides in [(k, v, 2)] if alike else [(k, k, 1), (v, v, 1)]:
+        pointers = (pointer for pair in zip(ks, vs) for pointer in pair)
+        strides = (stride for x in ks for stride in x.stride())
+        kernel[triton.cdiv(num_rows, TILE_ROWS), num_sides](
+            *pointers, slot_mapping, slot_mapping.stride(0), *strides,
+            num_rows, num_blocks * block_size, block_size, num_kv_heads, *sizes, TILE_ROWS=TILE_ROWS, **constants,
+        )  # fmt: skip

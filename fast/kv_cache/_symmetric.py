@@ -6,7 +6,15 @@ import triton.language as tl
 
 from fast._checks import require_shape
 from fast._triton.rounding import to_dtype
-from fast.kv_cache._codes import TILE_NUMBERS, locate, require_symmetric, require_tokens, rint, sides, symmetric_ratios
+from fast.kv_cache._codes import (
+    TILE_NUMBERS,
+    launch_write,
+    locate_rows,
+    require_symmetric,
+    require_tokens,
+    rint,
+    symmetric_ratios,
+)
 
 
 @triton.jit
@@ -42,10 +50,9 @@ def _write_kernel(
         x_ptr, cache_ptr, scale_ptr = k_ptr, k_cache_ptr, k_scale_ptr
     else:
         x_ptr, cache_ptr, scale_ptr = v_ptr, v_cache_ptr, v_scale_ptr
-    row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    token, head = row // num_kv_heads, row % num_kv_heads
-    slot = tl.load(slot_mapping_ptr + token * slot_mapping_stride, mask=row < num_rows, other=-1)
-    has_slot, block, offset = locate(slot, num_slots, block_size)
+    token, head, has_slot, block, offset = locate_rows(
+        slot_mapping_ptr, slot_mapping_stride, num_rows, num_slots, block_size, num_kv_heads, TILE_ROWS
+    )
     dim = tl.arange(0, TILE_D)
     in_tile = has_slot[:, None] & (dim < head_dim)[None, :]
 
@@ -83,27 +90,10 @@ def write_symmetric(
     require_symmetric(op, k_cache, v_cache, k_scale, v_scale, codes=codes)
     require_shape(op, "k", k, (None, *k_cache.shape[2:]))
     require_tokens(op, k, v, slot_mapping, k_cache)
-    num_tokens, num_kv_heads, head_dim = k.shape
-    num_blocks, block_size = k_cache.shape[:2]
-    num_rows = num_tokens * num_kv_heads
     if k.numel() == 0 or k_cache.numel() == 0:
         return
-    TILE_D = triton.next_power_of_2(head_dim)
-    TILE_ROWS = max(1, TILE_NUMBERS // TILE_D)
-    for ks, vs, num_sides in sides((k, k_cache, k_scale), (v, v_cache, v_scale)):
-        pointers = (pointer for pair in zip(ks, vs) for pointer in pair)
-        strides = (stride for x in ks for stride in x.stride())
-        _write_kernel[triton.cdiv(num_rows, TILE_ROWS), num_sides](
-            *pointers,
-            slot_mapping,
-            slot_mapping.stride(0),
-            *strides,
-            num_rows,
-            num_blocks * block_size,
-            block_size,
-            num_kv_heads,
-            head_dim,
-            LARGEST_CODE=largest_code,
-            TILE_ROWS=TILE_ROWS,
-            TILE_D=TILE_D,
-        )
+    head_dim = k.shape[2]
+    tile_d = triton.next_power_of_2(head_dim)
+    arrays = (k, k_cache, k_scale), (v, v_cache, v_scale)
+    tiles = {"TILE_ROWS": max(1, TILE_NUMBERS // tile_d), "TILE_D": tile_d}
+    launch_write(_write_kernel, *arrays, slot_mapping, head_dim, LARGEST_CODE=largest_code, **tiles)

@@ -13,10 +13,10 @@ from fast.kv_cache._codes import (
     TILE_NUMBERS,
     affine_codes,
     affine_range,
-    locate,
+    launch_write,
+    locate_rows,
     require_affine,
     require_tokens,
-    sides,
 )
 
 LARGEST_CODE = tl.constexpr(15.0)
@@ -62,10 +62,9 @@ def _write_kernel(
         x_ptr, cache_ptr, scale_ptr, zero_ptr = k_ptr, k_cache_ptr, k_scale_ptr, k_zero_ptr
     else:
         x_ptr, cache_ptr, scale_ptr, zero_ptr = v_ptr, v_cache_ptr, v_scale_ptr, v_zero_ptr
-    row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    token, head = row // num_kv_heads, row % num_kv_heads
-    slot = tl.load(slot_mapping_ptr + token * slot_mapping_stride, mask=row < num_rows, other=-1)
-    has_slot, block, offset = locate(slot, num_slots, block_size)
+    token, head, has_slot, block, offset = locate_rows(
+        slot_mapping_ptr, slot_mapping_stride, num_rows, num_slots, block_size, num_kv_heads, TILE_ROWS
+    )
     byte = tl.arange(0, TILE_BYTES)
     in_tile = has_slot[:, None] & (byte < half_head_dim)[None, :]
 
@@ -116,30 +115,12 @@ def write_kv_int4(
     head_dim = require_affine(op, k_cache, v_cache, k_scale, k_zero, v_scale, v_zero)
     require_shape(op, "k", k, (None, k_cache.shape[2], head_dim))
     require_tokens(op, k, v, slot_mapping, k_cache)
-    num_tokens, num_kv_heads, _ = k.shape
-    num_blocks, block_size = k_cache.shape[:2]
-    num_rows = num_tokens * num_kv_heads
     if k.numel() == 0 or k_cache.numel() == 0:
         return
-    TILE_BYTES = triton.next_power_of_2(head_dim // 2)
-    TILE_ROWS = max(1, TILE_NUMBERS // (2 * TILE_BYTES))
-    for ks, vs, num_sides in sides((k, k_cache, k_scale, k_zero), (v, v_cache, v_scale, v_zero)):
-        pointers = (pointer for pair in zip(ks, vs) for pointer in pair)
-        strides = (stride for x in ks for stride in x.stride())
-        _write_kernel[triton.cdiv(num_rows, TILE_ROWS), num_sides](
-            *pointers,
-            slot_mapping,
-            slot_mapping.stride(0),
-            *strides,
-            num_rows,
-            num_blocks * block_size,
-            block_size,
-            num_kv_heads,
-            head_dim // 2,
-            k_scale.shape[3],
-            TILE_ROWS=TILE_ROWS,
-            TILE_BYTES=TILE_BYTES,
-        )
+    tile_bytes = triton.next_power_of_2(head_dim // 2)
+    arrays = (k, k_cache, k_scale, k_zero), (v, v_cache, v_scale, v_zero)
+    tiles = {"TILE_ROWS": max(1, TILE_NUMBERS // (2 * tile_bytes)), "TILE_BYTES": tile_bytes}
+    launch_write(_write_kernel, *arrays, slot_mapping, head_dim // 2, k_scale.shape[3], **tiles)
 
 
 def paged_attention_int4(

@@ -245,7 +245,6 @@ def _decode_kernel(
     stride_codes_block, stride_codes_byte,
     num_values,
     num_tiles,
-    EXPONENT_BITS: tl.constexpr,
     FRACTION_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
     TILE: tl.constexpr,
@@ -329,7 +328,7 @@ def decode_lossless(
     _count_escapes_kernel[grid](codes, escapes, *sizes_of_codes, **tiles)
     _decode_kernel[grid](
         codes, escapes, words.view(torch.int16), largest, *sizes_of_codes,
-        EXPONENT_BITS=layout.exponent_bits, FRACTION_BITS=layout.fraction_bits, TILE_TILES=256, **tiles,
+        FRACTION_BITS=layout.fraction_bits, TILE_TILES=256, **tiles,
     )  # fmt: skip
     if checking_values():
         _require_coded(op, codes, sizes, num_values, layout, escapes, largest)

@@ -13,8 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import INTERPRETING, cdiv, num_processors
-from fast._triton.rounding import to_dtype
-from fast.linear._matmul import GROUP, IN_INTERPRETER, dot_in_order, place_of
+from fast._triton.rounding import dot_in_order, to_dtype
+from fast.linear._matmul import GROUP, IN_INTERPRETER, place_of
 
 
 class Block(NamedTuple):
@@ -75,7 +75,7 @@ def _one_tile(
     for k in tl.range(0, in_features, TILE_K, num_stages=STAGES):  # type: ignore[reportGeneralTypeIssues]
         x = x_desc.load([first_token, k])
         w = weight_desc.load([first_row, k])
-        acc = dot_in_order(x, w, acc)
+        acc = dot_in_order(x, tl.trans(w), acc)
     if HALVES:
         left, right = tl.split(tl.permute(tl.reshape(acc, [TILE_M, 2, TILE_N // 2]), (0, 2, 1)))
         _finish(

@@ -13,7 +13,7 @@ from torch import Tensor as Array
 
 from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import INTERPRETED, cdiv, next_power_of_2
-from fast._triton.rounding import dot, store, to_dtype
+from fast._triton.rounding import dot_in_order, store, to_dtype
 
 FEW_TOKENS = 64  # up to here programs own few rows of the weight, and warps share out the columns
 PARTS = 4  # that many; with TILE_I it fixes the order in which a sum is added up, whatever the number of tokens
@@ -61,18 +61,6 @@ def to_operand(codes, like: tl.constexpr):
     else:
         y = codes.to(like)
     return y
-
-
-@triton.jit
-def dot_in_order(a, b, acc):
-    """``acc + a @ b``. On a GPU each element's order is the instruction's; the interpreter's BLAS has one per shape."""
-    if INTERPRETED and len(acc.shape) == 3:
-        acc = acc + tl.sum(a.to(tl.float32)[:, :, :, None] * b.to(tl.float32)[:, None, :, :], axis=2)
-    elif INTERPRETED:
-        acc = acc + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], axis=1)
-    else:
-        acc = dot(a, b, acc)
-    return acc
 
 
 @triton.jit
@@ -261,11 +249,10 @@ def few_tokens(
     out: Array,
     *,
     group_size: int | None = None,
-    tiles: Tiles | None = None,
 ) -> Array:
     """Any number of tokens, in tiles of ``FEW_TOKENS``; the order of a sum depends on ``in_features`` alone."""
     (num_tokens, out_features), in_features = out.shape, x.shape[1]
-    tiles = tiles or choose_few(num_tokens, out_features)
+    tiles = choose_few(num_tokens, out_features)
     if x.dtype == torch.float32:
         tiles = tiles._replace(tokens=min(tiles.tokens, 16), rows=16, stages=2)
     tile_i = group_size or TILE_I
@@ -287,12 +274,11 @@ def many_tokens(
     bias: Array | None,
     out: Array,
     *,
-    tiles: Tiles | None = None,
     tile_i: int = 64,
 ) -> Array:
     """Any number of tokens; whole sums in each program, in the same order whatever the tile."""
     (num_tokens, out_features), in_features = out.shape, x.shape[1]
-    tiles = tiles or choose_many(num_tokens, out_features, x.dtype)
+    tiles = choose_many(num_tokens, out_features, x.dtype)
     tile_i = 32 if x.dtype == torch.float32 else tile_i
     _many_tokens_kernel[(cdiv(out_features, tiles.rows) * cdiv(num_tokens, tiles.tokens),)](
         x, x_scale, weight, weight_scale, bias, out,

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor as Array
 
 from fast._triton.overlap import overlapped
-from fast._triton.platform import INTERPRETED, INTERPRETING, cdiv, num_processors
-from fast._triton.rounding import dot
+from fast._triton.platform import INTERPRETING, cdiv, num_processors
+from fast._triton.rounding import dot_in_order
 from fast.linear._skinny import begin, finish, load_columns
 
 LINE = 128  # bytes that a prefetch brings to the L2 cache
@@ -70,16 +70,6 @@ def place_of(tile, num_tokens, out_features, TILE_M: tl.constexpr, TILE_N: tl.co
 
 
 @triton.jit
-def dot_in_order(a, b, acc):
-    """``acc + a @ b.T``, 16 columns after another; in the interpreter too, where a dot's order depends on its shape."""
-    if INTERPRETED:
-        acc += tl.sum(a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :], axis=2)
-    else:
-        acc = dot(a, tl.trans(b), acc)
-    return acc
-
-
-@triton.jit
 def _matmul_kernel(
     x_ptr,  # [num_tokens, in_features]
     weight_ptr,  # [out_features, in_features]
@@ -119,7 +109,7 @@ def _matmul_kernel(
         if w.dtype != x.dtype:  # neither can hold the other's numbers; float32 holds both
             w = w.to(tl.float32)
             x = x.to(tl.float32)
-        acc = dot_in_order(w, x, acc)
+        acc = dot_in_order(w, tl.trans(x), acc)
         weight_ptrs += TILE_K
         x_ptrs += TILE_K
 

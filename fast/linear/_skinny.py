@@ -246,6 +246,6 @@ def skinny_linear(
     return out
 
 
-def columns_together(array: Array) -> Array:
+def whole_rows(array: Array) -> Array:
     """The array, if its last axis is contiguous, as the kernels want it; else a copy."""
     return array if array.stride(-1) == 1 or array.shape[-1] <= 1 else array.contiguous()

@@ -16,7 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import COMPILE_ONLY, INTERPRETING, cdiv, device_properties, next_power_of_2
-from fast.linear._matmul import IN_INTERPRETER, dot_in_order
+from fast._triton.rounding import dot_in_order
+from fast.linear._matmul import IN_INTERPRETER
 from fast.linear._skinny import finish
 
 ROWS = 64  # of the weight, the least that the instruction takes
@@ -109,7 +110,7 @@ def _split_kernel(
     for k in tl.range(start, stop, TILE_K, num_stages=STAGES):  # type: ignore[reportGeneralTypeIssues]
         w = weight_desc.load([tile * TILE_N, k])
         x = x_desc.load([0, k])
-        acc = dot_in_order(w, x, acc)
+        acc = dot_in_order(w, tl.trans(x), acc)
 
     token = tl.arange(0, TILE_M)
     if parts_ptr is not None:

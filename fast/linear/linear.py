@@ -11,7 +11,7 @@ from torch import Tensor as Array
 from fast._checks import require, require_float, require_out, require_same_device, require_shape
 from fast._triton.platform import num_processors
 from fast.linear._matmul import matmul
-from fast.linear._skinny import FEW_TOKENS, columns_together, skinny_linear
+from fast.linear._skinny import FEW_TOKENS, skinny_linear, whole_rows
 from fast.linear._split import choose_split, describable, split_linear
 
 Write = Callable[[Array, Array, Array | None, Array], object]  # takes x, weight, residual, out
@@ -78,12 +78,12 @@ def project(x: Array, weight: Array, bias: Array | None, residual: Array | None,
 
 def into(out: Array | None, x: Array, weight: Array, residual: Array | None, write: Write) -> Array:
     """``write(x, weight, residual, out)`` with the last axis of each contiguous, as kernels want it."""
-    if out is None or columns_together(out) is not out:
+    if out is None or whole_rows(out) is not out:
         target = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
     else:
         target = out
-    residual = None if residual is None else columns_together(residual)
-    write(columns_together(x), columns_together(weight), residual, target)
+    residual = None if residual is None else whole_rows(residual)
+    write(whole_rows(x), whole_rows(weight), residual, target)
     return target if out is None or target is out else out.copy_(target)
 
 

@@ -17,6 +17,7 @@ from fast._checks import require_float, require_integers, require_out, require_r
 from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import cdiv, next_power_of_2
 from fast._triton.rounding import dot, store, to_dtype
+from fast.linear._skinny import whole_rows
 
 FEW_TOKENS = 256  # up to here every token reads its adapter itself, from the L2 cache if others use it too
 SPLIT = 512  # input features of a program that shrinks: 64 tokens of 4096 features are 512 programs
@@ -315,8 +316,9 @@ def lora(
     one_dtype = x.dtype == lora_a.dtype == base.dtype == lora_b.dtype
     dtype = x.dtype if one_dtype else torch.float32
     kind = choose(len(base), len(lora_a), base.shape[1], lora_a.shape[1], dtype)
-    arrays = _rows(base), _rows(x), _rows(lora_a), _rows(lora_b), scaling, adapter_ids.contiguous(), out
-    return {"decode": decode, "few": few_tokens, "many": many_tokens}[kind](*arrays)
+    arrays = map(whole_rows, (base, x, lora_a, lora_b))
+    kernel = {"decode": decode, "few": few_tokens, "many": many_tokens}[kind]
+    return kernel(*arrays, scaling, adapter_ids.contiguous(), out)
 
 
 def lora_invariant(
@@ -333,7 +335,7 @@ def lora_invariant(
     out = _door(base, x, lora_a, lora_b, scaling, adapter_ids, out)
     if not out.numel():
         return out
-    return few_tokens(_rows(base), _rows(x), _rows(lora_a), _rows(lora_b), scaling, adapter_ids.contiguous(), out)
+    return few_tokens(*map(whole_rows, (base, x, lora_a, lora_b)), scaling, adapter_ids.contiguous(), out)
 
 
 def choose(num_tokens: int, num_adapters: int, out_features: int, rank: int, dtype: torch.dtype) -> str:
@@ -452,8 +454,3 @@ def _halves(base: Array, x: Array, lora_a: Array, lora_b: Array) -> tuple[tl.dty
 
 
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-def _rows(array: Array) -> Array:
-    """The array with its last axis contiguous, as the kernels read it; a copy only where it is not."""
-    return array if array.stride(-1) == 1 or array.shape[-1] <= 1 else array.contiguous()

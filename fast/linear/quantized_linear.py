@@ -1,7 +1,7 @@
 """Linear layers with codes for weights, in Triton. What the technique is for: `reference/linear/quantized_linear.py`.
 
 Codes are kept in the documented layout: 16 bytes of a row are 16 neighbouring features already (of one half of a group,
-for 4 bits). The kernels: `_int4.py`, `_eight_bit.py`, `_w8a8.py`.
+for 4 bits). The kernels: `_int4.py` (which names others), `_eight_bit.py`, `_w8a8.py`.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor as Array
 
 from fast._checks import require, require_dtype, require_float, require_out, require_same_device, require_shape
 from fast.linear import _eight_bit, _int4, _w8a8
+from fast.linear._skinny import whole_rows
 from reference.linear.quantized_linear import LAYOUTS
 
 FP8 = torch.float8_e4m3fn
@@ -26,7 +27,7 @@ def quantize_rows(
     require(format in ("int8", "float8_e4m3fn"), "quantize_rows", "format", "int8 or float8_e4m3fn", repr(format))
     require_shape("quantize_rows", "x", x, (None, None))
     require_float("quantize_rows", "x", x)
-    return _w8a8.quantize(_rows(x), getattr(torch, format))
+    return _w8a8.quantize(whole_rows(x), getattr(torch, format))
 
 
 def linear_int8(
@@ -63,7 +64,7 @@ def linear_int8_int8(
     """
     out = _door("linear_int8_int8", x, weight, weight.shape, torch.int8, weight_scale, bias, out)
     require_shape("linear_int8_int8", "weight_scale", weight_scale, (len(weight),))
-    codes, scale = _w8a8.quantize(_rows(x), torch.int8)
+    codes, scale = _w8a8.quantize(whole_rows(x), torch.int8)
     return _by_row(codes, scale, weight, weight_scale, bias, out)
 
 
@@ -201,15 +202,15 @@ def _int8(
     out = _door("linear_int8", x, weight, weight.shape, torch.int8, weight_scale, bias, out)
     if group_size is None:
         require_shape("linear_int8", "weight_scale", weight_scale, (len(weight),))
-        return _by_row(_rows(x), None, weight, weight_scale, bias, out, invariant)
+        return _by_row(whole_rows(x), None, weight, weight_scale, bias, out, invariant)
     require(group_size > 0, "linear_int8", "group_size", "a positive number, or None", group_size)
     require_shape("linear_int8", "weight_scale", weight_scale, (len(weight), -(-x.shape[1] // group_size)))
     if not out.numel():
         return out
     if x.dtype in HALVES and group_size in _eight_bit.GROUPS:
-        arrays = _rows(x), None, _rows(weight), _rows(weight_scale), bias, out
+        arrays = whole_rows(x), None, whole_rows(weight), whole_rows(weight_scale), bias, out
         return _eight_bit.few_tokens(*arrays, group_size=group_size)  # the same order for any number of tokens
-    return _eight_bit.any_groups(_rows(x), _rows(weight), _rows(weight_scale), bias, out, group_size)
+    return _eight_bit.any_groups(whole_rows(x), whole_rows(weight), whole_rows(weight_scale), bias, out, group_size)
 
 
 def _fp8(
@@ -217,7 +218,7 @@ def _fp8(
 ) -> Array:
     out = _door("linear_fp8", x, weight, weight.shape, FP8, weight_scale, bias, out)
     require_shape("linear_fp8", "weight_scale", weight_scale, (len(weight),))
-    return _by_row(_rows(x), None, weight, weight_scale, bias, out, invariant)
+    return _by_row(whole_rows(x), None, weight, weight_scale, bias, out, invariant)
 
 
 def _fp8_fp8(
@@ -225,7 +226,7 @@ def _fp8_fp8(
 ) -> Array:
     out = _door("linear_fp8_fp8", x, weight, weight.shape, FP8, weight_scale, bias, out)
     require_shape("linear_fp8_fp8", "weight_scale", weight_scale, (len(weight),))
-    codes, scale = _w8a8.quantize(_rows(x), FP8)
+    codes, scale = _w8a8.quantize(whole_rows(x), FP8)
     return _by_row(codes, scale, weight, weight_scale, bias, out, invariant)
 
 
@@ -241,7 +242,7 @@ def _by_row(
     """A scale for each output row: ``x`` are activations, or codes and their scales."""
     if not out.numel():
         return out
-    weight = _rows(weight)
+    weight = whole_rows(weight)
     kind = choose_eight_bit(len(x), x.dtype, _w8a8.fits(x, weight), invariant)
     if kind == "library" and not _w8a8.library_takes(weight, bias, out):
         kind = "many"
@@ -295,10 +296,10 @@ def _int4_in_groups(
     if weight_min is not None:
         require_shape("linear_int4", "weight_min", weight_min, tuple(weight_scale.shape))
         require_same_device("linear_int4", x=x, weight_min=weight_min)
-        weight_min = _rows(weight_min)
+        weight_min = whole_rows(weight_min)
     if not out.numel():
         return out
-    arrays = _rows(x), _rows(weight), _rows(weight_scale), weight_min, bias, out, group_size
+    arrays = whole_rows(x), whole_rows(weight), whole_rows(weight_scale), weight_min, bias, out, group_size
     whole = x.dtype in HALVES and group_size in _int4.GROUPS and x.shape[1] % group_size == 0
     kind = _int4.choose(len(x), whole, _w8a8.fits(arrays[0], arrays[1]), bias is not None, invariant)
     return _int4.KERNELS[kind](*arrays)
@@ -328,8 +329,3 @@ def _door(
     require_out(op, out, (len(x), shape[0]), x.dtype)
     require_same_device(op, x=x, weight=weight, weight_scale=weight_scale, bias=bias, out=out)
     return torch.empty(len(x), shape[0], dtype=x.dtype, device=x.device) if out is None else out
-
-
-def _rows(array: Array) -> Array:
-    """The array with its last axis contiguous, as the kernels read it; a copy only where it is not."""
-    return array if array.stride(-1) == 1 or array.shape[-1] <= 1 else array.contiguous()

@@ -21,8 +21,8 @@ from fast._checks import (
 )
 from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import INTERPRETED, cdiv, next_power_of_2
-from fast._triton.rounding import store
-from fast.linear._eight_bit import dot_in_order
+from fast._triton.rounding import dot_in_order, store
+from fast.linear._skinny import whole_rows
 
 ROWS = 4  # of the weight, that a program owns when there is one token
 GROUPS = 512  # of a row, that it takes in a step: 16 bytes for each of its threads, four times
@@ -197,8 +197,8 @@ def sparse_linear(
     out = _door(x, values, indices, bias, out)
     if not out.numel():
         return out
-    values = _rows(values)
-    return (one_token if is_one(x, values) else tiles)(_rows(x), values, _rows(indices), bias, out)
+    values = whole_rows(values)
+    return (one_token if is_one(x, values) else tiles)(whole_rows(x), values, whole_rows(indices), bias, out)
 
 
 def sparse_linear_invariant(
@@ -206,7 +206,7 @@ def sparse_linear_invariant(
 ) -> Array:
     """`sparse_linear` of which no token's result depends on how many others there are: tiles, also for one token."""
     out = _door(x, values, indices, bias, out)
-    return tiles(_rows(x), _rows(values), _rows(indices), bias, out) if out.numel() else out
+    return tiles(whole_rows(x), whole_rows(values), whole_rows(indices), bias, out) if out.numel() else out
 
 
 def is_one(x: Array, values: Array) -> bool:
@@ -271,8 +271,3 @@ def _door(x: Array, values: Array, indices: Array, bias: Array | None, out: Arra
         ascend = ((nibbles & 3) < (nibbles >> 2)).all()
         require_values(ascend, op, "indices", "two ascending places in each nibble", "others")
     return torch.empty(len(x), out_features, dtype=x.dtype, device=x.device) if out is None else out
-
-
-def _rows(array: Array) -> Array:
-    """The array with its last axis contiguous, as the kernels read it; a copy only where it is not."""
-    return array if array.stride(-1) == 1 or array.shape[-1] <= 1 else array.contiguous()

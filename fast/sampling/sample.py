@@ -1,7 +1,7 @@
 """Penalties, filters, the draw, log-probabilities, in Triton. What they are for: `reference/sampling/sample.py`.
 
-Nothing sorts the vocabulary. `_scan` reads it once; `_select` finds what is kept and draws; `_penalize` and `_tops`
-hold the kernels of the other two.
+Nothing sorts the vocabulary. `_scan` reads it once, `_threshold` finds what is kept among what the scan left, and
+`_filter` and `_draw` apply it; `_penalize` and `_tops` hold the kernels of the other two.
 """
 
 import torch
@@ -17,9 +17,7 @@ from fast._checks import (
     require_same_device,
     require_shape,
 )
-from fast.sampling import _penalize, _select, _tops
-from fast.sampling._keys import IDLE_BITS
-from fast.sampling._scan import CHUNK, COLS, PART, Scan, scan
+from fast.sampling import _draw, _filter, _penalize, _tops
 from fast.sampling._values import (
     require_draw,
     require_each,
@@ -103,23 +101,9 @@ def filter_logits(
     op, filters = "filter_logits", (temperature, top_k, top_p, min_p)
     require_filters(op, logits, *filters)
     require_out(op, out, tuple(logits.shape), torch.float32)
-    num_rows, vocab_size = logits.shape
     result = torch.empty(logits.shape, dtype=torch.float32, device=logits.device) if out is None else out
-    if num_rows == 0:
-        return result
-    filters = rows_together(*filters)
-    found = scan(logits, filters, None)
-    threshold = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
-    common = _common(found, logits)
-    _select._threshold_kernel[(num_rows,)](
-        logits, *filters, *found[:4], *_scratch(logits), threshold, *logits.stride(), vocab_size, found.num_tiles,
-        **common, **_select.SIZES, CHUNKS=found.padded_chunks, HEAD=_select.HEAD, TILE_ALL=_select.TILE_ALL,
-        num_warps=_select.choose_warps(found.padded_chunks),
-    )  # fmt: skip
-    _select._apply_kernel[(num_rows * found.num_tiles,)](
-        logits, filters[0], found.tile_max, threshold, result, *logits.stride(), *result.stride(),
-        vocab_size, found.num_tiles, **common, num_warps=4,
-    )  # fmt: skip
+    if len(logits):
+        _filter.filter_into(result, logits, rows_together(*filters))
     return result
 
 
@@ -144,31 +128,9 @@ def sample(
     require_filters("sample", logits, *filters)
     require_draw("sample", len(logits), *draws)
     require_same_device("sample", logits=logits, seeds=seeds, positions=positions, sample_indices=sample_indices)
-    num_rows, vocab_size = logits.shape
-    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    if num_rows == 0:
-        return tokens
-    filters, draws = rows_together(*filters), rows_together(*draws)
-    found = scan(logits, filters, draws)
-    common, pivots = _common(found, logits), {"NUM_PIVOTS": _select.NUM_PIVOTS, "PLAN_WIDTH": _select.PLAN_WIDTH}
-    plan = torch.empty(num_rows, _select.PLAN_WIDTH, dtype=torch.int32, device=logits.device)
-    pivot_logits = torch.empty(num_rows, 2 * _select.NUM_PIVOTS, device=logits.device)
-    above = torch.empty(num_rows, found.num_tiles, 2 * _select.NUM_PIVOTS, device=logits.device)
-    strides = (*logits.stride(), vocab_size, found.num_tiles)
-    _select._choose_kernel[(num_rows,)](
-        logits, *filters, *draws, *found, *_scratch(logits), plan, pivot_logits, tokens, *strides,
-        **common, **pivots, **_select.SIZES, CHUNKS=found.padded_chunks, HEAD=_select.HEAD,
-        NOISY_HEAD=_select.NOISY_HEAD, num_warps=_select.choose_warps(found.padded_chunks),
-    )  # fmt: skip
-    _select._weigh_kernel[(num_rows * found.num_tiles,)](
-        logits, filters[0], found.tile_max, plan, pivot_logits, above, *strides,
-        TILES=common["TILES"], PART=PART, CHUNK=CHUNK, COLS=COLS, **pivots, num_warps=4,
-    )  # fmt: skip
-    _select._finish_kernel[(num_rows,)](
-        logits, *filters, *draws, found.tile_max, plan, above, tokens, *strides,
-        TILES=common["TILES"], SHIFT=common["SHIFT"], **pivots, TILE_ALL=_select.TILE_ALL, num_warps=8,
-    )  # fmt: skip
-    return tokens
+    if len(logits) == 0:
+        return torch.empty(0, dtype=torch.int64, device=logits.device)
+    return _draw.draw(logits, rows_together(*filters), rows_together(*draws))
 
 
 def log_probs(
@@ -195,18 +157,3 @@ def log_probs(
 def _two_axes(op: str, argument: str, array: Array) -> tuple[int, int]:
     require_shape(op, argument, array, (None, None))  # type: ignore[reportArgumentType]
     return array.shape[0], array.shape[1]
-
-
-def _common(found: Scan, logits: Array) -> dict[str, int]:
-    shift = IDLE_BITS[logits.dtype]
-    return {"TILES": found.padded_tiles, "SHIFT": shift, "CHUNK": CHUNK, "COLS": COLS}
-
-
-def _scratch(logits: Array) -> tuple[Array, Array, Array]:
-    """Chunks listed, and the candidates' tokens and logits."""
-    num_rows, ints = len(logits), {"dtype": torch.int32, "device": logits.device}
-    return (
-        torch.empty((num_rows, _select.MAX_CHUNKS), **ints),
-        torch.empty((num_rows, _select.MAX_CANDIDATES), **ints),
-        torch.empty((num_rows, _select.MAX_CANDIDATES), device=logits.device),
-    )

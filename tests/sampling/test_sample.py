@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 
 import fast
 import reference
-from fast.sampling import _select
+from fast.sampling import _draw
 from twofold.conformance.properties import sampling as properties
 from twofold.conformance.properties.numerics import call, refuses
 from twofold.conformance.strategies import sampling as inputs
@@ -176,16 +176,14 @@ def test_every_way_to_a_token_is_taken(monkeypatch, spread, temperature, top_k, 
     class Watched:
         def __getitem__(self, grid):
             def launch(*arguments, **options):
-                plan = next(
-                    x for x in arguments if isinstance(x, torch.Tensor) and x.shape[1:] == (_select.PLAN_WIDTH,)
-                )
+                plan = next(x for x in arguments if isinstance(x, torch.Tensor) and x.shape[1:] == (_draw.PLAN_WIDTH,))
                 ways.extend(plan[:, 0].tolist())
                 return finish[grid](*arguments, **options)
 
             return launch
 
-    finish = _select._finish_kernel
-    monkeypatch.setattr(_select, "_finish_kernel", Watched())
+    finish = _draw._finish_kernel
+    monkeypatch.setattr(_draw, "_finish_kernel", Watched())
     logits = np.random.default_rng(5).normal(scale=spread, size=(3, 300)).astype(np.float32)
     filters = [(temperature, np.float32), (top_k, np.int32), (top_p, np.float32), (min_p, np.float32)]
     case = Sampling(
@@ -197,7 +195,7 @@ def test_every_way_to_a_token_is_taken(monkeypatch, spread, temperature, top_k, 
     )
     tokens = call(fast, "sample", *case.args())
     assert tokens.tolist() == reference.sample(*case.args()).tolist(), f"other tokens by way of {ways}"
-    assert getattr(_select, way).value in ways, f"went by way of {ways}"
+    assert getattr(_draw, way).value in ways, f"went by way of {ways}"
 
 
 # ---- log_probs --------------------------------------------------------------------------------------------------
