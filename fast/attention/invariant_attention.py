@@ -21,7 +21,7 @@ import triton.language as tl
 from jaxtyping import Float, Int32
 from torch import Tensor as Array
 
-from fast._triton import paging, softmax
+from fast._triton import merging, paging, softmax
 from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import num_processors
 from fast._triton.rounding import dot, to_dtype
@@ -144,14 +144,14 @@ def merge_with_state(
     older_top = tl.load(stats_ptr, mask=kept, other=float("-inf"))
     older_total = tl.load(stats_ptr + TILE_Q, mask=kept, other=0.0)
     tl.debug_barrier()  # what these threads load, others may store
-    acc, top, total = paging.merge(older_acc, older_top, older_total, acc, top, total)
+    acc, top, total = merging.merge(older_acc, older_top, older_total, acc, top, total)
     if is_last:
-        paging.store_rows(
+        merging.store_rows(
             acc, top, total, out_ptr, sinks_ptr, token, head, there, dim,
             stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM,
         )  # fmt: skip
     else:
-        paging.store_part(
+        merging.store_part(
             acc, top, total, program * 2, state_ptr, state_stats_ptr, there, dim, HEAD_DIM, TILE_Q, TILE_D
         )
     tl.debug_barrier()  # and the other way round
@@ -171,7 +171,7 @@ def invariant_attention_kernel(
     parts_ptr,  # [num_parts, num_tokens, num_heads, head_dim], sums of values; or None, and no segment is cut
     stats_ptr,  # [num_parts, num_tokens, num_heads, 2], top and total
     counters_ptr,  # [num_programs]
-    state_ptr,  # the scratch of paging.py: parts merged so far, of a segment that is its program's alone
+    state_ptr,  # the scratch of merging.py: parts merged so far, of a segment that is its program's alone
     state_stats_ptr,
     scale,
     logit_cap,
@@ -297,7 +297,7 @@ def invariant_attention_kernel(
 
                 is_last = False
                 if CUT and not alone:
-                    is_last = paging.is_last(seg_begin, seg_end, line, num_workers, counters_ptr)
+                    is_last = merging.is_last(seg_begin, seg_end, line, num_workers, counters_ptr)
                 if is_last:
                     top, total = softmax.empty(TILE_Q)
                     acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
@@ -309,8 +309,8 @@ def invariant_attention_kernel(
                         )  # fmt: skip
                         part_top = tl.load(stats_ptr + place * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
                         part_total = tl.load(stats_ptr + place * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-                        acc, top, total = paging.merge(acc, top, total, part_acc, part_top, part_total)
-                    paging.store_rows(
+                        acc, top, total = merging.merge(acc, top, total, part_acc, part_top, part_total)
+                    merging.store_rows(
                         acc, top, total, out_ptr, sinks_ptr, token, head, there, dim,
                         stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM,
                     )  # fmt: skip
@@ -351,7 +351,7 @@ def attend_invariantly(
     parts = torch.empty(num_parts * q.numel() if cut else 0, dtype=torch.float32, device=q.device)
     stats = torch.empty(num_parts * num_tokens * num_heads * 2 if cut else 0, dtype=torch.float32, device=q.device)
     tile_d = max(16, triton.next_power_of_2(head_dim))
-    scratch = paging.make_scratch(q, num_programs, tile_q, tile_d)
+    scratch = merging.make_scratch(q, num_programs, tile_q, tile_d)
     window_table = None if young is None else young.block_table
     invariant_attention_kernel[(num_programs,)](
         q, tuple(strided(array) for array in arrays),

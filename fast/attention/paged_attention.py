@@ -3,8 +3,9 @@
 One kernel serves decodes, chunks of prompts and any mix of them. A tile of its rows is one KV head's group of query
 heads times as many queries as fit; the tile's size is chosen by shape, so that decodes run on 16 rows and chunks on
 128. How the work is shared out, and how a sequence that several programs took is put together, all in one launch:
-`fast/_triton/paging.py`. On a Hopper GPU chunks have a kernel of their own, `paged_attention_hopper.py`, where the
-layout and the options allow it; the decodes among them stay here, so that a long one is shared by all processors.
+`fast/_triton/paging.py` and `merging.py`. On a Hopper GPU chunks have a kernel of their own, where the layout and the
+options allow it: `paged_attention_hopper.py`. The decodes among them stay here, so that a long one is shared by all
+processors.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor as Array
 
 from fast._checks import require
-from fast._triton import paging, softmax
+from fast._triton import merging, paging, softmax
 from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import is_hopper, num_processors
 from fast.attention._cached_tiles import (
@@ -75,7 +76,7 @@ def paged_attention_kernel(
     cu_seqlens_q_ptr,  # [num_seqs + 1]
     sinks_ptr,  # [num_heads] or None
     out_ptr,  # [num_tokens, num_heads, head_dim]
-    parts_ptr,  # the scratch of paging.py
+    parts_ptr,  # the scratch of merging.py
     stats_ptr,
     counters_ptr,
     scale,
@@ -178,7 +179,7 @@ def paged_attention_kernel(
                     q, ids, acc, top, total, positions, 0, start, stop, last_key, table, cache, kv_head, options,
                     True, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
                 )  # fmt: skip
-                paging.finish_segment(
+                merging.finish_segment(
                     acc, top, total, seg_begin, seg_end, begin, end, line, num_workers, program, parts_ptr,
                     stats_ptr, counters_ptr, out_ptr, sinks_ptr, token, head, there, dim,
                     stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, TILE_Q, TILE_D,
@@ -237,7 +238,7 @@ def paged_attention(
         attend_chunks_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out, tiles.tile_q // group)
     tile_d = max(16, triton.next_power_of_2(head_dim))
     num_programs = num_processors(q) * tiles.programs_per_processor
-    scratch = paging.make_scratch(q, num_programs, tiles.tile_q, tile_d)
+    scratch = merging.make_scratch(q, num_programs, tiles.tile_q, tile_d)
     paged_attention_kernel[(num_programs,)](
         q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, sinks, out, *scratch,
         scale, logit_cap or 0.0, min(sliding_window or 0, LONGEST_WINDOW),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fast._triton import paging, softmax
+from fast._triton import merging, paging, softmax
 from fast._triton.platform import INTERPRETING, num_processors
 from fast.attention._cached_tiles import LONGEST_WINDOW
 from fast.attention._checks import require_attention, require_tables
@@ -70,7 +70,7 @@ def coded_attention_kernel(
     cu_seqlens_q_ptr,  # [num_seqs + 1]
     sinks_ptr,  # [num_heads] or None
     out_ptr,  # [num_tokens, num_heads, head_dim]
-    parts_ptr,  # the scratch of paging.py
+    parts_ptr,  # the scratch of merging.py
     stats_ptr,
     counters_ptr,
     scale,
@@ -171,7 +171,7 @@ def coded_attention_kernel(
                 _, token, head, there = rows_of(
                     tile, bundle * HEADS + row % HEADS, row // HEADS, first_row, num_queries, GROUP, QUERIES
                 )
-                paging.finish_segment(
+                merging.finish_segment(
                     joined(accs, ROWS, PLANES * TILE_WORDS),
                     tl.permute(top, (1, 0)).reshape(ROWS), tl.permute(total, (1, 0)).reshape(ROWS),
                     seg_begin, seg_end, begin, end, line, num_workers, program, parts_ptr,
@@ -231,7 +231,7 @@ def attend_codes(
     tile_words = max(16, triton.next_power_of_2(head_bytes // bytes_of_word))
     num_programs = 3 if INTERPRETING else num_processors(q) * tiles.programs_per_processor
     rows = tiles.heads * tiles.tile_q
-    scratch = paging.make_scratch(q, num_programs, rows, tile_words * bytes_of_word * nibbles)
+    scratch = merging.make_scratch(q, num_programs, rows, tile_words * bytes_of_word * nibbles)
 
     cache_strides = [stride // bytes_of_word for stride in k_cache.stride()[:3]]
     arrays, scale_strides = (k_scale, k_zero, v_scale, v_zero), (*k_scale.stride(), 0)[:4]

@@ -30,7 +30,7 @@ The interpreter knows no such instructions; there each is computed from the numb
 import triton
 import triton.language as tl
 
-from fast._triton import paging, softmax
+from fast._triton import merging, paging, softmax
 from fast._triton.platform import INTERPRETED
 from fast._triton.rounding import dot, to_dtype
 
@@ -708,7 +708,7 @@ def merge_parts(
     first, last, parts_ptr, stats_ptr, row, out_ptr, sinks_ptr, token, head, there,
     stride_out_token, stride_out_head, stride_out_dim, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """`paging.merge_parts`, for rows anywhere, without shared memory: a few parts at a time, in registers."""
+    """`merging.merge_parts`, for rows anywhere, without shared memory: a few parts at a time, in registers."""
     dim = tl.arange(0, HEAD_DIM)
     top, total = softmax.empty(row.shape[0])
     acc = tl.zeros([row.shape[0], HEAD_DIM], tl.float32)
@@ -725,8 +725,8 @@ def merge_parts(
             values = tl.load(at, mask=loaded[:, None], other=0.0, cache_modifier=".cg")
             parts = parts + ((values, part_top, part_total),)
         for i in tl.static_range(FEW_PARTS):
-            acc, top, total = paging.merge(acc, top, total, parts[i][0], parts[i][1], parts[i][2])
-    paging.store_rows(
+            acc, top, total = merging.merge(acc, top, total, parts[i][0], parts[i][1], parts[i][2])
+    merging.store_rows(
         acc, top, total, out_ptr, sinks_ptr, token, head, there, dim, stride_out_token, stride_out_head,
         stride_out_dim, HEAD_DIM,
     )  # fmt: skip
@@ -749,7 +749,7 @@ def decode_attention_kernel(
     cu_seqlens_q_ptr,  # [num_seqs + 1]
     sinks_ptr,  # [num_heads] or None
     out_ptr,  # [num_tokens, num_heads, head_dim]
-    parts_ptr, stats_ptr, counters_ptr,  # the scratch of paging.py
+    parts_ptr, stats_ptr, counters_ptr,  # the scratch of merging.py
     window,
     scale,
     logit_cap,
@@ -866,7 +866,7 @@ def decode_attention_kernel(
                 else:
                     first = paging.worker_of(seg_begin, num_workers, line)
                     last = paging.worker_of(seg_end - 1, num_workers, line)
-                    complete = paging.is_last(seg_begin, seg_end, line, num_workers, counters_ptr)
+                    complete = merging.is_last(seg_begin, seg_end, line, num_workers, counters_ptr)
                 if complete:
                     row = tl.arange(0, ROWS * HEADS)
                     of_row, head_of_row, is_row = query_of(row // HEADS, tile, QUERIES, GROUP, COLS)

@@ -142,7 +142,7 @@ def load_planes(
 @triton.jit
 def joined(accs, ROWS: tl.constexpr, TILE_D: tl.constexpr):
     """The planes' sums, turned back, in one tile: column c is word c // planes of plane c % planes, and the rows are
-    those of all heads, the first of each first, because `paging` merges as many rows as are there."""
+    those of all heads, the first of each first, because `merging` takes as many rows as are there."""
     turned = ()
     for i in tl.static_range(len(accs)):
         turned = turned + (tl.permute(accs[i], (2, 0, 1)),)

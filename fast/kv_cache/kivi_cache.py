@@ -24,7 +24,7 @@ from fast._checks import (
     require_shape,
     require_values,
 )
-from fast._triton import paging, softmax
+from fast._triton import merging, paging, softmax
 from fast._triton.platform import COMPILE_ONLY, INTERPRETING, next_power_of_2, num_processors
 from fast._triton.rounding import clamp, dot
 from fast.attention._checks import require_attention, require_tables
@@ -317,7 +317,7 @@ def _attention_kernel(
     cu_seqlens_q_ptr,  # [num_seqs + 1]
     sinks_ptr,  # [num_heads] or None
     out_ptr,  # [num_tokens, num_heads, head_dim]
-    parts_ptr, stats_ptr, counters_ptr,  # the scratch of paging.py
+    parts_ptr, stats_ptr, counters_ptr,  # the scratch of merging.py
     window,
     scale,
     logit_cap,
@@ -412,7 +412,7 @@ def _attention_kernel(
                     num_window_blocks, max_blocks_per_seq,
                     WINDOWED, CAPPED, True, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
                 )  # fmt: skip
-                paging.finish_segment(
+                merging.finish_segment(
                     acc, top, total, seg_begin, seg_end, begin, end, line, num_workers, program, parts_ptr,
                     stats_ptr, counters_ptr, out_ptr, sinks_ptr, token, head, there, dim,
                     stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, TILE_Q, TILE_D,
@@ -501,7 +501,7 @@ def _decode(
     num_seqs, max_blocks_per_seq = block_table.shape
     group = num_heads // num_kv_heads
     num_programs = 3 if INTERPRETING else num_processors(q) * (tiles.warps_per_processor // tiles.heads)
-    scratch = paging.make_scratch(q, num_programs, tiles.heads * COLUMNS.value, head_dim)
+    scratch = merging.make_scratch(q, num_programs, tiles.heads * COLUMNS.value, head_dim)
     words = [triton.reinterpret(x, tl.int32) for x in (q, *cache[:-1])]
     strided = q, cache.k_window, cache.k_cache, cache.k_scale, cache.v_scale
     strides = [stride * x.element_size() // 4 for x in strided for stride in x.stride()[:-1]]
@@ -578,7 +578,7 @@ def paged_attention_kivi(
     tiles = choose_tiles(num_tokens, num_seqs, group, head_dim)
     tile_d = max(16, next_power_of_2(head_dim))
     num_programs = 3 if INTERPRETING else num_processors(q) * tiles.programs_per_processor
-    scratch = paging.make_scratch(q, num_programs, tiles.tile_q, tile_d)
+    scratch = merging.make_scratch(q, num_programs, tiles.tile_q, tile_d)
     _attention_kernel[(num_programs,)](
         q, *cache, window_block_table, block_table, seq_lens, cu_seqlens_q, sinks, out, *scratch,
         min(window, LONGEST_WINDOW), scale, logit_cap or 0.0, min(sliding_window or 0, LONGEST_WINDOW),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fast
-from fast._triton import paging
+from fast._triton import merging, paging
 from fast._triton.platform import INTERPRETING
 from fast.attention import invariant_attention, paged_attention
 from reference.numerics.arrays import dtype_named
@@ -159,7 +159,7 @@ def test_every_variant_is_reached():
 def test_counters_are_zero_between_launches(case):
     """Whoever merges last sets its counter back: the next launch on the stream finds zeros."""
     properties.paged_of(fast, case)
-    assert all(int(counters.abs().sum()) == 0 for counters in paging._counters.values())
+    assert all(int(counters.abs().sum()) == 0 for counters in merging._counters.values())
 
 
 def batch(query_lens: list[int], seq_lens: list[int], *, dtype: str = "float32", **sizes: int) -> PagedCase:
@@ -186,14 +186,14 @@ def batch(query_lens: list[int], seq_lens: list[int], *, dtype: str = "float32",
 
 def test_a_long_sequence_is_cut_and_merged(monkeypatch):
     """One sequence of one head is taken by more than one program, which leave parts of it, and is right."""
-    taken, make_scratch = [], paging.make_scratch
+    taken, make_scratch = [], merging.make_scratch
 
     def spy(*sizes):
         taken.append(make_scratch(*sizes))
         taken[-1].stats.fill_(np.nan)
         return taken[-1]
 
-    monkeypatch.setattr(paging, "make_scratch", spy)
+    monkeypatch.setattr(merging, "make_scratch", spy)
     properties.paged_matches_oracle(fast, batch([1], [709]))
     num_parts = int(taken[0].stats.isfinite().any(-1).any(-1).sum())
     assert num_parts > 1, f"the sequence left {num_parts} parts in the scratch"

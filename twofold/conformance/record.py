@@ -39,7 +39,7 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
     if not item.config.getoption("--record"):
         return (yield)
     runs: list[dict[str, Any]] = []
-    with collector.with_value(runs.append):
+    with collector.with_value(runs.append):  # type: ignore[arg-type]
         try:
             return (yield)
         finally:
@@ -64,7 +64,7 @@ class Recorder:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One phase of one test; the call counts, and a set-up that does not get there."""
         if report.when == "call" or report.outcome != "passed":
-            properties = dict(report.user_properties)
+            properties: dict[str, Any] = dict(report.user_properties)
             self.tests[report.nodeid] = {
                 "outcome": report.outcome,
                 "seconds": round(report.duration, 2),
