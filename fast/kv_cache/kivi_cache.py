@@ -571,6 +571,7 @@ def paged_attention_kivi(
     group = num_heads // num_kv_heads
     decode = choose_decode(num_tokens, num_seqs, group, q.dtype, q.stride(2), cache)
     may_decode = DECODES_ON_GPU or INTERPRETING or COMPILE_ONLY
+    may_decode &= bool(num_blocks and len(k_window) and max_blocks_per_seq)  # it reads some block for every sequence
     if decode is not None and may_decode and loads_whole_words(q, cache):
         options = {"sliding_window": sliding_window, "sinks": sinks, "logit_cap": logit_cap, "out": out}
         _decode(q, cache, window_block_table, *tables, decode, window=window, scale=scale, **options)

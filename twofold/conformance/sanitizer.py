@@ -202,7 +202,7 @@ def sanitized(*, keep_stores: bool = False) -> Iterator[Sanitizer]:
 
     def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
         sanitizer.access(self, "load", ptrs, mask)
-        if other is None and not mask.data.all():
+        if other is None and mask.data.size > 1 and not mask.data.all():  # of one element, other=0 arrives as None
             other = _garbage(ptrs)
         return originals["create_masked_load"](self, ptrs, mask, other, *rest, **options)
 
