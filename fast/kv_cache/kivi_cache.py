@@ -27,6 +27,7 @@ from fast._checks import (
 from fast._triton import merging, paging, softmax
 from fast._triton.platform import COMPILE_ONLY, INTERPRETING, next_power_of_2, num_processors
 from fast._triton.rounding import clamp, dot
+from fast.attention._cached_tiles import LONGEST_WINDOW
 from fast.attention._checks import require_attention, require_tables
 from fast.kv_cache._codes import FLOAT16_MAX, affine_codes, affine_range
 from fast.kv_cache._kivi_decode import COLUMNS, PAGE, decode_attention_kernel, quantized_before
@@ -34,8 +35,6 @@ from fast.kv_cache.slots import launch_write_kv, require_slots, require_tokens
 
 # Whether a GPU may run the kernel for decodes. It has been compiled for one and interpreted, but never run on one.
 DECODES_ON_GPU = False
-
-LONGEST_WINDOW = 2**30  # a longer one hides nothing either, and positions plus it stay below 2^31
 
 
 class KiviArrays(NamedTuple):

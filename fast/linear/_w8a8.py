@@ -9,7 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fast._triton.platform import cdiv, device_properties
 from fast._triton.rounding import store, to_dtype
 
-LIBRARY_TOKENS = 256  # from here on the tensor cores' float8 products are worth their rounding
+SCALED_MM_TOKENS = 256  # from here on the tensor cores' float8 products are worth their rounding
 TILE_COLUMNS = 8192  # of a row that is rounded, at a time
 TILE = 128, 256, 128  # tokens, rows of the weight, columns of a step: as much as registers and shared memory hold
 BAND = 8  # tiles of tokens beside each other
@@ -144,14 +144,14 @@ def many_tokens(x: Array, x_scale: Array, weight: Array, weight_scale: Array, bi
     return out
 
 
-def library(x: Array, x_scale: Array, weight: Array, weight_scale: Array, bias: None, out: Array) -> Array:
+def scaled_mm(x: Array, x_scale: Array, weight: Array, weight_scale: Array, bias: None, out: Array) -> Array:
     """float8 by torch, without fast accumulation, which is no accumulation of float32 (see `linear_fp8_fp8`)."""
     scales = {"scale_a": x_scale[:, None], "scale_b": weight_scale.float()[None, :]}
     multiply = torch._scaled_mm  # type: ignore[reportPrivateImportUsage]
     return multiply(x, weight.T, **scales, out_dtype=out.dtype, use_fast_accum=False, out=out)
 
 
-def library_takes(weight: Array, bias: Array | None, out: Array) -> bool:
+def scaled_mm_takes(weight: Array, bias: Array | None, out: Array) -> bool:
     """Whether torch has a kernel for this, and a device to run it on."""
     sixteens = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
     plain = bias is None and out.dtype == torch.bfloat16 and out.is_contiguous() and weight.is_contiguous()

@@ -91,7 +91,7 @@ def linear_fp8_fp8(
     """Same contract as `reference.linear.quantized_linear.linear_fp8_fp8`.
 
     Grid: as `linear_int8`, after one program a row that rounds it; codes are multiplied as bfloat16, which holds them.
-    From ``LIBRARY_TOKENS`` tokens on, a bfloat16 result without bias, of sizes that are multiples of 16, is a call of
+    From ``SCALED_MM_TOKENS`` tokens on, a bfloat16 result without bias, of sizes that are multiples of 16, is a call of
     ``torch._scaled_mm`` with ``use_fast_accum=False``: nothing as accurate beat it. Hopper's tensor cores keep about 14
     bits of a sum of float8 products, and so used they do it 128 products at a time: sums of 8192 positive products come
     out 6e-4 too small. (With fast accumulation they come out an eighth too small; alternating signs hide it.)
@@ -244,13 +244,13 @@ def _by_row(
         return out
     weight = whole_rows(weight)
     kind = choose_eight_bit(len(x), x.dtype, _w8a8.fits(x, weight), invariant)
-    if kind == "library" and not _w8a8.library_takes(weight, bias, out):
+    if kind == "scaled_mm" and not _w8a8.scaled_mm_takes(weight, bias, out):
         kind = "many"
     return _EIGHT_BIT[kind](x, x_scale, weight, weight_scale.contiguous(), bias, out)
 
 
 def choose_eight_bit(num_tokens: int, x_dtype: torch.dtype, fits: bool, invariant: bool = False) -> str:
-    """Which kernel: "few" tokens, "many", "bytes", many of int8 codes, or the "library", many of float8 ones.
+    """Which kernel: "few" tokens, "many", "bytes", many of int8 codes, or "scaled_mm", many of float8 ones.
 
     Args:
         num_tokens: Of them.
@@ -264,8 +264,8 @@ def choose_eight_bit(num_tokens: int, x_dtype: torch.dtype, fits: bool, invarian
     """
     if x_dtype == torch.int8 and num_tokens > _eight_bit.FEW_TOKENS and fits:
         return "bytes"  # sums of whole numbers: invariant whoever adds them
-    if x_dtype == FP8 and num_tokens >= _w8a8.LIBRARY_TOKENS and fits and not invariant:
-        return "library"
+    if x_dtype == FP8 and num_tokens >= _w8a8.SCALED_MM_TOKENS and fits and not invariant:
+        return "scaled_mm"
     return "few" if num_tokens <= _eight_bit.FEW_TOKENS and not invariant else "many"
 
 
@@ -273,7 +273,7 @@ _EIGHT_BIT = {
     "few": lambda *arrays: _eight_bit.few_tokens(*arrays),
     "many": lambda *arrays: _eight_bit.many_tokens(*arrays),
     "bytes": lambda *arrays: _w8a8.many_tokens(*arrays),
-    "library": lambda *arrays: _w8a8.library(*arrays),
+    "scaled_mm": lambda *arrays: _w8a8.scaled_mm(*arrays),
 }
 
 

@@ -211,19 +211,19 @@ def test_each_kernel_for_8_bits(monkeypatch, op, kernel, num_tokens, in_features
 
 
 def test_many_tokens_of_8_bit_floats(monkeypatch):
-    """On a GPU the library multiplies, and keeps what its sums may lose: 2**-10 of their magnitude, on positive
+    """On a GPU `torch._scaled_mm` multiplies, and keeps what its sums may lose: 2**-10 of their magnitude, on positive
     numbers, where a short accumulator shows. Elsewhere, or with a bias, the kernel for many tokens does."""
     call = layer("linear_fp8_fp8", 256, 512, out_features=64)
     call = call.with_arrays(
         x=np.abs(call.arrays["x"]), weight=(call.arrays["weight"].view(np.uint8) & 0x7F).view(FP8_CODES)
     )
     ref64, bound = properties.expected(fast, call)
-    seen = recorded(monkeypatch, _w8a8, ["library"])
+    seen = recorded(monkeypatch, _w8a8, ["scaled_mm"])
     got = run(fast, call)["out"]
-    library = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    assert quantized_linear.choose_eight_bit(256, torch.float8_e4m3fn, True) == "library", "not even considered"
-    assert seen == ["library"] * library, f"the library was called {len(seen)} times"
-    properties.assert_within(got, ref64, bound + library * 2.0**-10 * ref64, "linear_fp8_fp8", ("token", "feature"))
+    native = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    assert quantized_linear.choose_eight_bit(256, torch.float8_e4m3fn, True) == "scaled_mm", "not even considered"
+    assert seen == ["scaled_mm"] * native, f"`torch._scaled_mm` was called {len(seen)} times"
+    properties.assert_within(got, ref64, bound + native * 2.0**-10 * ref64, "linear_fp8_fp8", ("token", "feature"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
