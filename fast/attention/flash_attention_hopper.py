@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fast._triton.paging import zero_counters
+from fast._triton.merging import zero_counters
 from fast._triton.platform import num_processors
 from fast.attention._hopper import (
     LN2,
