@@ -1,7 +1,8 @@
 """Chunks of prompts over a paged cache on a Hopper GPU, in Gluon: `flash_attention_hopper.py`, its keys in blocks.
 
-The copy engine (TMA) sees the cache as rows of slots. The producer reads the ids of a tile's blocks from the block
+The copy engine (TMA) sees the cache as rows of slots. A producer reads the ids of a tile's blocks from the block
 table and asks for one block after the other; each lands in its rows of the tile, and the consumers see no difference.
+Keys and values have a producer warp each, because small blocks are many copies.
 A block id of -1, or one that the cache does not have, is a place outside the array, for which the engine gives zeros.
 
 What it does not do: windows, caps, float32, head sizes other than 64 and 128, blocks that do not divide a tile or whose
@@ -23,15 +24,12 @@ from fast.attention._hopper import (
     TILE_Q,
     add_sink,
     attend,
+    barriers,
     empty_state,
     item_of,
     store_rows,
 )
 
-# How block ids reach the copies: 0 = each is loaded when its block is asked for; 1 = those of the next tile are loaded
-# together, once for K and V, while this tile is asked for; 2 = the same, and K and V have a producer warp each.
-AHEAD = 0
-IN_TURN = True  # the consumers start their products in turn, so that one's softmax falls beside the other's products
 PER_BATCH = [
     "stride_table_seq", "num_seqs", "num_tokens", "num_heads", "group", "num_slots", "num_halvings", "num_blocks",
     "max_blocks_per_seq", "k_rows_per_block", "v_rows_per_block", "fewest_queries",
@@ -39,15 +37,23 @@ PER_BATCH = [
 
 
 @gluon.jit
-def find_item(
-    item, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity,
-    fewest_queries, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr,
-):  # fmt: skip
+def num_turns(batch):
+    """How many items a program has at most."""
+    _cu_seqlens, _seq_lens, _seqs, _tokens, num_heads, num_slots, _halvings, _capacity, _fewest = batch
+    return (num_slots * num_heads + gl.num_programs(0) - 1) // gl.num_programs(0)
+
+
+@gluon.jit
+def find_item(item, batch, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr):
     """What a program has to do next: head, tile of queries, their sequence, and which tiles of keys.
 
     Nothing for a sequence of up to ``fewest_queries``: the kernel of decodes has it.
     Sequence s has the slots from ``cu_seqlens_q[s] // TILE_Q + s``, and is found by bisection.
     """
+    (
+        cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity,
+        fewest_queries,
+    ) = batch  # fmt: skip
     head = item % num_heads
     slot = num_slots - 1 - item // num_heads  # below 0: no item is left
     seq = 0
@@ -72,20 +78,6 @@ def find_item(
 
 
 @gluon.jit
-def load_blocks(
-    desc, row_ptr, first_block, num_blocks, max_blocks_per_seq, rows_per_block, column, full, tile,
-    BLOCK_SIZE: gl.constexpr, TILE_KV: gl.constexpr,
-):  # fmt: skip
-    """Ask for the blocks of a tile of keys or values, each to its own rows of the tile."""
-    for index in gl.static_range(TILE_KV // BLOCK_SIZE):
-        known = first_block + index < max_blocks_per_seq
-        block = gl.load(row_ptr + gl.minimum(first_block + index, max_blocks_per_seq - 1))
-        block = gl.where(known & (block >= 0) & (block < num_blocks), block, -1)
-        rows = tile.slice(index * BLOCK_SIZE, BLOCK_SIZE)
-        tma.async_copy_global_to_shared(desc, [block * rows_per_block, column], full, rows)
-
-
-@gluon.jit
 def load_ids(row_ptr, tile, max_blocks_per_seq, BLOCKS: gl.constexpr):
     """The ids of a tile's blocks, one a lane, perhaps still on their way; -1 where the table ends, or before tile 0."""
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
@@ -94,41 +86,40 @@ def load_ids(row_ptr, tile, max_blocks_per_seq, BLOCKS: gl.constexpr):
 
 
 @gluon.jit
-def copy_blocks(
-    desc, ids, num_blocks, rows_per_block, column, full, tile, BLOCK_SIZE: gl.constexpr, TILE_KV: gl.constexpr
-):
-    """``load_blocks`` of ids that are there."""
+def copy_tile(desc, ids, num_blocks, rows_per_block, column, full, tile, BLOCK_SIZE: gl.constexpr):
+    """Ask for the blocks of a tile of keys or values, each to its own rows of the tile."""
     lane = gl.arange(0, 32, ids.type.layout)
     first_rows = gl.where((ids >= 0) & (ids < num_blocks), ids * rows_per_block, -rows_per_block)
-    for index in gl.static_range(TILE_KV // BLOCK_SIZE):
+    mbarrier.expect(full, tile.shape[0] * tile.shape[1] * 2)
+    for index in gl.static_range(tile.shape[0] // BLOCK_SIZE):
         first_row = gl.sum(gl.where(lane == index, first_rows, 0), 0)
         tma.async_copy_global_to_shared(desc, [first_row, column], full, tile.slice(index * BLOCK_SIZE, BLOCK_SIZE))
 
 
 @gluon.jit
-def produce_ahead(
-    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads, group,
-    num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block, fewest_queries,
-    KEYS: gl.constexpr, VALUES: gl.constexpr, BLOCK_SIZE: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr,
-    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+def produce(
+    desc, smem, full, empty, queries, batch, block_table_ptr, stride_table_seq, num_blocks, rows_per_block,
+    max_blocks_per_seq, group, BLOCK_SIZE: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
-    """A producer, of keys and queries, values or all, that knows a tile's blocks before there is a place for it."""
-    TILE_BYTES: gl.constexpr = TILE_KV * HEAD_DIM * 2
+    """A producer, of keys or values, and of the queries if it is given any.
+
+    For each item, the queries once and the tiles from the last to the first. It knows a tile's blocks before there is
+    a place for the tile: looking them up one by one, each behind the copy of the one before, takes longer than the
+    products of a tile do.
+    """
+    STAGES: gl.constexpr = smem.shape[0]
+    TILE_KV: gl.constexpr = smem.shape[1]
+    HEAD_DIM: gl.constexpr = smem.shape[2]
     BLOCKS: gl.constexpr = TILE_KV // BLOCK_SIZE
-    passed = 0  # tiles of keys, of all items
+    passed = 0  # tiles, of all items
     items = 0
-    num_items = num_slots * num_heads
-    for round in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        head, seq, token, _, _, _, num_tiles, _ = find_item(
-            item_of(round), cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings,
-            max_blocks_per_seq * BLOCK_SIZE, fewest_queries, TILE_Q, TILE_KV,
-        )  # fmt: skip
-        kv_column = head // group * HEAD_DIM
+    for turn in range(num_turns(batch)):
+        head, seq, token, _rows, _position, _keys, num_tiles, _seen = find_item(item_of(turn), batch, TILE_Q, TILE_KV)
         row_ptr = block_table_ptr + seq.to(gl.int64) * stride_table_seq
         if num_tiles > 0:
             next_ids = load_ids(row_ptr, num_tiles - 1, max_blocks_per_seq, BLOCKS)
-            if KEYS:
+            if queries is not None:
+                q_desc, q_smem, q_full, q_empty = queries
                 for which in gl.static_range(2):
                     mbarrier.wait(q_empty.index(which), (items & 1) ^ 1)
                     mbarrier.expect(q_full.index(which), q_desc.block_type.nbytes)
@@ -141,93 +132,31 @@ def produce_ahead(
                 ids = next_ids
                 next_ids = load_ids(row_ptr, num_tiles - 2 - step, max_blocks_per_seq, BLOCKS)
                 stage = passed % STAGES
-                phase = (passed // STAGES & 1) ^ 1
-                if KEYS:
-                    mbarrier.wait(k_empty.index(stage), phase)
-                    mbarrier.expect(k_full.index(stage), TILE_BYTES)
-                    copy_blocks(
-                        k_desc, ids, num_blocks, k_rows_per_block, kv_column, k_full.index(stage), k_smem.index(stage),
-                        BLOCK_SIZE, TILE_KV,
-                    )  # fmt: skip
-                if VALUES:
-                    mbarrier.wait(v_empty.index(stage), phase)
-                    mbarrier.expect(v_full.index(stage), TILE_BYTES)
-                    copy_blocks(
-                        v_desc, ids, num_blocks, v_rows_per_block, kv_column, v_full.index(stage), v_smem.index(stage),
-                        BLOCK_SIZE, TILE_KV,
-                    )  # fmt: skip
-                passed += 1
-
-
-@gluon.jit
-def produce(
-    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads, group,
-    num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block, fewest_queries,
-    BLOCK_SIZE: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """The producer: for each item, its queries once and its keys and values from the last tile to the first."""
-    TILE_BYTES: gl.constexpr = TILE_KV * HEAD_DIM * 2
-    passed = 0  # tiles of keys, of all items
-    items = 0
-    num_items = num_slots * num_heads
-    for round in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        item = item_of(round)
-        head, seq, token, _, _, _, num_tiles, _ = find_item(
-            item, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings,
-            max_blocks_per_seq * BLOCK_SIZE, fewest_queries, TILE_Q, TILE_KV,
-        )  # fmt: skip
-        kv_column = head // group * HEAD_DIM
-        row_ptr = block_table_ptr + seq.to(gl.int64) * stride_table_seq
-        if num_tiles > 0:
-            for which in gl.static_range(2):
-                mbarrier.wait(q_empty.index(which), (items & 1) ^ 1)
-                mbarrier.expect(q_full.index(which), q_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    q_desc, [token + which * (TILE_Q // 2), head * HEAD_DIM], q_full.index(which), q_smem.index(which)
-                )
-            items += 1
-            for step in range(num_tiles):
-                first_block = (num_tiles - 1 - step) * (TILE_KV // BLOCK_SIZE)
-                stage = passed % STAGES
-                phase = (passed // STAGES & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), phase)
-                mbarrier.expect(k_full.index(stage), TILE_BYTES)
-                load_blocks(
-                    k_desc, row_ptr, first_block, num_blocks, max_blocks_per_seq, k_rows_per_block, kv_column,
-                    k_full.index(stage), k_smem.index(stage), BLOCK_SIZE, TILE_KV,
-                )  # fmt: skip
-                mbarrier.wait(v_empty.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), TILE_BYTES)
-                load_blocks(
-                    v_desc, row_ptr, first_block, num_blocks, max_blocks_per_seq, v_rows_per_block, kv_column,
-                    v_full.index(stage), v_smem.index(stage), BLOCK_SIZE, TILE_KV,
+                mbarrier.wait(empty.index(stage), (passed // STAGES & 1) ^ 1)
+                copy_tile(
+                    desc, ids, num_blocks, rows_per_block, head // group * HEAD_DIM, full.index(stage),
+                    smem.index(stage), BLOCK_SIZE,
                 )  # fmt: skip
                 passed += 1
 
 
 @gluon.jit
 def consume(
-    q_tile, q_full, q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head,
-    cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity, fewest_queries,
-    WHICH: gl.constexpr, IN_TURN: gl.constexpr, SINKS: gl.constexpr,
+    q_tile, q_full, q_empty, tiles, turn, results, batch, WHICH: gl.constexpr, SINKS: gl.constexpr,
     TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
     """A consumer: 64 of an item's queries, through all its tiles of keys."""
     ROWS: gl.constexpr = TILE_Q // 2
+    out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head = results
     scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16]))
 
     passed = 0
     items = 0
     turns = 0
-    num_items = num_slots * num_heads
-    for round in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        item = item_of(round)
-        head, _, token, rows_left, position, num_keys, num_tiles, seen_tiles = find_item(
-            item, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity,
-            fewest_queries, TILE_Q, TILE_KV,
-        )  # fmt: skip
+    for round in range(num_turns(batch)):
+        head, _seq, token, rows_left, position, num_keys, num_tiles, seen_tiles = find_item(
+            item_of(round), batch, TILE_Q, TILE_KV
+        )
         token += WHICH * ROWS
         rows_left -= WHICH * ROWS
         position += WHICH * ROWS
@@ -238,7 +167,7 @@ def consume(
             items += 1
             acc, top, total, passed, turns = attend(
                 scores_of, acc, top, total, passed, turns, position, num_keys, num_tiles, seen_tiles, scale_log2,
-                q_tile, q_empty, WHICH, tiles, turn, IN_TURN, WHICH, True,
+                q_tile, q_empty, WHICH, tiles, turn, True, WHICH, True,
             )  # fmt: skip
 
         if rows_left > 0:
@@ -273,8 +202,6 @@ def paged_attention_hopper_kernel(
     k_rows_per_block,
     v_rows_per_block,
     fewest_queries,
-    AHEAD: gl.constexpr,
-    IN_TURN: gl.constexpr,
     SINKS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -287,100 +214,39 @@ def paged_attention_hopper_kernel(
     q_smem = gl.allocate_shared_memory(dtype, [2, TILE_Q // 2, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE_KV, HEAD_DIM], LAYOUT)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE_KV, HEAD_DIM], LAYOUT)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for which in gl.static_range(2):
-        mbarrier.init(turn.index(which), count=1)
-        mbarrier.init(q_full.index(which), count=1)
-        mbarrier.init(q_empty.index(which), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_empty.index(stage), count=2)
+    q_full, q_empty = barriers(2, 1), barriers(2, 1)
+    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    turn = barriers(2, 1)
     fence_async_shared()
-    capacity = max_blocks_per_seq * BLOCK_SIZE
+    batch = (
+        cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings,
+        max_blocks_per_seq * BLOCK_SIZE, fewest_queries,
+    )  # fmt: skip
+    results = (out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head)
     tiles = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
-    if AHEAD == 2:
-        gl.warp_specialize(
-            [
-                (consume, (
-                    q_smem.index(0), q_full.index(0), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
-                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
-                    num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
-                )),
-                (consume, (
-                    q_smem.index(1), q_full.index(1), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
-                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
-                    num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
-                )),
-                (produce_ahead, (
-                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
-                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
-                    fewest_queries, True, False, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-                )),
-                (produce_ahead, (
-                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
-                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
-                    fewest_queries, False, True, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-                )),
-            ],
-            [4, 1, 1],
-            [232, 40, 40],
-        )  # fmt: skip
-    elif AHEAD == 1:
-        gl.warp_specialize(
-            [
-                (consume, (
-                    q_smem.index(0), q_full.index(0), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
-                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
-                    num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
-                )),
-                (consume, (
-                    q_smem.index(1), q_full.index(1), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
-                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
-                    num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
-                )),
-                (produce_ahead, (
-                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
-                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
-                    fewest_queries, True, True, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-                )),
-            ],
-            [4, 1],
-            [232, 40],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (consume, (
-                    q_smem.index(0), q_full.index(0), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
-                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
-                    num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
-                )),
-                (consume, (
-                    q_smem.index(1), q_full.index(1), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
-                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
-                    num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
-                )),
-                (produce, (
-                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
-                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
-                    fewest_queries, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-                )),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (consume, (
+                q_smem.index(0), q_full.index(0), q_empty, tiles, turn, results, batch, 0, SINKS,
+                TILE_Q, TILE_KV, HEAD_DIM,
+            )),
+            (consume, (
+                q_smem.index(1), q_full.index(1), q_empty, tiles, turn, results, batch, 1, SINKS,
+                TILE_Q, TILE_KV, HEAD_DIM,
+            )),
+            (produce, (
+                k_desc, k_smem, k_full, k_empty, (q_desc, q_smem, q_full, q_empty), batch, block_table_ptr,
+                stride_table_seq, num_blocks, k_rows_per_block, max_blocks_per_seq, group, BLOCK_SIZE, TILE_Q,
+            )),
+            (produce, (
+                v_desc, v_smem, v_full, v_empty, None, batch, block_table_ptr,
+                stride_table_seq, num_blocks, v_rows_per_block, max_blocks_per_seq, group, BLOCK_SIZE, TILE_Q,
+            )),
+        ],
+        [4, 1, 1],  # warps of the second consumer and of the producers
+        [232, 40, 40],  # registers of a thread of theirs; the first consumer gets what is left, 232
+    )  # fmt: skip
 
 
 def hopper_fits(q: Array, k_cache: Array, v_cache: Array, block_table: Array) -> bool:
@@ -434,6 +300,6 @@ def attend_chunks_on_hopper(
         block_table.stride(0), out.stride(0), out.stride(1),
         num_seqs, num_tokens, num_heads, num_heads // num_kv_heads, num_slots, (num_seqs - 1).bit_length(),
         num_blocks, max_blocks_per_seq, *rows_per_block, fewest_queries,
-        AHEAD=AHEAD, IN_TURN=IN_TURN, SINKS=sinks is not None, BLOCK_SIZE=block_size, TILE_Q=TILE_Q, TILE_KV=TILE_KV,
-        HEAD_DIM=head_dim, STAGES=NUM_STAGES, LAYOUT=layout, num_warps=4,
+        SINKS=sinks is not None, BLOCK_SIZE=block_size, TILE_Q=TILE_Q, TILE_KV=TILE_KV, HEAD_DIM=head_dim,
+        STAGES=NUM_STAGES, LAYOUT=layout, num_warps=4,
     )  # fmt: skip

@@ -243,17 +243,10 @@ def test_decodes_are_left_to_the_kernel_that_splits(monkeypatch):
             assert (error <= properties.out_bound(case, baseline)[rows]).all(), f"sequence {seq}, a decode, is wrong"
 
 
-def test_chunks_go_where_they_fill_the_processors(monkeypatch):
-    """512 tokens of 32 heads are 128 tiles; 64 tokens are 32, which leave most of 132 processors idle."""
-    monkeypatch.setattr(paged_attention, "LEAST_FILLED", 0.5)
-    assert paged_attention.chunks_fill(512, 32, 132)
-    assert not paged_attention.chunks_fill(64, 32, 132), "32 tiles for 132 processors"
-
-
 def test_a_chunk_alone_is_one_launch(monkeypatch):
     """Where one sequence has all rows, no decode is left for the other kernel."""
     calls = []
-    for name, value in {"is_hopper": lambda _: True, "hopper_fits": lambda *_: True, "ONE_LAUNCH": True}.items():
+    for name, value in {"is_hopper": lambda _: True, "hopper_fits": lambda *_: True}.items():
         monkeypatch.setattr(paged_attention, name, value)
     monkeypatch.setattr(paged_attention, "attend_chunks_on_hopper", lambda *arguments: calls.append(len(arguments)))
     monkeypatch.setattr(paged_attention, "paged_attention_kernel", None)
