@@ -92,7 +92,7 @@ def pytest_runtest_call(item: pytest.Item):
 
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
-    """No coverage of what runs here: the reference has tests of its own, and tracing makes interpreted kernels slower."""
+    """No coverage of what runs here: the reference has tests of its own, and tracing slows interpreted kernels."""
     tracer = sys.gettrace()
     sys.settrace(None)
     try:
