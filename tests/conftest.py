@@ -72,12 +72,13 @@ def pytest_runtest_call(item: pytest.Item):
     """Fewer examples where a kernel is interpreted. (Hypothesis keeps a test's settings on its function.)"""
     test, name = getattr(item, "obj", None), "_hypothesis_internal_use_settings"
     asked = getattr(test, name, None)
-    callspec = getattr(item, "callspec", None)
-    interpreted = callspec and is_interpreted(callspec.params.get("backend"))
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    interpreted = is_interpreted(params.get("backend"))
     with contextlib.ExitStack() as around:
         if interpreted:
             around.enter_context(untraced())
-        if interpreted and SANITIZE:
+        watched = SANITIZE and item.get_closest_marker("unwatched") is None
+        if watched and is_interpreted(params.get("backend", fast)):  # a test that takes no backend may use `fast`
             around.enter_context(sanitized())
         if asked is None or not interpreted:
             return (yield)
