@@ -194,8 +194,9 @@ def paged_attention(
 
     Grid: ``programs_per_processor`` programs for each processor, whatever the batch. A program owns an equal share of
     all (tile of rows, KV head, tile of keys) of the batch, found from the lengths on the device, and the last of the
-    programs that share a tile of rows merges its parts and owns it in ``out``. In batches with chunks, on a Hopper
-    GPU, a second launch has the chunks: a program for a head and 128 queries, or that many by turns.
+    programs that share a tile of rows merges its parts and owns it in ``out``. On a Hopper GPU chunks have a
+    launch of their own, before the decodes among them: a program for 128 queries of a head, or for a part of their keys
+    where such tiles are few.
     Moves: each sequence's keys and values once for each of its tiles of rows (a decode has one); queries and result
     once; at most two parts a program, in float32, out to the L2 cache and back.
     Limits: float32, float16 or bfloat16, and where q and the caches differ, or for float32, products without tensor
@@ -216,7 +217,7 @@ def paged_attention(
     group = num_heads // num_kv_heads
     itemsize = 4 if wide else q.element_size()
     tiles = choose_tiles(num_tokens, num_seqs, group, head_dim, itemsize)
-    plain = sliding_window is None and logit_cap is None
+    plain = sliding_window is None and logit_cap is None and out.stride(2) == 1
     chunks_apart = tiles.tile_q >= 64 and plain and is_hopper(q) and hopper_fits(q, k_cache, v_cache, block_table)
     if chunks_apart and num_seqs == 1:  # no decode is left for this kernel
         attend_chunks_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out)
