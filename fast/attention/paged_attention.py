@@ -29,13 +29,7 @@ from fast.attention._cached_tiles import (
     tile_ids,
 )
 from fast.attention.invariant_attention import paged_attention_invariant as paged_attention_invariant
-from fast.attention.paged_attention_hopper import TILE_Q, attend_chunks_on_hopper, hopper_fits
-
-# Both as measured so far; a chunk on few processors, and the cost of the second launch, are still to be measured.
-LEAST_FILLED = (
-    0.0  # of the processors, that chunks on the Hopper kernel keep busy; with fewer, keys are shared out here
-)
-ONE_LAUNCH = False  # one sequence of many rows is a chunk, which leaves nothing for the kernel of decodes
+from fast.attention.paged_attention_hopper import attend_chunks_on_hopper, hopper_fits
 
 FEWEST_UNITS = 4  # that a program takes: a shorter share costs more to merge than it saves
 
@@ -59,11 +53,6 @@ def choose_tiles(num_tokens: int, num_seqs: int, group: int, head_dim: int, item
     if rows <= 64:
         return Tiles(triton.next_power_of_2(rows), 32 if wide else 64, 4, 3, 2)
     return Tiles(max(128, triton.next_power_of_2(group)), 32 if wide else 64, 8, 3, 1)
-
-
-def chunks_fill(num_tokens: int, num_heads: int, processors: int) -> bool:
-    """Whether there are tiles of queries enough for the Hopper kernel, which gives each to one processor."""
-    return triton.cdiv(num_tokens, TILE_Q) * num_heads >= LEAST_FILLED * processors
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
@@ -205,8 +194,9 @@ def paged_attention(
 
     Grid: ``programs_per_processor`` programs for each processor, whatever the batch. A program owns an equal share of
     all (tile of rows, KV head, tile of keys) of the batch, found from the lengths on the device, and the last of the
-    programs that share a tile of rows merges its parts and owns it in ``out``. In batches with chunks, on a Hopper
-    GPU, a second launch has the chunks: a program for a head and 128 queries, or that many by turns.
+    programs that share a tile of rows merges its parts and owns it in ``out``. On a Hopper GPU chunks have a
+    launch of their own, before the decodes among them: a program for 128 queries of a head, or for a part of their keys
+    where such tiles are few.
     Moves: each sequence's keys and values once for each of its tiles of rows (a decode has one); queries and result
     once; at most two parts a program, in float32, out to the L2 cache and back.
     Limits: float32, float16 or bfloat16, and where q and the caches differ, or for float32, products without tensor
@@ -227,10 +217,9 @@ def paged_attention(
     group = num_heads // num_kv_heads
     itemsize = 4 if wide else q.element_size()
     tiles = choose_tiles(num_tokens, num_seqs, group, head_dim, itemsize)
-    plain = sliding_window is None and logit_cap is None
+    plain = sliding_window is None and logit_cap is None and out.stride(2) == 1
     chunks_apart = tiles.tile_q >= 64 and plain and is_hopper(q) and hopper_fits(q, k_cache, v_cache, block_table)
-    chunks_apart = chunks_apart and chunks_fill(num_tokens, num_heads, num_processors(q))
-    if chunks_apart and ONE_LAUNCH and num_seqs == 1:
+    if chunks_apart and num_seqs == 1:  # no decode is left for this kernel
         attend_chunks_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out)
         return out
     if chunks_apart:  # and the decodes among them here

@@ -13,6 +13,7 @@ import fast
 from fast._triton import merging, paging
 from fast._triton.platform import INTERPRETING
 from fast.attention import invariant_attention, paged_attention
+from fast.attention.paged_attention_hopper import heads_of_a_tile, parts_of_an_item
 from reference.numerics.arrays import dtype_named
 from twofold.conformance.properties import attention as properties
 from twofold.conformance.strategies.attention import COUNTED_FEATURES, PagedCase, SequenceInput, paged_cases
@@ -243,23 +244,35 @@ def test_decodes_are_left_to_the_kernel_that_splits(monkeypatch):
             assert (error <= properties.out_bound(case, baseline)[rows]).all(), f"sequence {seq}, a decode, is wrong"
 
 
-def test_chunks_go_where_they_fill_the_processors(monkeypatch):
-    """512 tokens of 32 heads are 128 tiles; 64 tokens are 32, which leave most of 132 processors idle."""
-    monkeypatch.setattr(paged_attention, "LEAST_FILLED", 0.5)
-    assert paged_attention.chunks_fill(512, 32, 132)
-    assert not paged_attention.chunks_fill(64, 32, 132), "32 tiles for 132 processors"
-
-
 def test_a_chunk_alone_is_one_launch(monkeypatch):
     """Where one sequence has all rows, no decode is left for the other kernel."""
     calls = []
-    for name, value in {"is_hopper": lambda _: True, "hopper_fits": lambda *_: True, "ONE_LAUNCH": True}.items():
+    for name, value in {"is_hopper": lambda _: True, "hopper_fits": lambda *_: True}.items():
         monkeypatch.setattr(paged_attention, name, value)
     monkeypatch.setattr(paged_attention, "attend_chunks_on_hopper", lambda *arguments: calls.append(len(arguments)))
     monkeypatch.setattr(paged_attention, "paged_attention_kernel", None)
     case = batch([70], [100], dtype="float16", num_heads=6, num_kv_heads=2, head_dim=64, block_size=16)
     properties.paged_of(fast, case)
     assert calls == [9], "without a number of queries that are left: none are"
+
+
+def test_short_chunks_fill_tiles_and_processors():
+    """Few queries are laid beside those of the other heads of their group; few tiles have their keys in parts."""
+    assert heads_of_a_tile(4, 512) == heads_of_a_tile(4, 100) == 1
+    assert [heads_of_a_tile(group, 17) for group in (3, 4, 6, 32)] == [1, 4, 2, 16]
+    assert parts_of_an_item(128, 132) == parts_of_an_item(5000, 132) == 1, "512 queries of 32 heads"
+    assert parts_of_an_item(32, 132) == 4, "128 queries of 32 heads"
+
+
+@pytest.mark.needs("gpu")  # contexts of real prompts
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 6), (6, 3), (6, 2), (6, 1), (8, 2), (8, 1), (32, 2)])
+@pytest.mark.parametrize("query_lens", [[17], [128], [70, 20], [33, 129, 1]])
+def test_short_chunks_over_long_contexts(query_lens, num_heads, num_kv_heads):
+    """On a Hopper GPU heads share tiles of rows, and the keys of a tile pass in parts that are put together."""
+    seq_lens = [3000, 1031, 4097][: len(query_lens)]
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": 128}
+    case = batch(query_lens, seq_lens, dtype="bfloat16", block_size=16, **heads)
+    properties.paged_matches_oracle(fast, case)
 
 
 def invariant_of(case, **constants):
