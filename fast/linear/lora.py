@@ -26,8 +26,8 @@ FEW_TOKENS = 256  # up to here every token reads its adapter itself, from the L2
 SPLIT = 512  # input features of a program that shrinks: 64 tokens of 4096 features are 512 programs
 MAX_SPLITS = 16
 TILE_T = 64  # tokens that a program goes through at once, where all of them shrink together, or they are many
-MOST_ADAPTERS = 32  # that all tokens shrink with
-MOST_RANK = 64  # of them: what shared memory holds
+TOGETHER_TOKENS = 4  # for each adapter there is, at the least, for all tokens to shrink together
+MOST_RANK = 32  # of the adapters then: what shared memory holds
 TOGETHER_SPLITS = 4  # programs that share out the input features there: 16 adapters are 64 programs
 TOGETHER_I = 256  # input features of a step
 TILE_O = 256  # output features of a program that expands
@@ -267,9 +267,9 @@ def lora(
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.lora.lora`.
 
-    Grid: up to ``FEW_TOKENS`` tokens, to shrink, one program per adapter and share of the input features; with more
-    than ``MOST_ADAPTERS`` adapters, or than there are tokens, one per token and ``SPLIT`` input features. To expand,
-    one per token and tile of output features. Beyond that, tiles of ``TILE_T`` tokens take the place of a token.
+    Grid: up to ``FEW_TOKENS`` tokens, to shrink, one program per adapter and share of the input features; with fewer
+    than ``TOGETHER_TOKENS`` tokens for each adapter, one per token and ``SPLIT`` input features. To expand, one per
+    token and tile of output features. Beyond that, tiles of ``TILE_T`` tokens take the place of a token.
     Moves: all adapters once from memory, or those in use (again from the L2 cache for each program); base and x once.
     Limits: beyond ``FEW_TOKENS``, ``A x`` is rounded to the dtype of ``lora_b`` where that is the dtype of ``base``.
     """
@@ -308,7 +308,7 @@ def choose(num_tokens: int, num_adapters: int, is_described: bool) -> str:
     """
     if num_tokens > FEW_TOKENS:
         return "many"
-    return "together" if is_described and num_adapters <= min(MOST_ADAPTERS, num_tokens) else "few"
+    return "together" if is_described and num_tokens >= TOGETHER_TOKENS * num_adapters else "few"
 
 
 def is_described(x: Array, lora_a: Array) -> bool:
@@ -330,7 +330,7 @@ def together(
         TensorDescriptor.from_tensor(x, [tile_t, TOGETHER_I]),
         TensorDescriptor.from_tensor(lora_a.flatten(0, 1), [tile_r, TOGETHER_I]),
         adapter_ids, shrunk, num_tokens, rank, in_features, split,
-        TILE_T=tile_t, TILE_R=tile_r, TILE_I=TOGETHER_I, STAGES=3, num_warps=4, **overlapped(x),
+        TILE_T=tile_t, TILE_R=tile_r, TILE_I=TOGETHER_I, STAGES=4, num_warps=4, **overlapped(x),
     )  # fmt: skip
     return expand(base, shrunk, lora_b, scaling, adapter_ids, out)
 
