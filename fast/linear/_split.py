@@ -43,10 +43,10 @@ def choose_split(num_tokens: int, out_features: int, in_features: int, processor
         >>> [choose_split(16, n, 4096, 132).splits for n in (1024, 4096)]
         [4, 1]
     """
-    tokens = max(16, next_power_of_2(num_tokens))
-    splits = min(MOST_SPLITS, in_features // 512) if processors // cdiv(out_features, ROWS) >= MOST_SPLITS else 1
-    splits = max(1, splits)
-    return Split(tokens, splits, 128, 8 if tokens == 16 else 5)
+    tokens, tiles = max(16, next_power_of_2(num_tokens)), cdiv(out_features, ROWS)
+    splits = max(1, min(MOST_SPLITS, in_features // 512)) if MOST_SPLITS * tiles <= processors else 1
+    alone = 2 * splits * tiles <= processors  # a program has a processor to itself, and more on its way
+    return Split(tokens, splits, 128, 8 if tokens == 16 or alone else 5)
 
 
 def unsplit(num_tokens: int) -> Split:

@@ -27,9 +27,9 @@ SPLIT = 512  # input features of a program that shrinks: 64 tokens of 4096 featu
 MAX_SPLITS = 16
 TILE_T = 64  # tokens that a program goes through at once, where all of them shrink together, or they are many
 TOGETHER_TOKENS = 4  # for each adapter there is, at the least, for all tokens to shrink together
-MOST_RANK = 32  # of the adapters then: what shared memory holds
-TOGETHER_SPLITS = 4  # programs that share out the input features there: 16 adapters are 64 programs
-TOGETHER_I = 256  # input features of a step
+MOST_RANK = 64  # of the adapters then: what shared memory holds
+TOGETHER_SPLITS = 8  # programs that share out the input features there: 16 adapters are 128 programs
+TOGETHER_I = 128  # input features of a step
 TILE_O = 256  # output features of a program that expands
 
 

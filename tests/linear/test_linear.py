@@ -78,6 +78,7 @@ def test_cuts_suit_the_layer():
         assert choose_split(num_tokens, 28672, 4096, 132).splits == 1
         assert choose_split(num_tokens, 1024, 4096, 132).tokens >= num_tokens
     assert choose_split(16, 1024, 600, 132).splits == 1, "too few columns to be shared out"
+    assert choose_split(32, 4096, 4096, 132).stages > choose_split(32, 6144, 4096, 132).stages, "alone, and not"
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16])
