@@ -207,6 +207,18 @@ def test_more_sequences_than_one_look_takes(backend):
     properties.paged_matches_oracle(backend, batch([int(seq in busy) for seq in range(num_seqs)], [7] * num_seqs))
 
 
+@pytest.mark.parametrize("query_lens", [[1, 0, 2], [40, 1, 33]], ids=["decodes", "chunks"])
+@pytest.mark.parametrize("op", [properties.paged_of, properties.merged_split_of], ids=["whole", "split"])
+@pytest.mark.parametrize("backend", [fast, invariant], ids=["fast", "invariant"])
+def test_blocks_that_the_window_is_past(backend, op, query_lens):
+    """A table may still name them when they are another's: NaN there reaches no result."""
+    case = replace(batch(query_lens, [107, 100, 68]), sliding_window=18)
+    for row, seq_len, num_queries in zip(case.block_table, case.seq_lens, case.query_lens):
+        oldest = seq_len - num_queries + 1 - case.sliding_window
+        case.pool[row[: max(0, oldest // case.block_size)]] = np.nan
+    properties.assert_out(backend, case, op, "attention within a window")
+
+
 MIXED = [130, 1, 70, 0, 2, 3], [177, 100, 70, 64, 50, 3]  # queries and tokens
 
 
