@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -160,6 +161,27 @@ def test_counters_are_zero_between_launches(case):
     """Whoever merges last sets its counter back: the next launch on the stream finds zeros."""
     properties.paged_of(fast, case)
     assert all(int(counters.abs().sum()) == 0 for counters in merging._counters.values())
+
+
+def test_counters_of_a_capture_were_zeroed_before_it(monkeypatch):
+    """A stream that captures takes the set that an ordinary launch left, and keeps it; else zeros of its own."""
+    capturing, stream = True, 1
+    monkeypatch.setattr(merging, "_counters", {})
+    monkeypatch.setattr(merging, "_spare", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=stream))
+    like = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
+
+    first, second = (merging.zero_counters(like, 5) for _ in range(2))
+    assert first is not second, "what one graph zeroes, another cannot count on"
+    capturing, stream = False, 2
+    ordinary = merging.zero_counters(like, 5)
+    assert merging.zero_counters(like, 5) is ordinary
+    capturing, stream = True, 1
+    captured = merging.zero_counters(like, 5)
+    assert merging.zero_counters(like, 5) is captured is not ordinary
+    stream = 3
+    assert merging.zero_counters(like, 5) is not captured, "launches on two streams may overlap"
 
 
 def batch(query_lens: list[int], seq_lens: list[int], *, dtype: str = "float32", **sizes: int) -> PagedCase:
