@@ -94,8 +94,8 @@ def finish_segment(
         )  # fmt: skip
     else:
         store_part(
-            acc, top, total, program * 2 + (seg_begin >= begin).to(tl.int32), parts_ptr, stats_ptr, there, dim,
-            HEAD_DIM, TILE_Q, TILE_D,
+            acc, top, total, tl.arange(0, TILE_Q), tl.arange(0, TILE_D), place_of_part(program, seg_begin, begin),
+            parts_ptr, stats_ptr, there, dim, HEAD_DIM, TILE_Q, TILE_D,
         )  # fmt: skip
         if is_last(seg_begin, seg_end, line, num_workers, counters_ptr):
             first = worker_of(seg_begin, num_workers, line)
@@ -107,14 +107,20 @@ def finish_segment(
 
 
 @triton.jit
+def place_of_part(program, seg_begin, begin):
+    """Of a program's two places, the first is for a segment that began before its share."""
+    return program * 2 + (seg_begin >= begin).to(tl.int32)
+
+
+@triton.jit
 def store_part(
-    acc, top, total, place, parts_ptr, stats_ptr, there, dim,
+    acc, top, total, row, column, place, parts_ptr, stats_ptr, there, dim,
     HEAD_DIM: tl.constexpr, TILE_Q: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """Leave a part at its place in the scratch, the rows that are there."""
-    row, place = tl.arange(0, TILE_Q), place.to(tl.int64)
-    offset = row[:, None] * TILE_D + tl.arange(0, TILE_D)[None, :]
+    place = place.to(tl.int64)
     stored = there[:, None] & (dim < HEAD_DIM)[None, :]
+    offset = row[:, None] * TILE_D + column[None, :]
     tl.store(parts_ptr + place * (TILE_Q * TILE_D) + offset, acc, mask=stored)
     tl.store(stats_ptr + place * (2 * TILE_Q) + row, top, mask=there)
     tl.store(stats_ptr + place * (2 * TILE_Q) + TILE_Q + row, total, mask=there)

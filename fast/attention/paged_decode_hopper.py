@@ -10,7 +10,6 @@ that do not divide a tile or the other way round, or whose tokens do not lie one
 """
 
 import torch
-import triton.language as tl
 from torch import Tensor as Array
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -36,39 +35,13 @@ PER_BATCH = [
 
 
 @gluon.jit
-def units_of(batch, first, QUERIES: gl.constexpr, TILE_KV: gl.constexpr, FEW: gl.constexpr):
-    """The units of so many sequences, from the ``first``."""
-    seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads = batch
-    SEARCH: gl.constexpr = paging.SEARCH
-    WARPS: gl.constexpr = gl.num_warps()
-    seq = first + gl.arange(0, SEARCH, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    _, num_queries, seq_len = paging.sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
-    per_head, _ = paging.units_per_head(num_queries, seq_len, 0, QUERIES, TILE_KV, False, FEW)
-    return seq, per_head * num_kv_heads
-
-
-@gluon.jit
 def find_share(batch, QUERIES: gl.constexpr, TILE_KV: gl.constexpr, FEWEST: gl.constexpr, FEW: gl.constexpr):
     """``paging.find_share``."""
-    num_seqs = batch[2]
-    seq, units = units_of(batch, 0, QUERIES, TILE_KV, FEW)
-    line = gl.sum(units, 0)
-    for first in range(paging.SEARCH, num_seqs, paging.SEARCH):
-        _, more = units_of(batch, first, QUERIES, TILE_KV, FEW)
-        line += gl.sum(more, 0)
-    begin, end, num_workers = paging.share_of(gl.program_id(0), gl.num_programs(0), line, FEWEST)
-    found = 0
-    seq_begin = 0
-    before = 0
-    for first in range(0, num_seqs, paging.SEARCH):
-        if first > 0:
-            seq, units = units_of(batch, first, QUERIES, TILE_KV, FEW)
-        ends = before + tl.cumsum(units, 0)
-        passed = (ends <= begin) & (seq < num_seqs)
-        found += gl.sum(passed.to(gl.int32), 0)
-        seq_begin = gl.maximum(seq_begin, gl.max(gl.where(passed, ends, 0), 0))
-        before = gl.max(ends, 0)
-    return line, num_workers, begin, end, found, seq_begin
+    WARPS: gl.constexpr = gl.num_warps()
+    look = gl.arange(0, paging.SEARCH, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    return paging.find_share(
+        gl.program_id(0), gl.num_programs(0), *batch, 0, QUERIES, TILE_KV, False, FEWEST, FEW, look
+    )
 
 
 @gluon.jit
@@ -149,18 +122,10 @@ def load_queries(
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [CONSUMER_WARPS, 1], [1, 0])
     row = gl.arange(0, TILE_Q, gl.SliceLayout(1, LAYOUT))
     dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LAYOUT))
-    _, token, head, there = rows_of_tile(row, tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
+    _, token, head, there = paging.place_of(row, tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
     rows = q_ptr + token * stride_q_token + head * stride_q_head
     q = gl.load(rows[:, None] + dim[None, :], mask=there[:, None], other=0.0)
     return gl.convert_layout(q, gl.DotOperandLayout(0, MMA, 2))
-
-
-@gluon.jit
-def rows_of_tile(row, tile, kv_head, first_row, num_queries, GROUP: gl.constexpr, TILE_Q: gl.constexpr):
-    """``paging.rows_of_tile``, the rows given."""
-    query = tile * (TILE_Q // GROUP) + row // GROUP
-    there = (row < TILE_Q // GROUP * GROUP) & (query < num_queries)
-    return query, (first_row + query).to(gl.int64), kv_head * GROUP + row % GROUP, there
 
 
 @gluon.jit
@@ -200,17 +165,6 @@ def attend(
             v = gl.where((tile * TILE_KV + value_row < last_key)[:, None], v, gl.zeros_like(v))
         acc = mma_v2(gl.convert_layout(weights.to(v.dtype), LEFT), v, acc * rescale[:, None])
     return acc, top, gl.sum(sums, 1), passed
-
-
-@gluon.jit
-def store_part(acc, top, total, place, parts_ptr, stats_ptr, row, dim, there):
-    """``merging.store_part``."""
-    TILE_Q: gl.constexpr = acc.shape[0]
-    TILE_D: gl.constexpr = acc.shape[1]
-    place = place.to(gl.int64)
-    gl.store(parts_ptr + place * (TILE_Q * TILE_D) + row[:, None] * TILE_D + dim[None, :], acc, mask=there[:, None])
-    gl.store(stats_ptr + place * (2 * TILE_Q) + row, top, mask=there)
-    gl.store(stats_ptr + place * (2 * TILE_Q) + TILE_Q + row, total, mask=there)
 
 
 @gluon.jit
@@ -275,7 +229,7 @@ def merge_parts(
         top = new_top
         if step % steps == steps - 1:
             row = step // steps * ROWS + gl.arange(0, ROWS, ROW_OF_RESULT)
-            _, token, head, there = rows_of_tile(row, tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
+            _, token, head, there = paging.place_of(row, tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
             merging.store_rows(
                 acc, gl.convert_layout(top, ROW_OF_RESULT), gl.convert_layout(total, ROW_OF_RESULT),
                 out_ptr, sinks_ptr, token, head, there, dim, stride_out_token, stride_out_head, 1, HEAD_DIM,
@@ -318,7 +272,7 @@ def consume(
                     q_ptr, first_row, tile, num_queries, kv_head, stride_q_token, stride_q_head, GROUP, TILE_Q,
                     HEAD_DIM, MMA,
                 )  # fmt: skip
-                query, token, head, there = rows_of_tile(row, tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
+                query, token, head, there = paging.place_of(row, tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
                 context = seq_len - num_queries
                 last_key = context + gl.minimum((tile + 1) * QUERIES, num_queries)
                 acc, top, total, passed = attend(
@@ -331,8 +285,10 @@ def consume(
                         stride_out_head, 1, HEAD_DIM,
                     )  # fmt: skip
                 else:
-                    place = program * 2 + (seg_begin >= begin).to(gl.int32)
-                    store_part(acc, top, total, place, parts_ptr, stats_ptr, row, dim, there)
+                    merging.store_part(
+                        acc, top, total, row, dim, merging.place_of_part(program, seg_begin, begin), parts_ptr,
+                        stats_ptr, there, dim, HEAD_DIM, TILE_Q, HEAD_DIM,
+                    )  # fmt: skip
                     if merging.is_last(seg_begin, seg_end, line, num_workers, counters_ptr):
                         merge_parts(
                             paging.worker_of(seg_begin, num_workers, line),
