@@ -30,6 +30,7 @@ from fast.attention._cached_tiles import (
 )
 from fast.attention.invariant_attention import paged_attention_invariant as paged_attention_invariant
 from fast.attention.paged_attention_hopper import TILE_Q, attend_chunks_on_hopper, hopper_fits
+from fast.attention.paged_decode_hopper import MOST_ROWS, attend_decodes_on_hopper
 
 # Both as measured so far; a chunk on few processors, and the cost of the second launch, are still to be measured.
 LEAST_FILLED = (
@@ -64,6 +65,11 @@ def choose_tiles(num_tokens: int, num_seqs: int, group: int, head_dim: int, item
 def chunks_fill(num_tokens: int, num_heads: int, processors: int) -> bool:
     """Whether there are tiles of queries enough for the Hopper kernel, which gives each to one processor."""
     return triton.cdiv(num_tokens, TILE_Q) * num_heads >= LEAST_FILLED * processors
+
+
+def decodes_on_hopper(tile_q: int, q: Array, k_cache: Array, v_cache: Array, block_table: Array) -> bool:
+    """Whether tiles of so many rows are for the kernel whose loads never stop; it knows neither windows nor caps."""
+    return tile_q <= MOST_ROWS and is_hopper(q) and hopper_fits(q, k_cache, v_cache, block_table)
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
@@ -237,6 +243,9 @@ def paged_attention(
     if chunks_apart:  # and the decodes among them here
         tiles = choose_tiles(num_seqs, num_seqs, group, head_dim, itemsize)
         attend_chunks_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out, tiles.tile_q // group)
+    if plain and decodes_on_hopper(tiles.tile_q, q, k_cache, v_cache, block_table):
+        attend_decodes_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out, tiles.tile_q, chunks_apart)
+        return out
     tile_d = max(16, triton.next_power_of_2(head_dim))
     num_programs = num_processors(q) * tiles.programs_per_processor
     scratch = merging.make_scratch(q, num_programs, tiles.tile_q, tile_d)

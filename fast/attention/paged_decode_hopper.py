@@ -21,6 +21,7 @@ from fast._triton import merging, paging
 from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import num_processors
 
+MOST_ROWS = 32  # of queries and heads in a tile: more, and the registers do not hold them
 TILE_KV = 64
 NUM_STAGES = 3  # tiles of keys and values in shared memory
 PROGRAMS = 2  # a processor
@@ -191,11 +192,11 @@ def load_parts(
 
 @gluon.jit
 def merge_parts(
-    first, last, parts_ptr, stats_ptr, out_ptr, sinks_ptr, tile, kv_head, first_row, num_queries,
-    stride_out_token, stride_out_head,
+    first, last, parts_ptr, stats_ptr, out, sinks_ptr, tile, kv_head, first_row, num_queries,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, TILE_Q: gl.constexpr,
 ):  # fmt: skip
     """``merging.merge_parts``: a warp a row, some parts a step in its registers, the next step's loads under way."""
+    out_ptr, stride_out_token, stride_out_head, stride_out_dim = out
     ROWS: gl.constexpr = CONSUMER_WARPS
     PARTS: gl.constexpr = 8
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, HEAD_DIM // 32], [1, 1, 32], [1, ROWS, 1], [2, 1, 0])
@@ -231,15 +232,14 @@ def merge_parts(
             row = step // steps * ROWS + gl.arange(0, ROWS, ROW_OF_RESULT)
             _, token, head, there = paging.place_of(row, tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
             merging.store_rows(
-                acc, gl.convert_layout(top, ROW_OF_RESULT), gl.convert_layout(total, ROW_OF_RESULT),
-                out_ptr, sinks_ptr, token, head, there, dim, stride_out_token, stride_out_head, 1, HEAD_DIM,
+                acc, gl.convert_layout(top, ROW_OF_RESULT), gl.convert_layout(total, ROW_OF_RESULT), out_ptr, sinks_ptr,
+                token, head, there, dim, stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM,
             )  # fmt: skip
 
 
 @gluon.jit
 def consume(
-    q_ptr, out_ptr, sinks_ptr, scratch, k_smem, v_smem, full, empty, batch, scale_log2,
-    stride_q_token, stride_q_head, stride_out_token, stride_out_head,
+    q_ptr, out, sinks_ptr, scratch, k_smem, v_smem, full, empty, batch, scale_log2, stride_q_token, stride_q_head,
     GROUP: gl.constexpr, TILE_Q: gl.constexpr, FEWEST: gl.constexpr, FEW: gl.constexpr,
 ):  # fmt: skip
     """The consumers: every segment of the share from its first tile to its last, written or left for the merge."""
@@ -247,6 +247,7 @@ def consume(
     HEAD_DIM: gl.constexpr = k_smem.shape[2]
     QUERIES: gl.constexpr = TILE_Q // GROUP
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, CONSUMER_WARPS], [16, 8])
+    out_ptr, stride_out_token, stride_out_head, stride_out_dim = out
     parts_ptr, stats_ptr, counters_ptr = scratch
     seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads = batch
     program = gl.program_id(0)
@@ -282,7 +283,7 @@ def consume(
                 if (seg_begin >= begin) & (seg_end <= end):
                     merging.store_rows(
                         acc, top, total, out_ptr, sinks_ptr, token, head, there, dim, stride_out_token,
-                        stride_out_head, 1, HEAD_DIM,
+                        stride_out_head, stride_out_dim, HEAD_DIM,
                     )  # fmt: skip
                 else:
                     merging.store_part(
@@ -292,9 +293,8 @@ def consume(
                     if merging.is_last(seg_begin, seg_end, line, num_workers, counters_ptr):
                         merge_parts(
                             paging.worker_of(seg_begin, num_workers, line),
-                            paging.worker_of(seg_end - 1, num_workers, line), parts_ptr, stats_ptr, out_ptr,
-                            sinks_ptr, tile, kv_head, first_row, num_queries, stride_out_token, stride_out_head,
-                            GROUP, HEAD_DIM, TILE_Q,
+                            paging.worker_of(seg_end - 1, num_workers, line), parts_ptr, stats_ptr, out,
+                            sinks_ptr, tile, kv_head, first_row, num_queries, GROUP, HEAD_DIM, TILE_Q,
                         )  # fmt: skip
             unit = gl.minimum(following, end)
 
@@ -318,6 +318,7 @@ def paged_decode_hopper_kernel(
     stride_table_seq,
     stride_out_token,
     stride_out_head,
+    stride_out_dim,
     num_tokens,
     num_seqs,
     num_kv_heads,
@@ -349,9 +350,9 @@ def paged_decode_hopper_kernel(
     gl.warp_specialize(
         [
             (consume, (
-                q_ptr, out_ptr, sinks_ptr, (parts_ptr, stats_ptr, counters_ptr), k_smem, v_smem, full, empty, batch,
-                scale_log2, stride_q_token, stride_q_head, stride_out_token, stride_out_head,
-                GROUP, TILE_Q, FEWEST, FEW,
+                q_ptr, (out_ptr, stride_out_token, stride_out_head, stride_out_dim), sinks_ptr,
+                (parts_ptr, stats_ptr, counters_ptr), k_smem, v_smem, full, empty, batch,
+                scale_log2, stride_q_token, stride_q_head, GROUP, TILE_Q, FEWEST, FEW,
             )),
             (produce, (
                 k_desc, v_desc, k_smem, v_smem, full, empty, batch, block_table_ptr, stride_table_seq, num_blocks,
@@ -394,7 +395,7 @@ def attend_decodes_on_hopper(
     scratch = merging.make_scratch(q, num_programs, tile_q, head_dim)
     paged_decode_hopper_kernel[(num_programs,)](
         q, k_desc, v_desc, block_table, seq_lens, cu_seqlens_q, sinks, out, *scratch, scale * LOG2E.value,
-        q.stride(0), q.stride(1), block_table.stride(0), out.stride(0), out.stride(1),
+        q.stride(0), q.stride(1), block_table.stride(0), *out.stride(),
         num_tokens, num_seqs, num_kv_heads, num_blocks, max_blocks_per_seq, *rows_per_block,
         GROUP=num_heads // num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, TILE_Q=tile_q, TILE_KV=TILE_KV,
         STAGES=NUM_STAGES, LAYOUT=layout, FEWEST=FEWEST_UNITS, FEW=few,

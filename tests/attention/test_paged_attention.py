@@ -252,6 +252,34 @@ def test_chunks_among_decodes(dtype, head_dim):
     properties.paged_matches_oracle(fast, case)
 
 
+@pytest.mark.parametrize(("block_size", "head_dim"), [(8, 64), (16, 128), (128, 128)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 2), (20, 1)], ids=["3 heads", "20 heads"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_decodes(dtype, num_heads, num_kv_heads, block_size, head_dim):
+    """Of the kind that a Hopper GPU has a kernel of its own for: with drafts, a padded row, a sequence that is cut."""
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "block_size": block_size}
+    case = batch([1, 3, 0, 1, 1, 2], [300, 130, 5, 64, 0, 2], dtype=dtype, **sizes)
+    sinks = np.linspace(-2, 2, num_heads).astype(case.host_q.dtype)
+    properties.paged_matches_oracle(fast, case)
+    properties.paged_matches_oracle(fast, replace(case, sinks=sinks))
+
+
+def test_decodes_on_hopper_are_plain_ones(monkeypatch):
+    """Tiles of up to 32 rows without window or cap go to the Hopper GPU's own kernel; all else to the portable one."""
+    rows = []
+    for name, value in {"is_hopper": lambda _: True, "hopper_fits": lambda *_: True}.items():
+        monkeypatch.setattr(paged_attention, name, value)
+    monkeypatch.setattr(paged_attention, "attend_decodes_on_hopper", lambda *given: rows.append(given[-2:]))
+    sizes = {"dtype": "float16", "num_heads": 20, "num_kv_heads": 1, "head_dim": 64, "block_size": 16}
+    case = batch([1, 1], [70, 5], **sizes)
+    properties.paged_of(fast, case)
+    assert rows == [(32, False)], "a tile of 32 rows holds 20 heads, and no other kernel has chunks"
+    properties.paged_matches_oracle(fast, replace(case, sliding_window=9))
+    properties.paged_matches_oracle(fast, replace(case, logit_cap=5.0))
+    assert len(rows) == 1, "windows and caps are the portable kernel's"
+    assert not paged_attention.decodes_on_hopper(64, *case.arguments(fast)[:4]), "so are tiles of more rows"
+
+
 def test_decodes_are_left_to_the_kernel_that_splits(monkeypatch):
     """Where another kernel has the chunks, the rest, and only that, is computed beside it."""
     fewest = []
@@ -266,6 +294,7 @@ def test_decodes_are_left_to_the_kernel_that_splits(monkeypatch):
     for name, value in {"is_hopper": lambda _: True, "hopper_fits": lambda *_: True}.items():
         monkeypatch.setattr(paged_attention, name, value)
     monkeypatch.setattr(paged_attention, "attend_chunks_on_hopper", attend_chunks)
+    monkeypatch.setattr(paged_attention, "decodes_on_hopper", lambda *_: False)
     case = batch(*MIXED, dtype="float16")
     got, baseline = (properties.paged_of(backend, case) for backend in (fast, properties.plain_torch()))
     assert fewest == [8], f"sequences of up to {fewest} queries are decodes: expected 16 rows / 2 heads"
