@@ -27,7 +27,7 @@ NUM_STAGES = 3  # tiles of keys and values in shared memory
 PROGRAMS = 2  # a processor
 FEWEST_UNITS = 4
 REGISTERS = 128
-CONSUMER_WARPS = gl.constexpr(4)
+CONSUMER_WARPS = 4
 LOG2E = gl.constexpr(1.4426950408889634)
 PER_BATCH = [
     "stride_table_seq", "num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_blocks_per_seq",
@@ -120,7 +120,8 @@ def load_queries(
     GROUP: gl.constexpr, TILE_Q: gl.constexpr, HEAD_DIM: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
     """The rows of a tile of queries, zeros for those that are not there, as the left operand of a product."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [CONSUMER_WARPS, 1], [1, 0])
+    WARPS: gl.constexpr = gl.num_warps()
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (HEAD_DIM // 8), HEAD_DIM // 8], [WARPS, 1], [1, 0])
     row = gl.arange(0, TILE_Q, gl.SliceLayout(1, LAYOUT))
     dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, LAYOUT))
     _, token, head, there = paging.place_of(row, tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
@@ -197,7 +198,7 @@ def merge_parts(
 ):  # fmt: skip
     """``merging.merge_parts``: a warp a row, some parts a step in its registers, the next step's loads under way."""
     out_ptr, stride_out_token, stride_out_head, stride_out_dim = out
-    ROWS: gl.constexpr = CONSUMER_WARPS
+    ROWS: gl.constexpr = gl.num_warps()
     PARTS: gl.constexpr = 8
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1, HEAD_DIM // 32], [1, 1, 32], [1, ROWS, 1], [2, 1, 0])
     RESULT: gl.constexpr = gl.SliceLayout(0, LAYOUT)
@@ -246,7 +247,8 @@ def consume(
     TILE_KV: gl.constexpr = k_smem.shape[1]
     HEAD_DIM: gl.constexpr = k_smem.shape[2]
     QUERIES: gl.constexpr = TILE_Q // GROUP
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, CONSUMER_WARPS], [16, 8])
+    WARPS: gl.constexpr = gl.num_warps()
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, WARPS], [16, 8])
     out_ptr, stride_out_token, stride_out_head, stride_out_dim = out
     parts_ptr, stats_ptr, counters_ptr = scratch
     seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads = batch
@@ -399,5 +401,5 @@ def attend_decodes_on_hopper(
         num_tokens, num_seqs, num_kv_heads, num_blocks, max_blocks_per_seq, *rows_per_block,
         GROUP=num_heads // num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, TILE_Q=tile_q, TILE_KV=TILE_KV,
         STAGES=NUM_STAGES, LAYOUT=layout, FEWEST=FEWEST_UNITS, FEW=few,
-        num_warps=CONSUMER_WARPS.value, maxnreg=REGISTERS, **overlapped(q),
+        num_warps=CONSUMER_WARPS, maxnreg=REGISTERS, **overlapped(q),
     )  # fmt: skip
