@@ -27,22 +27,39 @@ NUM_STAGES = 3  # tiles of keys and values in shared memory
 PROGRAMS = 2  # a processor
 FEWEST_UNITS = 4
 REGISTERS = 128
+HEADS_IN_TURN = True
 CONSUMER_WARPS = 4
 LOG2E = gl.constexpr(1.4426950408889634)
 PER_BATCH = [
-    "stride_table_seq", "num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_blocks_per_seq",
+    "stride_table_seq", "num_tokens", "num_seqs", "num_kv_heads", "heads", "num_blocks", "max_blocks_per_seq",
     "k_rows_per_block", "v_rows_per_block",
 ]  # fmt: skip
 
 
 @gluon.jit
 def find_share(batch, QUERIES: gl.constexpr, TILE_KV: gl.constexpr, FEWEST: gl.constexpr, FEW: gl.constexpr):
-    """``paging.find_share``."""
+    """``paging.find_share``, in a line of turns: a turn is all sequences, of some of the KV heads."""
+    seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, heads = batch
     WARPS: gl.constexpr = gl.num_warps()
     look = gl.arange(0, paging.SEARCH, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    return paging.find_share(
-        gl.program_id(0), gl.num_programs(0), *batch, 0, QUERIES, TILE_KV, False, FEWEST, FEW, look
+    turn = paging.total_units(
+        seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, heads, 0, QUERIES, TILE_KV, False, FEW, look
     )
+    line = turn * (num_kv_heads // heads)
+    begin, end, num_workers = paging.share_of(gl.program_id(0), gl.num_programs(0), line, FEWEST)
+    turns = begin // gl.maximum(turn, 1)
+    seq, seq_begin = paging.find_sequence(
+        begin - turns * turn, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, heads, 0,
+        QUERIES, TILE_KV, False, FEW, look,
+    )  # fmt: skip
+    return line, num_workers, begin, end, turns * heads, seq, turns * turn + seq_begin
+
+
+@gluon.jit
+def next_sequence(seq, seq_begin, units, first_head, num_seqs, heads):
+    """(sequence, its first unit, first KV head of the turn) after one of so many units."""
+    over = seq + 1 == num_seqs
+    return gl.where(over, 0, seq + 1), seq_begin + units, gl.where(over, first_head + heads, first_head)
 
 
 @gluon.jit
@@ -78,20 +95,20 @@ def produce(
     STAGES: gl.constexpr = k_smem.shape[0]
     TILE_KV: gl.constexpr = k_smem.shape[1]
     HEAD_DIM: gl.constexpr = k_smem.shape[2]
-    seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads = batch
-    _, _, begin, end, seq, seq_begin = find_share(batch, QUERIES, TILE_KV, FEWEST, FEW)
+    seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, _, heads = batch
+    _, _, begin, end, first_head, seq, seq_begin = find_share(batch, QUERIES, TILE_KV, FEWEST, FEW)
     passed = 0
     unit = begin
     while unit < end:
         _, num_queries, seq_len = paging.sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
         per_head, width = paging.units_per_head(num_queries, seq_len, 0, QUERIES, TILE_KV, False, FEW)
-        if unit >= seq_begin + per_head * num_kv_heads:
-            seq_begin += per_head * num_kv_heads
-            seq += 1
+        if unit >= seq_begin + per_head * heads:
+            seq, seq_begin, first_head = next_sequence(seq, seq_begin, per_head * heads, first_head, num_seqs, heads)
         else:
-            kv_head, _, first_tile, seg_begin, seg_end, following = paging.find_segment(
+            head_of_turn, _, first_tile, seg_begin, seg_end, following = paging.find_segment(
                 unit, seq_begin, per_head, width, num_queries, seq_len, 0, QUERIES, TILE_KV, False
             )
+            column = (first_head + head_of_turn) * HEAD_DIM
             row_ptr = block_table_ptr + seq.to(gl.int64) * stride_table_seq
             start = first_tile + unit - seg_begin
             stop = first_tile + gl.minimum(end, seg_end) - seg_begin
@@ -103,11 +120,11 @@ def produce(
                 mbarrier.wait(empty.index(stage), (passed // STAGES & 1) ^ 1)
                 mbarrier.expect(full.index(stage), TILE_KV * HEAD_DIM * 4)
                 copy_blocks(
-                    k_desc, ids, tile, num_blocks, k_rows_per_block, kv_head * HEAD_DIM, full.index(stage),
+                    k_desc, ids, tile, num_blocks, k_rows_per_block, column, full.index(stage),
                     k_smem.index(stage), BLOCK_SIZE, TILE_KV,
                 )  # fmt: skip
                 copy_blocks(
-                    v_desc, ids, tile, num_blocks, v_rows_per_block, kv_head * HEAD_DIM, full.index(stage),
+                    v_desc, ids, tile, num_blocks, v_rows_per_block, column, full.index(stage),
                     v_smem.index(stage), BLOCK_SIZE, TILE_KV,
                 )  # fmt: skip
                 passed += 1
@@ -174,21 +191,32 @@ def load_parts(
     step, steps, first, last, num_rows, parts_ptr, stats_ptr,
     TILE_Q: gl.constexpr, TILE_D: gl.constexpr, ROWS: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """A few rows of some parts: (sums of values, tops, totals)."""
+    """A few rows of some parts: (sums of values, tops, totals), these last a number a lane, in one load each."""
     ENTRY: gl.constexpr = gl.SliceLayout(2, LAYOUT)
-    row = step // steps * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, ENTRY))
-    part = first + step % steps * PARTS + gl.arange(0, PARTS, gl.SliceLayout(1, ENTRY))
-    dim = gl.arange(0, TILE_D, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
-    loaded = (part <= last)[:, None] & (row < num_rows)[None, :]
-    place = (part * 2 + (part == first).to(gl.int32)).to(gl.int64)[:, None] * TILE_Q
-    stats = stats_ptr + place * 2 + row[None, :]
+    LANES: gl.constexpr = gl.BlockedLayout([1, 1], [32 // ROWS, ROWS], [gl.num_warps(), 1], [1, 0])
+    place, row, loaded = places_of_parts(step, steps, first, last, num_rows, TILE_Q, ROWS, PARTS, LANES)
+    stats = stats_ptr + place * 2 + row
     top = gl.load(stats, mask=loaded, other=float("-inf"), cache_modifier=".cg")
     total = gl.load(stats + TILE_Q, mask=loaded, other=0.0, cache_modifier=".cg")
+    place, row, loaded = places_of_parts(step, steps, first, last, num_rows, TILE_Q, ROWS, PARTS, ENTRY)
+    dim = gl.arange(0, TILE_D, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
     values = gl.load(
-        parts_ptr + ((place + row[None, :]) * TILE_D)[:, :, None] + dim[None, :][None, :, :],
+        parts_ptr + ((place + row) * TILE_D)[:, :, None] + dim[None, :][None, :, :],
         mask=loaded[:, :, None], other=0.0, cache_modifier=".cg",
     )  # fmt: skip
     return values, top, total
+
+
+@gluon.jit
+def places_of_parts(
+    step, steps, first, last, num_rows,
+    TILE_Q: gl.constexpr, ROWS: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Of the rows and parts of a step: (places in the scratch, in rows; the rows; whether there are such)."""
+    row = step // steps * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))
+    part = first + step % steps * PARTS + gl.arange(0, PARTS, gl.SliceLayout(1, LAYOUT))
+    loaded = (part <= last)[:, None] & (row < num_rows)[None, :]
+    return (part * 2 + (part == first).to(gl.int32)).to(gl.int64)[:, None] * TILE_Q, row[None, :], loaded
 
 
 @gluon.jit
@@ -214,7 +242,9 @@ def merge_parts(
         0, steps, first, last, num_rows, parts_ptr, stats_ptr, TILE_Q, HEAD_DIM, ROWS, PARTS, LAYOUT
     )
     for step in range((num_rows + ROWS - 1) // ROWS * steps):
-        values, part_top, part_total = next_values, next_top, next_total
+        values = next_values
+        part_top = gl.convert_layout(next_top, gl.SliceLayout(2, LAYOUT))
+        part_total = gl.convert_layout(next_total, gl.SliceLayout(2, LAYOUT))
         next_values, next_top, next_total = load_parts(
             step + 1, steps, first, last, num_rows, parts_ptr, stats_ptr, TILE_Q, HEAD_DIM, ROWS, PARTS, LAYOUT
         )
@@ -251,9 +281,9 @@ def consume(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, WARPS], [16, 8])
     out_ptr, stride_out_token, stride_out_head, stride_out_dim = out
     parts_ptr, stats_ptr, counters_ptr = scratch
-    seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads = batch
+    seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, _, heads = batch
     program = gl.program_id(0)
-    line, num_workers, begin, end, seq, seq_begin = find_share(batch, QUERIES, TILE_KV, FEWEST, FEW)
+    line, num_workers, begin, end, first_head, seq, seq_begin = find_share(batch, QUERIES, TILE_KV, FEWEST, FEW)
     row = gl.arange(0, TILE_Q, gl.SliceLayout(1, MMA))
     dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, MMA))
     passed = 0
@@ -263,13 +293,13 @@ def consume(
             seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
         )
         per_head, width = paging.units_per_head(num_queries, seq_len, 0, QUERIES, TILE_KV, False, FEW)
-        if unit >= seq_begin + per_head * num_kv_heads:
-            seq_begin += per_head * num_kv_heads
-            seq += 1
+        if unit >= seq_begin + per_head * heads:
+            seq, seq_begin, first_head = next_sequence(seq, seq_begin, per_head * heads, first_head, num_seqs, heads)
         else:
-            kv_head, tile, first_tile, seg_begin, seg_end, following = paging.find_segment(
+            head_of_turn, tile, first_tile, seg_begin, seg_end, following = paging.find_segment(
                 unit, seq_begin, per_head, width, num_queries, seq_len, 0, QUERIES, TILE_KV, False
             )
+            kv_head = first_head + head_of_turn
             if unit < seg_end:
                 q = load_queries(
                     q_ptr, first_row, tile, num_queries, kv_head, stride_q_token, stride_q_head, GROUP, TILE_Q,
@@ -324,6 +354,7 @@ def paged_decode_hopper_kernel(
     num_tokens,
     num_seqs,
     num_kv_heads,
+    heads,  # of a turn
     num_blocks,
     max_blocks_per_seq,
     k_rows_per_block,
@@ -348,7 +379,7 @@ def paged_decode_hopper_kernel(
         mbarrier.init(empty.index(stage), count=1)
     fence_async_shared()
     wait_for_predecessor(OVERLAP)
-    batch = (seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, max_blocks_per_seq * BLOCK_SIZE, num_kv_heads)
+    batch = (seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, max_blocks_per_seq * BLOCK_SIZE, num_kv_heads, heads)
     gl.warp_specialize(
         [
             (consume, (
@@ -398,7 +429,8 @@ def attend_decodes_on_hopper(
     paged_decode_hopper_kernel[(num_programs,)](
         q, k_desc, v_desc, block_table, seq_lens, cu_seqlens_q, sinks, out, *scratch, scale * LOG2E.value,
         q.stride(0), q.stride(1), block_table.stride(0), *out.stride(),
-        num_tokens, num_seqs, num_kv_heads, num_blocks, max_blocks_per_seq, *rows_per_block,
+        num_tokens, num_seqs, num_kv_heads, 1 if HEADS_IN_TURN else num_kv_heads, num_blocks, max_blocks_per_seq,
+        *rows_per_block,
         GROUP=num_heads // num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, TILE_Q=tile_q, TILE_KV=TILE_KV,
         STAGES=NUM_STAGES, LAYOUT=layout, FEWEST=FEWEST_UNITS, FEW=few,
         num_warps=CONSUMER_WARPS, maxnreg=REGISTERS, **overlapped(q),
