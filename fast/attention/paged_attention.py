@@ -243,8 +243,8 @@ def paged_attention(
     if chunks_apart:  # and the decodes among them here
         tiles = choose_tiles(num_seqs, num_seqs, group, head_dim, itemsize)
         attend_chunks_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out, tiles.tile_q // group)
-    if plain and decodes_on_hopper(tiles.tile_q, q, k_cache, v_cache, block_table):
-        attend_decodes_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out, tiles.tile_q, chunks_apart)
+    if plain and not chunks_apart and decodes_on_hopper(tiles.tile_q, q, k_cache, v_cache, block_table):
+        attend_decodes_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out, tiles.tile_q)
         return out
     tile_d = max(16, triton.next_power_of_2(head_dim))
     num_programs = num_processors(q) * tiles.programs_per_processor

@@ -1,13 +1,16 @@
-"""Decodes over a paged cache on a Hopper GPU, in Gluon: the schedule of `paging.py`, with the loads always under way.
+"""Decodes over a paged cache on a Hopper GPU, in Gluon: the schedule of `paging.py`, its loads always under way.
 
-A producer warp walks through its program's share and has the copy engine (TMA) fill a ring of tiles of keys and values,
-block by block, across the borders of segments and sequences: it waits for nothing but a free place. Four warps
-consume them. Merging is `merging.py`'s, in the layouts of this kernel.
+A producer warp goes through its program's share and has the copy engine (TMA) fill a ring of tiles of keys and values,
+block by block, on from one segment or sequence to the next: it waits for nothing but a free place. Four warps take
+what arrives, each 16 keys of a tile for the scores, then a quarter of the columns for the sums of values. How parts of
+a segment are put together is told in `merging.py`.
 
-What it does not do: windows, caps, float32, head sizes other than 64 and 128, more than `MOST_ROWS` rows a tile, blocks
-that do not divide a tile or the other way round, or whose tokens do not lie one behind another.
-`paged_attention.py` does all that.
+What it does not do: windows, caps, float32, head sizes other than 64 and 128, more than `MOST_ROWS` rows a tile, and
+blocks whose size or layout the copy engine cannot take (`paged_attention_hopper.hopper_fits`). `paged_attention.py`
+does all that.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor as Array
@@ -23,43 +26,43 @@ from fast._triton.platform import num_processors
 
 MOST_ROWS = 32  # of queries and heads in a tile: more, and the registers do not hold them
 TILE_KV = 64
-NUM_STAGES = 3  # tiles of keys and values in shared memory
-PROGRAMS = 2  # a processor
-FEWEST_UNITS = 4
-REGISTERS = 128
-HEADS_IN_TURN = True
-CONSUMER_WARPS = 4
+CONSUMERS = 4  # warps
+PRODUCER_REGISTERS = gl.constexpr(56)  # of a thread; the consumers get what is left
+FEWEST_UNITS = 4  # that a program takes: a shorter share costs more to merge than it saves
 LOG2E = gl.constexpr(1.4426950408889634)
 PER_BATCH = [
-    "stride_table_seq", "num_tokens", "num_seqs", "num_kv_heads", "heads", "num_blocks", "max_blocks_per_seq",
+    "stride_table_seq", "num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_blocks_per_seq",
     "k_rows_per_block", "v_rows_per_block",
 ]  # fmt: skip
 
 
+class Ring(NamedTuple):
+    """What a program has of its processor."""
+
+    num_stages: int  # tiles of keys, and as many of values, in shared memory
+    programs_per_processor: int
+    max_registers: int | None  # of a thread on average
+
+
+def choose_ring(num_segments: int, tile_q: int, processors: int) -> Ring:
+    """Two programs a processor, so that one loads while the other ends a segment; one where segments are few.
+
+    With fewer segments than processors they are cut anyway, and half the programs make half the parts to merge. More
+    than 16 rows need the registers of two.
+    """
+    if num_segments < processors or tile_q > 16:
+        return Ring(6, 1, None)
+    return Ring(3, 2, 128)
+
+
 @gluon.jit
-def find_share(batch, QUERIES: gl.constexpr, TILE_KV: gl.constexpr, FEWEST: gl.constexpr, FEW: gl.constexpr):
-    """``paging.find_share``, in a line of turns: a turn is all sequences, of some of the KV heads."""
-    seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, heads = batch
+def find_share(batch, QUERIES: gl.constexpr, TILE_KV: gl.constexpr, FEWEST: gl.constexpr):
+    """``paging.find_share``."""
     WARPS: gl.constexpr = gl.num_warps()
     look = gl.arange(0, paging.SEARCH, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    turn = paging.total_units(
-        seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, heads, 0, QUERIES, TILE_KV, False, FEW, look
+    return paging.find_share(
+        gl.program_id(0), gl.num_programs(0), *batch, 0, QUERIES, TILE_KV, False, FEWEST, False, look
     )
-    line = turn * (num_kv_heads // heads)
-    begin, end, num_workers = paging.share_of(gl.program_id(0), gl.num_programs(0), line, FEWEST)
-    turns = begin // gl.maximum(turn, 1)
-    seq, seq_begin = paging.find_sequence(
-        begin - turns * turn, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, heads, 0,
-        QUERIES, TILE_KV, False, FEW, look,
-    )  # fmt: skip
-    return line, num_workers, begin, end, turns * heads, seq, turns * turn + seq_begin
-
-
-@gluon.jit
-def next_sequence(seq, seq_begin, units, first_head, num_seqs, heads):
-    """(sequence, its first unit, first KV head of the turn) after one of so many units."""
-    over = seq + 1 == num_seqs
-    return gl.where(over, 0, seq + 1), seq_begin + units, gl.where(over, first_head + heads, first_head)
 
 
 @gluon.jit
@@ -89,26 +92,26 @@ def copy_blocks(
 def produce(
     k_desc, v_desc, k_smem, v_smem, full, empty, batch, block_table_ptr, stride_table_seq, num_blocks,
     max_blocks_per_seq, k_rows_per_block, v_rows_per_block, QUERIES: gl.constexpr, BLOCK_SIZE: gl.constexpr,
-    FEWEST: gl.constexpr, FEW: gl.constexpr,
+    FEWEST: gl.constexpr,
 ):  # fmt: skip
     """The producer: the tiles of its program's share, one after the other."""
     STAGES: gl.constexpr = k_smem.shape[0]
     TILE_KV: gl.constexpr = k_smem.shape[1]
     HEAD_DIM: gl.constexpr = k_smem.shape[2]
-    seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, _, heads = batch
-    _, _, begin, end, first_head, seq, seq_begin = find_share(batch, QUERIES, TILE_KV, FEWEST, FEW)
+    seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads = batch
+    _, _, begin, end, seq, seq_begin = find_share(batch, QUERIES, TILE_KV, FEWEST)
     passed = 0
     unit = begin
     while unit < end:
         _, num_queries, seq_len = paging.sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
-        per_head, width = paging.units_per_head(num_queries, seq_len, 0, QUERIES, TILE_KV, False, FEW)
-        if unit >= seq_begin + per_head * heads:
-            seq, seq_begin, first_head = next_sequence(seq, seq_begin, per_head * heads, first_head, num_seqs, heads)
+        per_head, width = paging.units_per_head(num_queries, seq_len, 0, QUERIES, TILE_KV, False)
+        if unit >= seq_begin + per_head * num_kv_heads:
+            seq_begin += per_head * num_kv_heads
+            seq += 1
         else:
-            head_of_turn, _, first_tile, seg_begin, seg_end, following = paging.find_segment(
+            kv_head, _, first_tile, seg_begin, seg_end, following = paging.find_segment(
                 unit, seq_begin, per_head, width, num_queries, seq_len, 0, QUERIES, TILE_KV, False
             )
-            column = (first_head + head_of_turn) * HEAD_DIM
             row_ptr = block_table_ptr + seq.to(gl.int64) * stride_table_seq
             start = first_tile + unit - seg_begin
             stop = first_tile + gl.minimum(end, seg_end) - seg_begin
@@ -120,11 +123,11 @@ def produce(
                 mbarrier.wait(empty.index(stage), (passed // STAGES & 1) ^ 1)
                 mbarrier.expect(full.index(stage), TILE_KV * HEAD_DIM * 4)
                 copy_blocks(
-                    k_desc, ids, tile, num_blocks, k_rows_per_block, column, full.index(stage),
+                    k_desc, ids, tile, num_blocks, k_rows_per_block, kv_head * HEAD_DIM, full.index(stage),
                     k_smem.index(stage), BLOCK_SIZE, TILE_KV,
                 )  # fmt: skip
                 copy_blocks(
-                    v_desc, ids, tile, num_blocks, v_rows_per_block, column, full.index(stage),
+                    v_desc, ids, tile, num_blocks, v_rows_per_block, kv_head * HEAD_DIM, full.index(stage),
                     v_smem.index(stage), BLOCK_SIZE, TILE_KV,
                 )  # fmt: skip
                 passed += 1
@@ -191,32 +194,21 @@ def load_parts(
     step, steps, first, last, num_rows, parts_ptr, stats_ptr,
     TILE_Q: gl.constexpr, TILE_D: gl.constexpr, ROWS: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """A few rows of some parts: (sums of values, tops, totals), these last a number a lane, in one load each."""
+    """A few rows of some parts: (sums of values, tops, totals)."""
     ENTRY: gl.constexpr = gl.SliceLayout(2, LAYOUT)
-    LANES: gl.constexpr = gl.BlockedLayout([1, 1], [32 // ROWS, ROWS], [gl.num_warps(), 1], [1, 0])
-    place, row, loaded = places_of_parts(step, steps, first, last, num_rows, TILE_Q, ROWS, PARTS, LANES)
-    stats = stats_ptr + place * 2 + row
+    row = step // steps * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, ENTRY))
+    part = first + step % steps * PARTS + gl.arange(0, PARTS, gl.SliceLayout(1, ENTRY))
+    dim = gl.arange(0, TILE_D, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
+    loaded = (part <= last)[:, None] & (row < num_rows)[None, :]
+    place = (part * 2 + (part == first).to(gl.int32)).to(gl.int64)[:, None] * TILE_Q
+    stats = stats_ptr + place * 2 + row[None, :]
     top = gl.load(stats, mask=loaded, other=float("-inf"), cache_modifier=".cg")
     total = gl.load(stats + TILE_Q, mask=loaded, other=0.0, cache_modifier=".cg")
-    place, row, loaded = places_of_parts(step, steps, first, last, num_rows, TILE_Q, ROWS, PARTS, ENTRY)
-    dim = gl.arange(0, TILE_D, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
     values = gl.load(
-        parts_ptr + ((place + row) * TILE_D)[:, :, None] + dim[None, :][None, :, :],
+        parts_ptr + ((place + row[None, :]) * TILE_D)[:, :, None] + dim[None, :][None, :, :],
         mask=loaded[:, :, None], other=0.0, cache_modifier=".cg",
     )  # fmt: skip
     return values, top, total
-
-
-@gluon.jit
-def places_of_parts(
-    step, steps, first, last, num_rows,
-    TILE_Q: gl.constexpr, ROWS: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Of the rows and parts of a step: (places in the scratch, in rows; the rows; whether there are such)."""
-    row = step // steps * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))
-    part = first + step % steps * PARTS + gl.arange(0, PARTS, gl.SliceLayout(1, LAYOUT))
-    loaded = (part <= last)[:, None] & (row < num_rows)[None, :]
-    return (part * 2 + (part == first).to(gl.int32)).to(gl.int64)[:, None] * TILE_Q, row[None, :], loaded
 
 
 @gluon.jit
@@ -242,9 +234,7 @@ def merge_parts(
         0, steps, first, last, num_rows, parts_ptr, stats_ptr, TILE_Q, HEAD_DIM, ROWS, PARTS, LAYOUT
     )
     for step in range((num_rows + ROWS - 1) // ROWS * steps):
-        values = next_values
-        part_top = gl.convert_layout(next_top, gl.SliceLayout(2, LAYOUT))
-        part_total = gl.convert_layout(next_total, gl.SliceLayout(2, LAYOUT))
+        values, part_top, part_total = next_values, next_top, next_total
         next_values, next_top, next_total = load_parts(
             step + 1, steps, first, last, num_rows, parts_ptr, stats_ptr, TILE_Q, HEAD_DIM, ROWS, PARTS, LAYOUT
         )
@@ -271,7 +261,7 @@ def merge_parts(
 @gluon.jit
 def consume(
     q_ptr, out, sinks_ptr, scratch, k_smem, v_smem, full, empty, batch, scale_log2, stride_q_token, stride_q_head,
-    GROUP: gl.constexpr, TILE_Q: gl.constexpr, FEWEST: gl.constexpr, FEW: gl.constexpr,
+    GROUP: gl.constexpr, TILE_Q: gl.constexpr, FEWEST: gl.constexpr,
 ):  # fmt: skip
     """The consumers: every segment of the share from its first tile to its last, written or left for the merge."""
     TILE_KV: gl.constexpr = k_smem.shape[1]
@@ -281,9 +271,9 @@ def consume(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, WARPS], [16, 8])
     out_ptr, stride_out_token, stride_out_head, stride_out_dim = out
     parts_ptr, stats_ptr, counters_ptr = scratch
-    seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, _, heads = batch
+    seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads = batch
     program = gl.program_id(0)
-    line, num_workers, begin, end, first_head, seq, seq_begin = find_share(batch, QUERIES, TILE_KV, FEWEST, FEW)
+    line, num_workers, begin, end, seq, seq_begin = find_share(batch, QUERIES, TILE_KV, FEWEST)
     row = gl.arange(0, TILE_Q, gl.SliceLayout(1, MMA))
     dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, MMA))
     passed = 0
@@ -292,14 +282,14 @@ def consume(
         first_row, num_queries, seq_len = paging.sequence(
             seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
         )
-        per_head, width = paging.units_per_head(num_queries, seq_len, 0, QUERIES, TILE_KV, False, FEW)
-        if unit >= seq_begin + per_head * heads:
-            seq, seq_begin, first_head = next_sequence(seq, seq_begin, per_head * heads, first_head, num_seqs, heads)
+        per_head, width = paging.units_per_head(num_queries, seq_len, 0, QUERIES, TILE_KV, False)
+        if unit >= seq_begin + per_head * num_kv_heads:
+            seq_begin += per_head * num_kv_heads
+            seq += 1
         else:
-            head_of_turn, tile, first_tile, seg_begin, seg_end, following = paging.find_segment(
+            kv_head, tile, first_tile, seg_begin, seg_end, following = paging.find_segment(
                 unit, seq_begin, per_head, width, num_queries, seq_len, 0, QUERIES, TILE_KV, False
             )
-            kv_head = first_head + head_of_turn
             if unit < seg_end:
                 q = load_queries(
                     q_ptr, first_row, tile, num_queries, kv_head, stride_q_token, stride_q_head, GROUP, TILE_Q,
@@ -354,7 +344,6 @@ def paged_decode_hopper_kernel(
     num_tokens,
     num_seqs,
     num_kv_heads,
-    heads,  # of a turn
     num_blocks,
     max_blocks_per_seq,
     k_rows_per_block,
@@ -367,7 +356,6 @@ def paged_decode_hopper_kernel(
     STAGES: gl.constexpr,
     LAYOUT: gl.constexpr,
     FEWEST: gl.constexpr,
-    FEW: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE_KV, HEAD_DIM], LAYOUT)
@@ -379,21 +367,21 @@ def paged_decode_hopper_kernel(
         mbarrier.init(empty.index(stage), count=1)
     fence_async_shared()
     wait_for_predecessor(OVERLAP)
-    batch = (seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, max_blocks_per_seq * BLOCK_SIZE, num_kv_heads, heads)
+    batch = (seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, max_blocks_per_seq * BLOCK_SIZE, num_kv_heads)
     gl.warp_specialize(
         [
             (consume, (
                 q_ptr, (out_ptr, stride_out_token, stride_out_head, stride_out_dim), sinks_ptr,
                 (parts_ptr, stats_ptr, counters_ptr), k_smem, v_smem, full, empty, batch,
-                scale_log2, stride_q_token, stride_q_head, GROUP, TILE_Q, FEWEST, FEW,
+                scale_log2, stride_q_token, stride_q_head, GROUP, TILE_Q, FEWEST,
             )),
             (produce, (
                 k_desc, v_desc, k_smem, v_smem, full, empty, batch, block_table_ptr, stride_table_seq, num_blocks,
-                max_blocks_per_seq, k_rows_per_block, v_rows_per_block, TILE_Q // GROUP, BLOCK_SIZE, FEWEST, FEW,
+                max_blocks_per_seq, k_rows_per_block, v_rows_per_block, TILE_Q // GROUP, BLOCK_SIZE, FEWEST,
             )),
         ],
         [1],
-        [56],
+        [PRODUCER_REGISTERS],
     )  # fmt: skip
 
 
@@ -408,9 +396,8 @@ def attend_decodes_on_hopper(
     sinks: Array | None,
     out: Array,
     tile_q: int,
-    few: bool = False,
 ) -> None:
-    """Fill ``out``, of sequences that fit a tile of rows if ``few``; what ``hopper_fits`` asks is so."""
+    """Fill ``out``, in tiles of ``tile_q`` rows; what ``hopper_fits`` asks is so."""
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, block_size, num_kv_heads, _ = k_cache.shape
     num_seqs, max_blocks_per_seq = block_table.shape
@@ -424,14 +411,15 @@ def attend_decodes_on_hopper(
         )
         for cache, rows in zip((k_cache, v_cache), rows_per_block)
     )  # fmt: skip
-    num_programs = PROGRAMS * num_processors(q)
+    processors = num_processors(q)
+    ring = choose_ring(num_seqs * num_kv_heads, tile_q, processors)
+    num_programs = ring.programs_per_processor * processors
     scratch = merging.make_scratch(q, num_programs, tile_q, head_dim)
     paged_decode_hopper_kernel[(num_programs,)](
         q, k_desc, v_desc, block_table, seq_lens, cu_seqlens_q, sinks, out, *scratch, scale * LOG2E.value,
         q.stride(0), q.stride(1), block_table.stride(0), *out.stride(),
-        num_tokens, num_seqs, num_kv_heads, 1 if HEADS_IN_TURN else num_kv_heads, num_blocks, max_blocks_per_seq,
-        *rows_per_block,
+        num_tokens, num_seqs, num_kv_heads, num_blocks, max_blocks_per_seq, *rows_per_block,
         GROUP=num_heads // num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, TILE_Q=tile_q, TILE_KV=TILE_KV,
-        STAGES=NUM_STAGES, LAYOUT=layout, FEWEST=FEWEST_UNITS, FEW=few,
-        num_warps=CONSUMER_WARPS, maxnreg=REGISTERS, **overlapped(q),
+        STAGES=ring.num_stages, LAYOUT=layout, FEWEST=FEWEST_UNITS,
+        num_warps=CONSUMERS, maxnreg=ring.max_registers, **overlapped(q),
     )  # fmt: skip

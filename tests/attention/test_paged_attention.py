@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fast
 from fast._triton import merging, paging
 from fast._triton.platform import INTERPRETING
-from fast.attention import invariant_attention, paged_attention
+from fast.attention import invariant_attention, paged_attention, paged_decode_hopper
 from reference.numerics.arrays import dtype_named
 from twofold.conformance.properties import attention as properties
 from twofold.conformance.strategies.attention import COUNTED_FEATURES, PagedCase, SequenceInput, paged_cases
@@ -264,16 +264,24 @@ def test_decodes(dtype, num_heads, num_kv_heads, block_size, head_dim):
     properties.paged_matches_oracle(fast, replace(case, sinks=sinks))
 
 
+def test_rings_follow_from_shapes():
+    """One program a processor for few segments, which are cut anyway, and for many rows; otherwise two."""
+    of = paged_decode_hopper.choose_ring
+    programs = [of(*case).programs_per_processor for case in ((8, 16, 132), (64, 32, 132), (256, 32, 132))]
+    assert programs == [1, 1, 1], "one long sequence; many heads for one KV head, in a small batch and a large one"
+    assert of(256, 16, 132).programs_per_processor == 2, "32 sequences of 8 KV heads"
+
+
 def test_decodes_on_hopper_are_plain_ones(monkeypatch):
     """Tiles of up to 32 rows without window or cap go to the Hopper GPU's own kernel; all else to the portable one."""
     rows = []
     for name, value in {"is_hopper": lambda _: True, "hopper_fits": lambda *_: True}.items():
         monkeypatch.setattr(paged_attention, name, value)
-    monkeypatch.setattr(paged_attention, "attend_decodes_on_hopper", lambda *given: rows.append(given[-2:]))
+    monkeypatch.setattr(paged_attention, "attend_decodes_on_hopper", lambda *given: rows.append(given[-1]))
     sizes = {"dtype": "float16", "num_heads": 20, "num_kv_heads": 1, "head_dim": 64, "block_size": 16}
     case = batch([1, 1], [70, 5], **sizes)
     properties.paged_of(fast, case)
-    assert rows == [(32, False)], "a tile of 32 rows holds 20 heads, and no other kernel has chunks"
+    assert rows == [32], "a tile of 32 rows holds 20 heads"
     properties.paged_matches_oracle(fast, replace(case, sliding_window=9))
     properties.paged_matches_oracle(fast, replace(case, logit_cap=5.0))
     assert len(rows) == 1, "windows and caps are the portable kernel's"
@@ -294,7 +302,6 @@ def test_decodes_are_left_to_the_kernel_that_splits(monkeypatch):
     for name, value in {"is_hopper": lambda _: True, "hopper_fits": lambda *_: True}.items():
         monkeypatch.setattr(paged_attention, name, value)
     monkeypatch.setattr(paged_attention, "attend_chunks_on_hopper", attend_chunks)
-    monkeypatch.setattr(paged_attention, "decodes_on_hopper", lambda *_: False)
     case = batch(*MIXED, dtype="float16")
     got, baseline = (properties.paged_of(backend, case) for backend in (fast, properties.plain_torch()))
     assert fewest == [8], f"sequences of up to {fewest} queries are decodes: expected 16 rows / 2 heads"
