@@ -3,9 +3,9 @@
 One kernel serves decodes, chunks of prompts and any mix of them. A tile of its rows is one KV head's group of query
 heads times as many queries as fit; the tile's size is chosen by shape, so that decodes run on 16 rows and chunks on
 128. How the work is shared out, and how a sequence that several programs took is put together, all in one launch:
-`fast/_triton/paging.py` and `merging.py`. On a Hopper GPU chunks have a kernel of their own, where the layout and the
-options allow it: `paged_attention_hopper.py`. The decodes among them stay here, so that a long one is shared by all
-processors.
+`fast/_triton/paging.py` and `merging.py`. On a Hopper GPU, where the layout and the options allow it, chunks have a
+kernel of their own, `paged_attention_hopper.py`, and so have batches of decodes, `paged_decode_hopper.py`. Decodes
+among chunks stay here, so that a long one is shared by all processors.
 """
 
 from typing import NamedTuple
