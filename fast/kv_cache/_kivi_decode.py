@@ -30,6 +30,8 @@ import triton.language as tl
 from fast._triton import merging, paging, softmax
 from fast._triton.lanes import (
     bytes_0213,
+    commit_copies,
+    copy_words,
     from_lane,
     from_other,
     halves_of,
@@ -41,11 +43,18 @@ from fast._triton.lanes import (
     pair,
     product,
     product_at,
+    read_transposed,
+    read_words,
     sum_of,
     transposed,
+    wait_for_copies,
+    warp_memory,
 )
 
 PAGE = tl.constexpr(16)  # keys of a product
+PAGES = tl.constexpr(2)  # of a tile
+TILE = tl.constexpr(32)  # keys of a tile
+TOKEN = tl.constexpr(4)  # words of a token: scales and zeros of its values
 COLUMNS = tl.constexpr(8)  # queries of a product
 FEW_PARTS = tl.constexpr(4)  # of a cut sequence, loaded at a time
 SIGNS = tl.constexpr(-2147450880)  # of both float16s in a word
@@ -118,94 +127,145 @@ def times_stride(block, stride):
     return (block.to(tl.uint32).to(tl.uint64) * stride.to(tl.uint32).to(tl.uint64)).to(tl.int64)
 
 
+# ---- a tile of old keys, on its way through the warp's memory -----------------------------------------------------
+# There lie, in words: 32 rows of keys' codes; 32 of values'; for each token its values' scales and, two words on,
+# zeros; for each group of keys its scales and zeros.
+
+
+@triton.constexpr_function
+def tile_groups(GROUP_SIZE):
+    """Groups of keys in a tile: one that both pages share, or one each."""
+    return 1 if GROUP_SIZE % TILE.value == 0 else 2
+
+
+@triton.constexpr_function
+def tile_blocks(BLOCK_SIZE):
+    """Likewise its blocks."""
+    return 1 if BLOCK_SIZE % TILE.value == 0 else 2
+
+
+@triton.constexpr_function
+def tile_words(BITS, PIECES, GROUP_SIZE):
+    """Words of a tile."""
+    return 2 * TILE.value * PIECES * BITS + TILE.value * TOKEN.value + tile_groups(GROUP_SIZE) * 32 * PIECES
+
+
 @triton.jit
-def place_of(tile, page, lowest, last, PAGES: tl.constexpr):
+def load_ids(row_ptr, stride_table_block, tile, lowest, last, BLOCK_SIZE: tl.constexpr):
+    """The blocks of a tile's two pages, as the table has them."""
+    page0, page1 = page_of(tile, 0, lowest, last), page_of(tile, 1, lowest, last)
+    id0 = tl.load(row_ptr + page0 * PAGE // BLOCK_SIZE * stride_table_block)
+    id1 = id0
+    if tile_blocks(BLOCK_SIZE) > 1:
+        id1 = tl.load(row_ptr + page1 * PAGE // BLOCK_SIZE * stride_table_block)
+    return id0, id1
+
+
+@triton.jit
+def page_of(tile, i, lowest, last):
     """The page (of 16 tokens of the sequence) that a tile reads as one of its pages."""
-    return tl.minimum(tl.maximum(tile * PAGES + page, lowest), last)
+    return tl.minimum(tl.maximum(tile * PAGES + i, lowest), last)
 
 
 @triton.jit
-def load_ids(row_ptr, stride_table_block, tile, lowest, last, PAGES: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """The blocks of a tile's pages, as the table has them."""
-    ids = ()
-    for i in tl.static_range(PAGES):
-        page = place_of(tile, i, lowest, last, PAGES)
-        ids = ids + (tl.load(row_ptr + page * PAGE // BLOCK_SIZE * stride_table_block),)
-    return ids
-
-
-@triton.jit
-def block_of(block_id, num_blocks):
-    """A block that exists, whatever the table says."""
-    return tl.minimum(tl.maximum(block_id, 0), num_blocks - 1)
-
-
-@triton.jit
-def load_keys(
-    ids, tile, lowest, last, k_rows, scales_at, zeros_at, stride_block, stride_scale_block, num_blocks,
-    stride_token: tl.constexpr, stride_group: tl.constexpr, PAGES: tl.constexpr, BITS: tl.constexpr,
-    PIECES: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.constexpr,
+def places_of_lanes(
+    lane, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_token: tl.constexpr,
+    stride_scale_token: tl.constexpr, ROW: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Of each page the scales of a lane's channels, two rows of codes, and the zeros."""
-    words = ()
+    """What each lane copies, from where and to where: of keys, values, the tokens' scales and the groups'."""
+    row, chunk = lane // (ROW // 4), lane % (ROW // 4)
+    # Rows of values lie so that the lanes, which read every other one, find them side by side: 0 2 4 6 1 3 5 7.
+    value_row = row // 2 % 4 + row % 2 * 4 + row // 8 * 8
+    token, second = lane % 16, lane // 16
+    in_group = lane % (8 * PIECES)
+    keys = k_ptr + (row * stride_token + 4 * chunk), row * ROW + 4 * chunk
+    values = v_ptr + (row * stride_token + 4 * chunk), value_row * ROW + 4 * chunk
+    of_token = tl.where(second == 0, v_scale_ptr, v_zero_ptr) + token * stride_scale_token
+    of_group = tl.where(in_group < 4 * PIECES, k_scale_ptr, k_zero_ptr) + in_group % (4 * PIECES) * 4
+    return keys, values, (of_token, token * TOKEN + 2 * second), (of_group, in_group * 4)
+
+
+@triton.jit
+def copy_tile(
+    memory, into, ids, tile, lowest, last, places, stride_block, stride_k_scale_block, stride_v_scale_block, num_blocks,
+    stride_token: tl.constexpr, stride_group: tl.constexpr, stride_scale_token: tl.constexpr,
+    BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Let a tile be copied into the warp's memory."""
+    ROW: tl.constexpr = PIECES * BITS  # words of a row of codes
+    ROWS: tl.constexpr = 128 // ROW  # that the lanes copy at a time
+    keys, values, tokens, groups = places
     for i in tl.static_range(PAGES):
-        block, offset = block_of(ids[i], num_blocks), place_of(tile, i, lowest, last, PAGES) * PAGE % BLOCK_SIZE
-        rows = k_rows + (times_stride(block, stride_block) + offset * stride_token)
-        of_group = times_stride(block, stride_scale_block) + offset // GROUP_SIZE * stride_group
-        for j in tl.static_range(PIECES):
-            words = words + load_words(scales_at + of_group + 16 * j, 4)
-        for chunk in tl.static_range(PIECES * BITS // 8):
-            words = words + load_words(rows + 8 * chunk, 2) + load_words(rows + (8 * stride_token + 8 * chunk), 2)
-        for j in tl.static_range(PIECES):
-            words = words + load_words(zeros_at + of_group + 16 * j, 4)
+        block = tl.minimum(tl.maximum(ids[i], 0), num_blocks - 1)  # one that exists, whatever the table says
+        offset = page_of(tile, i, lowest, last) * PAGE % BLOCK_SIZE
+        rows = times_stride(block, stride_block) + offset * stride_token
+        of_tokens = times_stride(block, stride_v_scale_block) + offset * stride_scale_token
+        for step in tl.static_range(PAGE // ROWS):
+            source, target = rows + step * ROWS * stride_token, into + (i * PAGE + step * ROWS) * ROW
+            memory = copy_words(memory, target + keys[1], keys[0] + source, 4)
+            memory = copy_words(memory, target + TILE * ROW + values[1], values[0] + source, 4)
+        target = into + 2 * TILE * ROW + i * PAGE * TOKEN
+        memory = copy_words(memory, target + tokens[1], tokens[0] + of_tokens, NUM_GROUPS // 2)
+        if i < tile_groups(GROUP_SIZE):
+            of_group = times_stride(block, stride_k_scale_block) + offset // GROUP_SIZE * stride_group
+            target = into + 2 * TILE * ROW + TILE * TOKEN + i * 32 * PIECES
+            memory = copy_words(memory, target + groups[1], groups[0] + of_group, 4)
+    return memory
+
+
+@triton.jit
+def read_channels(memory, at, PIECES: tl.constexpr):
+    """The words of a lane's channels, from 32 * PIECES numbers."""
+    words = ()
+    for j in tl.static_range(PIECES):
+        words = words + read_words(memory, at + (16 * j + tl.arange(0, at.shape[0]) % 4 * 4), 4)
     return words
 
 
 @triton.jit
-def load_values(
-    ids, tile, lowest, last, v_rows, scales_at, zeros_at, stride_block, stride_scale_block, num_blocks,
-    stride_token: tl.constexpr, stride_scale_token: tl.constexpr, PAGES: tl.constexpr, BITS: tl.constexpr,
-    PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Of each page four tokens' codes, their scales, and the zeros of a group of channels."""
-    words = ()
-    for i in tl.static_range(PAGES):
-        block, offset = block_of(ids[i], num_blocks), place_of(tile, i, lowest, last, PAGES) * PAGE % BLOCK_SIZE
-        rows = v_rows + (times_stride(block, stride_block) + offset * stride_token)
-        of_tokens = times_stride(block, stride_scale_block) + offset * stride_scale_token
-        for chunk in tl.static_range(PIECES * BITS // 8):
-            for k in tl.static_range(4):
-                words = words + (tl.load(rows + (8 * chunk + (k % 2 + k // 2 * 8) * stride_token)),)
-        for k in tl.static_range(4):
-            scales = scales_at + of_tokens + (k % 2 + k // 2 * 8) * stride_scale_token
-            words = words + load_words(scales, NUM_GROUPS // 2)
-        for k in tl.static_range(4):
-            zeros = tl.load(zeros_at + 2 * of_tokens + (k % 2 + k // 2 * 8) * (2 * stride_scale_token))
-            words = words + (zeros.to(tl.int32),)
-    return words
+def scaled_by(q, scales, COLS: tl.constexpr):
+    """Queries times a group's scales."""
+    scaled = ()
+    for i in tl.static_range(len(q)):
+        scaled = scaled + (times_scale(q[i], scales[i], COLS),)
+    return scaled
 
 
 @triton.jit
-def scores_of(q, words, BITS: tl.constexpr, PIECES: tl.constexpr, COLS: tl.constexpr):
-    """The scores of a page, in 2^-24: rows g and g + 8, columns 2 c and 2 c + 1."""
+def zero_scores(q, first, second, PIECES: tl.constexpr):
+    """Queries times the zeros of two groups: columns 2 c and 2 c + 1 of the first, and of the second; in 2^-24."""
+    z0, z1, z2, z3 = none_of(q), none_of(q), none_of(q), none_of(q)
+    for i in tl.static_range(2 * PIECES):
+        z0, z1, z2, z3 = product(
+            first[2 * i], second[2 * i], first[2 * i + 1], second[2 * i + 1], q[2 * i], q[2 * i + 1], z0, z1, z2, z3
+        )
+    return z0 * 2.0**-24, z1 * 2.0**-24, z2 * 2.0**-24, z3 * 2.0**-24
+
+
+@triton.jit
+def none_of(q):
+    """A register of zeros."""
+    return tl.zeros(q[0].shape, tl.float32)
+
+
+@triton.jit
+def code_scores(memory, at, scaled, BITS: tl.constexpr, PIECES: tl.constexpr, COLS: tl.constexpr):
+    """Scaled queries times a page's codes, in 2^-24: rows g and g + 8, columns 2 c and 2 c + 1."""
     PARTS: tl.constexpr = 8 // BITS
     CHUNKS: tl.constexpr = PIECES // PARTS
-    none = tl.zeros(q[0].shape, tl.float32)
-    scaled, za, zb = (), (none, none, none, none), (none, none, none, none)
-    for i in tl.static_range(4 * PIECES):
-        scaled = scaled + (times_scale(q[i], words[i], COLS),)
-    for j in tl.static_range(PIECES):
-        # As four words lie in registers: rows g hold the zeros of the first and third, rows g + 8 of the others.
-        z0, z1, z2, z3 = some(words, 4 * PIECES + 4 * CHUNKS + 4 * j, 4)
-        za = product(z0, z1, z2, z3, q[4 * j], q[4 * j + 2], za[0], za[1], za[2], za[3])
-        zb = product(z0, z1, z2, z3, q[4 * j + 1], q[4 * j + 3], zb[0], zb[1], zb[2], zb[3])
+    ROW: tl.constexpr = PIECES * BITS
+    lane = tl.arange(0, at.shape[0]) % 32
+    in_page = lane // 4 * ROW + lane % 4 * 2
+    none = tl.zeros(at.shape, tl.float32)
     parts = ()
     for _ in tl.static_range(PARTS):
         parts = parts + ((none, none, none, none),)
     for chunk in tl.static_range(CHUNKS):
-        rows = some(words, 4 * PIECES + 4 * chunk, 4)
+        upper = read_words(memory, at + (in_page + 8 * chunk), 2)
+        lower = read_words(memory, at + (in_page + (8 * ROW + 8 * chunk)), 2)
         for x in tl.static_range(2):
-            a0, a1 = bytes_0213(rows[x]), bytes_0213(rows[x + 2])
+            a0, a1 = bytes_0213(upper[x]), bytes_0213(lower[x])
             a2, a3 = a0 >> 8, a1 >> 8
             new_parts = ()
             for part in tl.static_range(PARTS):
@@ -218,7 +278,6 @@ def scores_of(q, words, BITS: tl.constexpr, PIECES: tl.constexpr, COLS: tl.const
                     )  # fmt: skip
                 new_parts = new_parts + (t,)
             parts = new_parts
-    zero0, zero1 = (za[0] + zb[2]) * 2.0**-24, (za[1] + zb[3]) * 2.0**-24
     t0, t1, t2, t3 = parts[PARTS - 1]
     for down in tl.static_range(1, PARTS):
         t = parts[PARTS - 1 - down]
@@ -227,7 +286,7 @@ def scores_of(q, words, BITS: tl.constexpr, PIECES: tl.constexpr, COLS: tl.const
     if COLS < COLUMNS:
         t0, t1 = t0 + from_other(t0, 2), t1 + from_other(t1, 2)
         t2, t3 = t2 + from_other(t2, 2), t3 + from_other(t3, 2)
-    return t0 + zero0, t1 + zero1, t2 + zero0, t3 + zero1
+    return t0, t1, t2, t3
 
 
 @triton.jit
@@ -258,18 +317,29 @@ def rescaled(accs, rescale0, rescale1):
 
 @triton.jit
 def add_values(
-    accs, b0, b1, words, BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr, COLS: tl.constexpr
-):
+    accs, b0, b1, memory, at, at_tokens, BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr,
+    COLS: tl.constexpr,
+):  # fmt: skip
     """Weights times a page's codes and scales, piece by piece, and last weights times zeros, a row a group."""
     PARTS: tl.constexpr = 8 // BITS
     CHUNKS: tl.constexpr = PIECES // PARTS
     PAIRS: tl.constexpr = NUM_GROUPS // 2
+    ROW: tl.constexpr = PIECES * BITS
+    lane = tl.arange(0, at.shape[0]) % 32
+    g, c = lane // 4, lane % 4
     chunks = ()
     for chunk in tl.static_range(CHUNKS):
-        w0, w1, w2, w3 = some(words, 4 * chunk, 4)
-        x0, x1, y0, y1 = pair(w0, w1, 0), pair(w2, w3, 0), pair(w0, w1, 1), pair(w2, w3, 1)
+        words = ()
+        for k in tl.static_range(4):
+            words = words + read_words(memory, at + (c * ROW + g) + ((k % 2 * 4 + k // 2 * 8) * ROW + 8 * chunk), 1)
+        x0, x1, y0, y1 = (
+            pair(words[0], words[1], 0), pair(words[2], words[3], 0),
+            pair(words[0], words[1], 1), pair(words[2], words[3], 1),
+        )  # fmt: skip
         chunks = chunks + (((x0, x0 >> 8, x1, x1 >> 8), (y0, y0 >> 8, y1, y1 >> 8)),)
-    of_tokens = some(words, 4 * CHUNKS, 4 * PAIRS)
+    of_tokens = ()
+    for k in tl.static_range(4):
+        of_tokens = of_tokens + read_words(memory, at_tokens + (2 * c * TOKEN + (k % 2 + k // 2 * 8) * TOKEN), PAIRS)
     scaled = ()
     for group in tl.static_range(NUM_GROUPS):
         steps0 = pair(of_tokens[group // 2], of_tokens[PAIRS + group // 2], group % 2)
@@ -288,37 +358,42 @@ def add_values(
                     t[0], t[1], t[2], t[3],
                 )  # fmt: skip
             new = new + t
-    z0, z1, z2, z3 = some(words, 4 * CHUNKS + 4 * PAIRS, 4)
-    z0, z1 = pair(z0, z1, 0), pair(z2, z3, 0)
-    return new + product_at(accs, 8 * PIECES, z0, z0, z1, z1, b0, b1)
+    # Of a token's numbers the zeros are the last four: rows 4 to 7.
+    z0, z1 = read_transposed(memory, at_tokens + lane % 16 * TOKEN)
+    none = tl.zeros(at.shape, tl.float32)
+    zeros = product(z0, 0 * z0, z1, 0 * z1, b0, b1, accs[8 * PIECES], accs[8 * PIECES + 1], none, none)
+    return new + some(zeros, 0, 2)
 
 
 @triton.jit
 def attend_old_pages(
-    q, unit0, unit1, boundary0, boundary1, position0, position1, start, stop, lowest, last,
+    q, memory, unit0, unit1, boundary0, boundary1, position0, position1, start, stop, lowest, last,
     row_ptr, stride_table_block, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr,
     scale, logit_cap, sliding_window, stride_cache_block, stride_k_scale_block, stride_v_scale_block, num_blocks,
     stride_cache_token: tl.constexpr, stride_k_scale_group: tl.constexpr, stride_v_scale_token: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr,
-    PAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Let tiles ``start`` to ``stop`` of PAGES pages pass; what is read of them are the pages ``lowest`` to ``last``.
+    """Let tiles ``start`` to ``stop`` pass; what is read of them are the pages ``lowest`` to ``last``.
 
     Pages that are not, at the end of a tile or before a sliding window, are another page with weights 0: whatever is
-    read was written. Returns the sums of values, all in one unit, and (top, total) of both columns.
+    read was written. Returns the memory, the sums of values, all in one unit, and (top, total) of both columns.
     """
     PARTS: tl.constexpr = 8 // BITS
+    ROW: tl.constexpr = PIECES * BITS
+    GROUPS: tl.constexpr = tile_groups(GROUP_SIZE)
+    WORDS: tl.constexpr = tile_words(BITS, PIECES, GROUP_SIZE)
     lane = tl.arange(0, unit0.shape[0]) % 32
     g, c = lane // 4, lane % 4
-    k_rows, v_rows = k_ptr + (g * stride_cache_token + 2 * c), v_ptr + (2 * c * stride_cache_token + g)
-    k_scales, k_zeros = k_scale_ptr + 4 * c, k_zero_ptr + 4 * c
-    v_scales = v_scale_ptr + 2 * c * stride_v_scale_token
-    v_zeros = v_zero_ptr + (4 * c * stride_v_scale_token + g % NUM_GROUPS)
+    places = places_of_lanes(
+        lane, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_cache_token,
+        stride_v_scale_token, ROW, PIECES,
+    )  # fmt: skip
     top0, total0 = tl.full(unit0.shape, LOWEST, tl.float32), tl.zeros(unit0.shape, tl.float32)
     top1, total1 = top0, total0
     accs = ()
-    for _ in tl.static_range(8 * PIECES + 4):
+    for _ in tl.static_range(8 * PIECES + 2):
         accs = accs + (tl.zeros(unit0.shape, tl.float32),)
     if CAPPED:
         scale0 = tl.full(unit0.shape, softmax.LOG2E, tl.float32)
@@ -326,31 +401,55 @@ def attend_old_pages(
     else:
         scale0, scale1 = unit0 * (2.0**24 * scale * softmax.LOG2E), unit1 * (2.0**24 * scale * softmax.LOG2E)
 
-    # Each is loaded as soon as what it replaces has been used, half a tile and more before it is used itself.
-    ids = load_ids(row_ptr, stride_table_block, start, lowest, last, PAGES, BLOCK_SIZE)
-    keys = load_keys(
-        ids, start, lowest, last, k_rows, k_scales, k_zeros, stride_cache_block, stride_k_scale_block, num_blocks,
-        stride_cache_token, stride_k_scale_group, PAGES, BITS, PIECES, BLOCK_SIZE, GROUP_SIZE,
-    )  # fmt: skip
-    values = load_values(
-        ids, start, lowest, last, v_rows, v_scales, v_zeros, stride_cache_block, stride_v_scale_block, num_blocks,
-        stride_cache_token, stride_v_scale_token, PAGES, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE,
-    )  # fmt: skip
-    ids = load_ids(row_ptr, stride_table_block, start + 1, lowest, last, PAGES, BLOCK_SIZE)
-    KEYS: tl.constexpr = PIECES * BITS // 2 + 8 * PIECES  # words of a page
-    VALUES: tl.constexpr = PIECES * BITS // 2 + 2 * NUM_GROUPS + 4
+    wait_for_copies(0)  # whatever was read before is read
+    ids = load_ids(row_ptr, stride_table_block, start, lowest, last, BLOCK_SIZE)
+    for stage in tl.static_range(STAGES - 1):
+        next_ids = load_ids(row_ptr, stride_table_block, start + stage + 1, lowest, last, BLOCK_SIZE)
+        if start + stage < stop:
+            memory = copy_tile(
+                memory, lane * 0 + stage * WORDS, ids, start + stage, lowest, last, places, stride_cache_block,
+                stride_k_scale_block, stride_v_scale_block, num_blocks, stride_cache_token, stride_k_scale_group,
+                stride_v_scale_token, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE,
+            )  # fmt: skip
+        commit_copies()
+        ids = next_ids
+    at, into = start * 0, start * 0 + (STAGES - 1) * WORDS
     for tile in tl.range(start, stop, num_stages=1):
+        wait_for_copies(STAGES - 2)
+        ahead = tile + (STAGES - 1)
+        next_ids = load_ids(row_ptr, stride_table_block, ahead + 1, lowest, last, BLOCK_SIZE)
+        if ahead < stop:
+            memory = copy_tile(
+                memory, lane * 0 + into, ids, ahead, lowest, last, places, stride_cache_block, stride_k_scale_block,
+                stride_v_scale_block, num_blocks, stride_cache_token, stride_k_scale_group, stride_v_scale_token,
+                BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE,
+            )  # fmt: skip
+        commit_copies()
+        ids = next_ids
+
+        rows = lane * 0 + at
+        tokens = rows + 2 * TILE * ROW
+        groups = tokens + TILE * TOKEN
+        scaled = scaled_by(q, read_channels(memory, groups, PIECES), COLS)
+        zeros = read_channels(memory, groups + 16 * PIECES, PIECES)
+        zeros1 = zeros
+        if GROUPS > 1:
+            zeros1 = read_channels(memory, groups + 48 * PIECES, PIECES)
+        of_zeros = zero_scores(q, zeros, zeros1, PIECES)
         scores0, scores1 = (), ()
-        next_ids = load_ids(row_ptr, stride_table_block, tile + 2, lowest, last, PAGES, BLOCK_SIZE)
         for i in tl.static_range(PAGES):
-            s0, s1, s2, s3 = scores_of(q, some(keys, KEYS * i, KEYS), BITS, PIECES, COLS)
+            if i > 0 and GROUPS > 1:
+                scaled = scaled_by(q, read_channels(memory, groups + 32 * PIECES, PIECES), COLS)
+            s0, s1, s2, s3 = code_scores(memory, rows + i * PAGE * ROW, scaled, BITS, PIECES, COLS)
+            zero0, zero1 = of_zeros[2 * i], of_zeros[2 * i + 1]
+            s0, s1, s2, s3 = s0 + zero0, s1 + zero1, s2 + zero0, s3 + zero1
             if CAPPED:
                 s0 = softmax.cap_scores(s0 * (unit0 * 2.0**24), scale, logit_cap)
                 s1 = softmax.cap_scores(s1 * (unit1 * 2.0**24), scale, logit_cap)
                 s2 = softmax.cap_scores(s2 * (unit0 * 2.0**24), scale, logit_cap)
                 s3 = softmax.cap_scores(s3 * (unit1 * 2.0**24), scale, logit_cap)
             if QUERIES > 1 or WINDOWED:
-                upper = (tile * PAGES + i) * PAGE + g
+                upper = g + (tile * PAGES + i) * PAGE
                 lower = upper + 8
                 see0, see1, see2, see3 = upper < boundary0, upper < boundary1, lower < boundary0, lower < boundary1
                 if WINDOWED:
@@ -359,15 +458,10 @@ def attend_old_pages(
                     see2, see3 = see2 & (lower > first0), see3 & (lower > first1)
                 s0, s1 = tl.where(see0, s0, float("-inf")), tl.where(see1, s1, float("-inf"))
                 s2, s3 = tl.where(see2, s2, float("-inf")), tl.where(see3, s3, float("-inf"))
-            elif PAGES > 1:
-                hidden = tl.where(tile * PAGES + i <= last, 0.0, float("-inf"))
+            elif i > 0 and GROUPS > 1:
+                hidden = tl.where(last >= tile * PAGES + i, 0.0, float("-inf"))
                 s0, s1, s2, s3 = s0 + hidden, s1 + hidden, s2 + hidden, s3 + hidden
             scores0, scores1 = scores0 + (s0, s2), scores1 + (s1, s3)
-        if tile + 1 < stop:
-            keys = load_keys(
-                ids, tile + 1, lowest, last, k_rows, k_scales, k_zeros, stride_cache_block, stride_k_scale_block,
-                num_blocks, stride_cache_token, stride_k_scale_group, PAGES, BITS, PIECES, BLOCK_SIZE, GROUP_SIZE,
-            )  # fmt: skip
 
         weights0, top0, total0, rescale0 = update(scores0, top0, total0, scale0)
         weights1, top1, total1, rescale1 = update(scores1, top1, total1, scale1)
@@ -375,17 +469,16 @@ def attend_old_pages(
         for i in tl.static_range(PAGES):
             b0 = transposed(packed(weights0[2 * i], weights1[2 * i], tl.float16))
             b1 = transposed(packed(weights0[2 * i + 1], weights1[2 * i + 1], tl.float16))
-            accs = add_values(accs, b0, b1, some(values, VALUES * i, VALUES), BITS, PIECES, NUM_GROUPS, COLS)
-        if tile + 1 < stop:
-            values = load_values(
-                ids, tile + 1, lowest, last, v_rows, v_scales, v_zeros, stride_cache_block, stride_v_scale_block,
-                num_blocks, stride_cache_token, stride_v_scale_token, PAGES, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE,
+            accs = add_values(
+                accs, b0, b1, memory, rows + (TILE + i * PAGE) * ROW, tokens + i * PAGE * TOKEN, BITS, PIECES,
+                NUM_GROUPS, COLS,
             )  # fmt: skip
-        ids = next_ids
+        at = tl.where(at < (STAGES - 1) * WORDS, at + WORDS, 0)
+        into = tl.where(into < (STAGES - 1) * WORDS, into + WORDS, 0)
 
     whole = ()
     for j in tl.static_range(PIECES):
-        of_group = j * NUM_GROUPS // PIECES * 4 + c  # the lane that has the zeros' sums
+        of_group = (4 + j * NUM_GROUPS // PIECES) * 4 + c  # the lane that has the zeros' sums
         zero0, zero1 = from_lane(accs[8 * PIECES], of_group), from_lane(accs[8 * PIECES + 1], of_group)
         for i in tl.static_range(4):
             acc0, acc1 = accs[8 * j + 2 * i], accs[8 * j + 2 * i + 1]
@@ -393,7 +486,7 @@ def attend_old_pages(
                 acc0, acc1 = acc0 + from_other(acc0, 2), acc1 + from_other(acc1, 2)
             unit = 2.0 ** (24 - BITS * (j // (PIECES // PARTS)))
             whole = whole + (acc0 * unit + zero0, acc1 * unit + zero1)
-    return whole, top0, top1, total0, total1
+    return memory, whole, top0, top1, total0, total1
 
 
 @triton.jit
@@ -543,7 +636,7 @@ def decode_attention_kernel(
     k_scale_ptr,  # [num_blocks, groups_per_block, num_kv_heads, head_dim / 2], words of two numbers
     k_zero_ptr,
     v_scale_ptr,  # [num_blocks, block_size, num_kv_heads, num_groups / 2], likewise
-    v_zero_ptr,  # [num_blocks, block_size, num_kv_heads, num_groups], int16
+    v_zero_ptr,
     window_block_table_ptr,  # [num_seqs, max_blocks_per_seq]
     block_table_ptr,
     seq_lens_ptr,  # [num_seqs]
@@ -582,28 +675,28 @@ def decode_attention_kernel(
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
-    PAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    TILE_KV: tl.constexpr = PAGES * PAGE
     lane, warp = tl.arange(0, 32 * HEADS) % 32, tl.arange(0, 32 * HEADS) // 32
     c = lane % 4
     program = tl.program_id(0)
     line, num_workers, begin, end, seq, seq_begin = paging.find_share(
         program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens,
-        max_blocks_per_seq * BLOCK_SIZE, num_bundles, sliding_window, QUERIES, TILE_KV, WINDOWED,
+        max_blocks_per_seq * BLOCK_SIZE, num_bundles, sliding_window, QUERIES, TILE, WINDOWED,
     )  # fmt: skip
+    memory = warp_memory(STAGES * tile_words(BITS, PIECES, GROUP_SIZE), HEADS)
     unit = begin
     while unit < end:
         first_row, num_queries, seq_len = paging.sequence(
             seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, max_blocks_per_seq * BLOCK_SIZE
         )
-        per_head, width = paging.units_per_head(num_queries, seq_len, sliding_window, QUERIES, TILE_KV, WINDOWED)
+        per_head, width = paging.units_per_head(num_queries, seq_len, sliding_window, QUERIES, TILE, WINDOWED)
         if unit >= seq_begin + per_head * num_bundles:
             seq_begin += per_head * num_bundles
             seq += 1
         else:
             bundle, tile, first_tile, seg_begin, seg_end, following = paging.find_segment(
-                unit, seq_begin, per_head, width, num_queries, seq_len, sliding_window, QUERIES, TILE_KV, WINDOWED
+                unit, seq_begin, per_head, width, num_queries, seq_len, sliding_window, QUERIES, TILE, WINDOWED
             )
             if unit < seg_end:
                 kv_head = bundle * HEADS + warp
@@ -629,20 +722,20 @@ def decode_attention_kernel(
 
                 start = first_tile + unit - seg_begin
                 stop = first_tile + tl.minimum(end, seg_end) - seg_begin
-                stop_old = tl.minimum(stop, (end_old + TILE_KV - 1) // TILE_KV)
+                stop_old = tl.minimum(stop, (end_old + TILE - 1) // TILE)
                 stop_old = tl.where(lowest < end_old, stop_old, 0)
                 head64 = kv_head.to(tl.int64)
                 in_k_scales, in_v_scales = head64 * stride_k_scale_head, head64 * stride_v_scale_head
-                accs, top0, top1, total0, total1 = attend_old_pages(
-                    small, unit0, unit1, boundary0, boundary1, position0, position1,
+                memory, accs, top0, top1, total0, total1 = attend_old_pages(
+                    small, memory, unit0, unit1, boundary0, boundary1, position0, position1,
                     start, stop_old, lowest // PAGE, tl.maximum(end_old // PAGE - 1, 0),
                     block_table_ptr + seq.to(tl.int64) * stride_table_seq, stride_table_block,
                     k_cache_ptr + head64 * stride_cache_head, v_cache_ptr + head64 * stride_cache_head,
                     k_scale_ptr + in_k_scales, k_zero_ptr + in_k_scales,
-                    v_scale_ptr + in_v_scales, v_zero_ptr + 2 * in_v_scales, scale, logit_cap, sliding_window,
+                    v_scale_ptr + in_v_scales, v_zero_ptr + in_v_scales, scale, logit_cap, sliding_window,
                     stride_cache_block, stride_k_scale_block, stride_v_scale_block, num_blocks,
                     stride_cache_token, stride_k_scale_group, stride_v_scale_token,
-                    WINDOWED, CAPPED, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE, QUERIES, COLS, PAGES,
+                    WINDOWED, CAPPED, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE, QUERIES, COLS, STAGES,
                 )  # fmt: skip
                 accs, top0, top1, total0, total1 = attend_young_pages(
                     load_queries(q_rows, there, PIECES, AGAIN=True), accs, top0, top1, total0, total1,
