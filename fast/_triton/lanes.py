@@ -265,13 +265,13 @@ def _power_of_2(number):
 
 
 @triton.constexpr_function
-def _copy_asm(count):
+def _copy_asm(count, offset):
     cached = "cg.shared.global.L2::128B" if count == 4 else "ca.shared.global"
-    return f"cp.async.{cached} [$1], [$2], {4 * count}; mov.b32 $0, 0;"
+    return f"cp.async.{cached} [$1 + {4 * offset}], [$2], {4 * count}; mov.b32 $0, 0;"
 
 
 @triton.jit
-def copy_words(memory, at, ptr, COUNT: tl.constexpr):
+def copy_words(memory, at, OFFSET: tl.constexpr, ptr, COUNT: tl.constexpr):
     """Let COUNT (1, 2 or 4) words be copied to a place of the warp's memory, as part of the next `commit_copies`.
 
     Returns the memory with them. Lanes may copy the same words to the same place.
@@ -280,13 +280,13 @@ def copy_words(memory, at, ptr, COUNT: tl.constexpr):
         table = memory.reshape(at.shape[0] // 32, memory.shape[0] * 32 // at.shape[0])
         cell = tl.arange(0, table.shape[1])[None, :, None]
         for i in tl.static_range(COUNT):
-            here = cell == (at + i).reshape(at.shape[0] // 32, 1, 32)
+            here = cell == (at + (OFFSET + i)).reshape(at.shape[0] // 32, 1, 32)
             word = tl.load(ptr + i).reshape(at.shape[0] // 32, 1, 32)
             written = tl.max(tl.where(here, word, -2147483648), 2)
             table = tl.where(tl.max(here.to(tl.int32), 2) > 0, written, table)
         memory = table.reshape(memory.shape[0])
     else:
-        asm: tl.constexpr = _copy_asm(COUNT)
+        asm: tl.constexpr = _copy_asm(COUNT, OFFSET)
         operands = [memory + 4 * at, ptr.to(tl.int64)]
         tl.inline_asm_elementwise(asm, "=r,r,l", operands, tl.int32, is_pure=False, pack=1)
     return memory
@@ -315,35 +315,41 @@ def wait_for_copies(PENDING: tl.constexpr):
 
 
 @triton.constexpr_function
-def _read_asm(count):
+def _read_asm(count, offset):
+    kind = f"v{count}.b32" if count > 1 else "b32"
     names = ", ".join(f"${i}" for i in range(count))
-    return f"ld.shared.v{count}.b32 {{{names}}}, [${count}];" if count > 1 else "ld.shared.b32 $0, [$1];"
+    return f"ld.shared.{kind} {{{names}}}, [${count} + {4 * offset}];"
 
 
 @triton.jit
-def read_words(memory, at, COUNT: tl.constexpr):
+def read_words(memory, at, OFFSET: tl.constexpr, COUNT: tl.constexpr):
     """COUNT (1, 2 or 4) words side by side of the warp's memory."""
     if INTERPRETED:
         words = ()
         of_warp = tl.arange(0, at.shape[0]) // 32 * (memory.shape[0] * 32 // at.shape[0])
         for i in tl.static_range(COUNT):
-            words = words + (tl.gather(memory, of_warp + at + i, 0),)
+            words = words + (tl.gather(memory, of_warp + at + (OFFSET + i), 0),)
     elif COUNT == 1:
-        asm: tl.constexpr = _read_asm(COUNT)
+        asm: tl.constexpr = _read_asm(COUNT, OFFSET)
         words = (tl.inline_asm_elementwise(asm, "=r,r", [memory + 4 * at], tl.int32, is_pure=False, pack=1),)
     elif COUNT == 2:
-        asm: tl.constexpr = _read_asm(COUNT)
+        asm: tl.constexpr = _read_asm(COUNT, OFFSET)
         kinds: tl.constexpr = (tl.int32, tl.int32)
         words = tl.inline_asm_elementwise(asm, "=r,=r,r", [memory + 4 * at], kinds, is_pure=False, pack=1)
     else:
-        asm: tl.constexpr = _read_asm(COUNT)
+        asm: tl.constexpr = _read_asm(COUNT, OFFSET)
         kinds: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
         words = tl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r", [memory + 4 * at], kinds, is_pure=False, pack=1)
     return words
 
 
+@triton.constexpr_function
+def _read_transposed_asm(offset):
+    return f"ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {{$0, $1}}, [$2 + {4 * offset}];"
+
+
 @triton.jit
-def read_transposed(memory, at):
+def read_transposed(memory, at, OFFSET: tl.constexpr):
     """Two tables of 8 x 8 numbers of 16 bits, transposed: lane 4 g + c has of each (2 c, g) and (2 c + 1, g).
 
     Row r of the first is the four words from ``at`` of lane r, row r of the second from that of lane r + 8.
@@ -357,10 +363,10 @@ def read_transposed(memory, at):
             halves = ()
             for i in tl.static_range(2):
                 row = tl.gather(at, lane // 32 * 32 + 8 * table + 2 * c + i, 0)
-                halves = halves + ((tl.gather(memory, of_warp + row + g // 2, 0) >> (g % 2 * 16)) & 0xFFFF,)
+                halves = halves + ((tl.gather(memory, of_warp + row + OFFSET + g // 2, 0) >> (g % 2 * 16)) & 0xFFFF,)
             words = words + (halves[0] | (halves[1] << 16),)
     else:
-        asm: tl.constexpr = "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {$0, $1}, [$2];"
+        asm: tl.constexpr = _read_transposed_asm(OFFSET)
         words = tl.inline_asm_elementwise(
             asm, "=r,=r,r", [memory + 4 * at], (tl.int32, tl.int32), is_pure=False, pack=1
         )

@@ -57,6 +57,7 @@ TILE = tl.constexpr(32)  # keys of a tile
 TOKEN = tl.constexpr(4)  # words of a token: scales and zeros of its values
 COLUMNS = tl.constexpr(8)  # queries of a product
 FEW_PARTS = tl.constexpr(4)  # of a cut sequence, loaded at a time
+MINUS_ONES = tl.constexpr(-1140802560)  # two float16s
 SIGNS = tl.constexpr(-2147450880)  # of both float16s in a word
 LOWEST = tl.constexpr(-3.0e38)  # a top before any key: finite, as its difference to a score must be a number
 
@@ -109,8 +110,8 @@ def times_scale(x, scale, COLS: tl.constexpr):
         y = multiply(x, scale)
         both = (y, multiply_add(x, scale, y ^ SIGNS))
     else:
-        negative = tl.where(tl.arange(0, x.shape[0]) % 32 // 4 < COLS, 0, x ^ SIGNS)
-        both = (multiply_add(x, scale, multiply(negative, scale)),)
+        none_or_minus_one = tl.where(tl.arange(0, x.shape[0]) % 32 // 4 < COLS, 0, MINUS_ONES)
+        both = (multiply_add(x, scale, multiply(multiply(x, scale), none_or_minus_one)),)
     return both
 
 
@@ -168,6 +169,16 @@ def page_of(tile, i, lowest, last):
 
 
 @triton.jit
+def offset_of(tile, i, lowest, last, BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """Where in its block such a page begins."""
+    if tile_blocks(BLOCK_SIZE) == 1 and tile_groups(GROUP_SIZE) == 1:  # then both pages are there, or neither
+        offset = (tile * 0 if BLOCK_SIZE == TILE else tile * TILE % BLOCK_SIZE) + i * PAGE
+    else:
+        offset = page_of(tile, i, lowest, last) * PAGE % BLOCK_SIZE
+    return offset
+
+
+@triton.jit
 def places_of_lanes(
     lane, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_token: tl.constexpr,
     stride_scale_token: tl.constexpr, ROW: tl.constexpr, PIECES: tl.constexpr,
@@ -178,16 +189,16 @@ def places_of_lanes(
     value_row = row // 2 % 4 + row % 2 * 4 + row // 8 * 8
     token, second = lane % 16, lane // 16
     in_group = lane % (8 * PIECES)
-    keys = k_ptr + (row * stride_token + 4 * chunk), row * ROW + 4 * chunk
-    values = v_ptr + (row * stride_token + 4 * chunk), value_row * ROW + 4 * chunk
+    cells = row * stride_token + 4 * chunk
     of_token = tl.where(second == 0, v_scale_ptr, v_zero_ptr) + token * stride_scale_token
     of_group = tl.where(in_group < 4 * PIECES, k_scale_ptr, k_zero_ptr) + in_group % (4 * PIECES) * 4
-    return keys, values, (of_token, token * TOKEN + 2 * second), (of_group, in_group * 4)
+    sources = (k_ptr + cells, v_ptr + cells, of_token, of_group)
+    return sources, (row * ROW + 4 * chunk, value_row * ROW + 4 * chunk, token * TOKEN + 2 * second, in_group * 4)
 
 
 @triton.jit
 def copy_tile(
-    memory, into, ids, tile, lowest, last, places, stride_block, stride_k_scale_block, stride_v_scale_block, num_blocks,
+    memory, into, ids, tile, lowest, last, sources, targets, stride_block, stride_k_scale_block, stride_v_scale_block, num_blocks,
     stride_token: tl.constexpr, stride_group: tl.constexpr, stride_scale_token: tl.constexpr,
     BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -195,31 +206,36 @@ def copy_tile(
     """Let a tile be copied into the warp's memory."""
     ROW: tl.constexpr = PIECES * BITS  # words of a row of codes
     ROWS: tl.constexpr = 128 // ROW  # that the lanes copy at a time
-    keys, values, tokens, groups = places
+    TOKENS: tl.constexpr = 2 * TILE * ROW
+    GROUPS: tl.constexpr = TOKENS + TILE * TOKEN
+    k_rows, v_rows, of_tokens, of_groups = sources
+    k_place, v_place, token_place, group_place = into + targets[0], into + targets[1], into + targets[2], into + targets[3]
     for i in tl.static_range(PAGES):
-        block = tl.minimum(tl.maximum(ids[i], 0), num_blocks - 1)  # one that exists, whatever the table says
-        offset = page_of(tile, i, lowest, last) * PAGE % BLOCK_SIZE
-        rows = times_stride(block, stride_block) + offset * stride_token
-        of_tokens = times_stride(block, stride_v_scale_block) + offset * stride_scale_token
+        if i == 0 or tile_blocks(BLOCK_SIZE) > 1:
+            block = tl.minimum(tl.maximum(ids[i], 0), num_blocks - 1)  # one that exists, whatever the table says
+            in_cache = times_stride(block, stride_block)
+            k_block, v_block, of_block = k_rows + in_cache, v_rows + in_cache, of_tokens + times_stride(block, stride_v_scale_block)
+            groups_of_block = of_groups + times_stride(block, stride_k_scale_block)
+        offset = offset_of(tile, i, lowest, last, BLOCK_SIZE, GROUP_SIZE)
         for step in tl.static_range(PAGE // ROWS):
-            source, target = rows + step * ROWS * stride_token, into + (i * PAGE + step * ROWS) * ROW
-            memory = copy_words(memory, target + keys[1], keys[0] + source, 4)
-            memory = copy_words(memory, target + TILE * ROW + values[1], values[0] + source, 4)
-        target = into + 2 * TILE * ROW + i * PAGE * TOKEN
-        memory = copy_words(memory, target + tokens[1], tokens[0] + of_tokens, NUM_GROUPS // 2)
+            cells = (offset + step * ROWS) * stride_token
+            memory = copy_words(memory, k_place, (i * PAGE + step * ROWS) * ROW, k_block + cells, 4)
+            memory = copy_words(memory, v_place, (TILE + i * PAGE + step * ROWS) * ROW, v_block + cells, 4)
+        memory = copy_words(
+            memory, token_place, TOKENS + i * PAGE * TOKEN, of_block + offset * stride_scale_token, NUM_GROUPS // 2
+        )
         if i < tile_groups(GROUP_SIZE):
-            of_group = times_stride(block, stride_k_scale_block) + offset // GROUP_SIZE * stride_group
-            target = into + 2 * TILE * ROW + TILE * TOKEN + i * 32 * PIECES
-            memory = copy_words(memory, target + groups[1], groups[0] + of_group, 4)
+            group = groups_of_block + offset // GROUP_SIZE * stride_group
+            memory = copy_words(memory, group_place, GROUPS + i * 32 * PIECES, group, 4)
     return memory
 
 
 @triton.jit
-def read_channels(memory, at, PIECES: tl.constexpr):
+def read_channels(memory, at, OFFSET: tl.constexpr, PIECES: tl.constexpr):
     """The words of a lane's channels, from 32 * PIECES numbers."""
     words = ()
     for j in tl.static_range(PIECES):
-        words = words + read_words(memory, at + (16 * j + tl.arange(0, at.shape[0]) % 4 * 4), 4)
+        words = words + read_words(memory, at, OFFSET + 16 * j, 4)
     return words
 
 
@@ -233,37 +249,31 @@ def scaled_by(q, scales, COLS: tl.constexpr):
 
 
 @triton.jit
-def zero_scores(q, first, second, PIECES: tl.constexpr):
-    """Queries times the zeros of two groups: columns 2 c and 2 c + 1 of the first, and of the second; in 2^-24."""
-    z0, z1, z2, z3 = none_of(q), none_of(q), none_of(q), none_of(q)
-    for i in tl.static_range(2 * PIECES):
-        z0, z1, z2, z3 = product(
-            first[2 * i], second[2 * i], first[2 * i + 1], second[2 * i + 1], q[2 * i], q[2 * i + 1], z0, z1, z2, z3
-        )
-    return z0 * 2.0**-24, z1 * 2.0**-24, z2 * 2.0**-24, z3 * 2.0**-24
+def zero_scores(q, zeros):
+    """Queries times a group's zeros, in 2^-24: columns 2 c and 2 c + 1."""
+    none = tl.zeros(q[0].shape, tl.float32)
+    upper, lower = (none, none, none, none), (none, none, none, none)
+    for j in tl.static_range(len(q) // 4):
+        # As four words lie in registers: rows g hold the zeros of the first and third, rows g + 8 of the others.
+        z0, z1, z2, z3 = some(zeros, 4 * j, 4)
+        upper = product(z0, z1, z2, z3, q[4 * j], q[4 * j + 2], upper[0], upper[1], upper[2], upper[3])
+        lower = product(z0, z1, z2, z3, q[4 * j + 1], q[4 * j + 3], lower[0], lower[1], lower[2], lower[3])
+    return (upper[0] + lower[2]) * 2.0**-24, (upper[1] + lower[3]) * 2.0**-24
 
 
 @triton.jit
-def none_of(q):
-    """A register of zeros."""
-    return tl.zeros(q[0].shape, tl.float32)
-
-
-@triton.jit
-def code_scores(memory, at, scaled, BITS: tl.constexpr, PIECES: tl.constexpr, COLS: tl.constexpr):
+def code_scores(memory, at, OFFSET: tl.constexpr, scaled, BITS: tl.constexpr, PIECES: tl.constexpr, COLS: tl.constexpr):
     """Scaled queries times a page's codes, in 2^-24: rows g and g + 8, columns 2 c and 2 c + 1."""
     PARTS: tl.constexpr = 8 // BITS
     CHUNKS: tl.constexpr = PIECES // PARTS
     ROW: tl.constexpr = PIECES * BITS
-    lane = tl.arange(0, at.shape[0]) % 32
-    in_page = lane // 4 * ROW + lane % 4 * 2
     none = tl.zeros(at.shape, tl.float32)
     parts = ()
     for _ in tl.static_range(PARTS):
         parts = parts + ((none, none, none, none),)
     for chunk in tl.static_range(CHUNKS):
-        upper = read_words(memory, at + (in_page + 8 * chunk), 2)
-        lower = read_words(memory, at + (in_page + (8 * ROW + 8 * chunk)), 2)
+        upper = read_words(memory, at, OFFSET + 8 * chunk, 2)
+        lower = read_words(memory, at, OFFSET + 8 * ROW + 8 * chunk, 2)
         for x in tl.static_range(2):
             a0, a1 = bytes_0213(upper[x]), bytes_0213(lower[x])
             a2, a3 = a0 >> 8, a1 >> 8
@@ -317,7 +327,7 @@ def rescaled(accs, rescale0, rescale1):
 
 @triton.jit
 def add_values(
-    accs, b0, b1, memory, at, at_tokens, BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr,
+    accs, b0, b1, memory, at, at_tokens, at_rows, I: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr,
     COLS: tl.constexpr,
 ):  # fmt: skip
     """Weights times a page's codes and scales, piece by piece, and last weights times zeros, a row a group."""
@@ -325,13 +335,12 @@ def add_values(
     CHUNKS: tl.constexpr = PIECES // PARTS
     PAIRS: tl.constexpr = NUM_GROUPS // 2
     ROW: tl.constexpr = PIECES * BITS
-    lane = tl.arange(0, at.shape[0]) % 32
-    g, c = lane // 4, lane % 4
+    TOKENS: tl.constexpr = 2 * TILE * ROW + I * PAGE * TOKEN
     chunks = ()
     for chunk in tl.static_range(CHUNKS):
         words = ()
         for k in tl.static_range(4):
-            words = words + read_words(memory, at + (c * ROW + g) + ((k % 2 * 4 + k // 2 * 8) * ROW + 8 * chunk), 1)
+            words = words + read_words(memory, at, (TILE + I * PAGE + k % 2 * 4 + k // 2 * 8) * ROW + 8 * chunk, 1)
         x0, x1, y0, y1 = (
             pair(words[0], words[1], 0), pair(words[2], words[3], 0),
             pair(words[0], words[1], 1), pair(words[2], words[3], 1),
@@ -339,7 +348,7 @@ def add_values(
         chunks = chunks + (((x0, x0 >> 8, x1, x1 >> 8), (y0, y0 >> 8, y1, y1 >> 8)),)
     of_tokens = ()
     for k in tl.static_range(4):
-        of_tokens = of_tokens + read_words(memory, at_tokens + (2 * c * TOKEN + (k % 2 + k // 2 * 8) * TOKEN), PAIRS)
+        of_tokens = of_tokens + read_words(memory, at_tokens, TOKENS + (k % 2 + k // 2 * 8) * TOKEN, PAIRS)
     scaled = ()
     for group in tl.static_range(NUM_GROUPS):
         steps0 = pair(of_tokens[group // 2], of_tokens[PAIRS + group // 2], group % 2)
@@ -359,7 +368,7 @@ def add_values(
                 )  # fmt: skip
             new = new + t
     # Of a token's numbers the zeros are the last four: rows 4 to 7.
-    z0, z1 = read_transposed(memory, at_tokens + lane % 16 * TOKEN)
+    z0, z1 = read_transposed(memory, at_rows, TOKENS)
     none = tl.zeros(at.shape, tl.float32)
     zeros = product(z0, 0 * z0, z1, 0 * z1, b0, b1, accs[8 * PIECES], accs[8 * PIECES + 1], none, none)
     return new + some(zeros, 0, 2)
@@ -382,11 +391,10 @@ def attend_old_pages(
     """
     PARTS: tl.constexpr = 8 // BITS
     ROW: tl.constexpr = PIECES * BITS
-    GROUPS: tl.constexpr = tile_groups(GROUP_SIZE)
     WORDS: tl.constexpr = tile_words(BITS, PIECES, GROUP_SIZE)
     lane = tl.arange(0, unit0.shape[0]) % 32
     g, c = lane // 4, lane % 4
-    places = places_of_lanes(
+    sources, targets = places_of_lanes(
         lane, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_cache_token,
         stride_v_scale_token, ROW, PIECES,
     )  # fmt: skip
@@ -407,7 +415,7 @@ def attend_old_pages(
         next_ids = load_ids(row_ptr, stride_table_block, start + stage + 1, lowest, last, BLOCK_SIZE)
         if start + stage < stop:
             memory = copy_tile(
-                memory, lane * 0 + stage * WORDS, ids, start + stage, lowest, last, places, stride_cache_block,
+                memory, lane * 0 + stage * WORDS, ids, start + stage, lowest, last, sources, targets, stride_cache_block,
                 stride_k_scale_block, stride_v_scale_block, num_blocks, stride_cache_token, stride_k_scale_group,
                 stride_v_scale_token, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE,
             )  # fmt: skip
@@ -420,28 +428,23 @@ def attend_old_pages(
         next_ids = load_ids(row_ptr, stride_table_block, ahead + 1, lowest, last, BLOCK_SIZE)
         if ahead < stop:
             memory = copy_tile(
-                memory, lane * 0 + into, ids, ahead, lowest, last, places, stride_cache_block, stride_k_scale_block,
+                memory, lane * 0 + into, ids, ahead, lowest, last, sources, targets, stride_cache_block, stride_k_scale_block,
                 stride_v_scale_block, num_blocks, stride_cache_token, stride_k_scale_group, stride_v_scale_token,
                 BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE,
             )  # fmt: skip
         commit_copies()
         ids = next_ids
 
-        rows = lane * 0 + at
-        tokens = rows + 2 * TILE * ROW
-        groups = tokens + TILE * TOKEN
-        scaled = scaled_by(q, read_channels(memory, groups, PIECES), COLS)
-        zeros = read_channels(memory, groups + 16 * PIECES, PIECES)
-        zeros1 = zeros
-        if GROUPS > 1:
-            zeros1 = read_channels(memory, groups + 48 * PIECES, PIECES)
-        of_zeros = zero_scores(q, zeros, zeros1, PIECES)
+        at_channels, at_keys, at_values, at_tokens, at_rows = (
+            at + 4 * c, at + (g * ROW + 2 * c), at + (c * ROW + g), at + 2 * c * TOKEN, at + lane % 16 * TOKEN
+        )  # fmt: skip
         scores0, scores1 = (), ()
         for i in tl.static_range(PAGES):
-            if i > 0 and GROUPS > 1:
-                scaled = scaled_by(q, read_channels(memory, groups + 32 * PIECES, PIECES), COLS)
-            s0, s1, s2, s3 = code_scores(memory, rows + i * PAGE * ROW, scaled, BITS, PIECES, COLS)
-            zero0, zero1 = of_zeros[2 * i], of_zeros[2 * i + 1]
+            if i < tile_groups(GROUP_SIZE):
+                group: tl.constexpr = (2 * ROW + TOKEN) * TILE + i * 32 * PIECES
+                scaled = scaled_by(q, read_channels(memory, at_channels, group, PIECES), COLS)
+                zero0, zero1 = zero_scores(q, read_channels(memory, at_channels, group + 16 * PIECES, PIECES))
+            s0, s1, s2, s3 = code_scores(memory, at_keys, i * PAGE * ROW, scaled, BITS, PIECES, COLS)
             s0, s1, s2, s3 = s0 + zero0, s1 + zero1, s2 + zero0, s3 + zero1
             if CAPPED:
                 s0 = softmax.cap_scores(s0 * (unit0 * 2.0**24), scale, logit_cap)
@@ -458,7 +461,7 @@ def attend_old_pages(
                     see2, see3 = see2 & (lower > first0), see3 & (lower > first1)
                 s0, s1 = tl.where(see0, s0, float("-inf")), tl.where(see1, s1, float("-inf"))
                 s2, s3 = tl.where(see2, s2, float("-inf")), tl.where(see3, s3, float("-inf"))
-            elif i > 0 and GROUPS > 1:
+            elif i > 0 and tile_groups(GROUP_SIZE) > 1:
                 hidden = tl.where(last >= tile * PAGES + i, 0.0, float("-inf"))
                 s0, s1, s2, s3 = s0 + hidden, s1 + hidden, s2 + hidden, s3 + hidden
             scores0, scores1 = scores0 + (s0, s2), scores1 + (s1, s3)
@@ -470,8 +473,7 @@ def attend_old_pages(
             b0 = transposed(packed(weights0[2 * i], weights1[2 * i], tl.float16))
             b1 = transposed(packed(weights0[2 * i + 1], weights1[2 * i + 1], tl.float16))
             accs = add_values(
-                accs, b0, b1, memory, rows + (TILE + i * PAGE) * ROW, tokens + i * PAGE * TOKEN, BITS, PIECES,
-                NUM_GROUPS, COLS,
+                accs, b0, b1, memory, at_values, at_tokens, at_rows, i, BITS, PIECES, NUM_GROUPS, COLS
             )  # fmt: skip
         at = tl.where(at < (STAGES - 1) * WORDS, at + WORDS, 0)
         into = tl.where(into < (STAGES - 1) * WORDS, into + WORDS, 0)

@@ -30,8 +30,10 @@ from fast._triton.rounding import clamp, dot
 from fast.attention._cached_tiles import LONGEST_WINDOW
 from fast.attention._checks import require_attention, require_tables
 from fast.kv_cache._codes import FLOAT16_MAX, affine_codes, affine_range
-from fast.kv_cache._kivi_decode import COLUMNS, PAGE, decode_attention_kernel, quantized_before
+from fast.kv_cache._kivi_decode import COLUMNS, PAGE, decode_attention_kernel, quantized_before, tile_words
 from fast.kv_cache.slots import launch_write_kv, require_slots, require_tokens
+
+STATIC_MEMORY = 48 * 1024 - 256  # bytes of shared memory that a kernel may declare, less what Triton adds
 
 # Whether a GPU may run the kernel for decodes. It has been compiled for one and interpreted, but never run on one.
 DECODES_ON_GPU = False
@@ -464,7 +466,9 @@ def choose_decode(
     columns = COLUMNS.value if max(-(-num_tokens // num_seqs), 1) * group > COLUMNS.value // 2 else COLUMNS.value // 2
     num_kv_heads = cache.k_cache.shape[2]
     heads = 4 if num_kv_heads % 4 == 0 else 2 if num_kv_heads % 2 == 0 else 1
-    return DecodeTiles(1 if num_tokens <= num_seqs else columns // group, columns, heads, 3, 12, 168)
+    tile = 4 * heads * tile_words(cache.bits, head_dim // 32, cache.group_size)
+    stages = min(3, STATIC_MEMORY // tile)
+    return DecodeTiles(1 if num_tokens <= num_seqs else columns // group, columns, heads, stages, 12, 168)
 
 
 def loads_whole_words(q: Array, cache: KiviArrays) -> bool:
