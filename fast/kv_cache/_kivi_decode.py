@@ -492,6 +492,29 @@ def attend_old_pages(
 
 
 @triton.jit
+def load_young_page(
+    block, page, lowest, end, k_ptr, v_ptr, stride_block, stride_token, num_blocks, PIECES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """(keys, values): rows g and g + 8 of keys, and the four tokens 2 c, 2 c + 1 and those plus 8 of values."""
+    lane = tl.arange(0, k_ptr.shape[0]) % 32
+    g, c = lane // 4, lane % 4
+    in_block = tl.minimum(tl.maximum(block, 0), num_blocks - 1).to(tl.int64) * stride_block
+    keys, values = (), ()
+    for half in tl.static_range(2):
+        key = tl.minimum(tl.maximum(page * PAGE + 8 * half + g, lowest), end - 1)
+        row = k_ptr + in_block + (key % BLOCK_SIZE * stride_token + 4 * c)
+        for j in tl.static_range(PIECES):
+            keys = keys + load_words(row + 16 * j, 4)
+    for i in tl.static_range(4):
+        key = tl.minimum(tl.maximum(page * PAGE + 2 * c + (i % 2 + i // 2 * 8), lowest), end - 1)
+        row = v_ptr + in_block + (key % BLOCK_SIZE * stride_token + 2 * g)
+        for j in tl.static_range(PIECES):
+            values = values + load_words(row + 16 * j, 2)
+    return keys, values
+
+
+@triton.jit
 def attend_young_pages(
     q, accs, top0, top1, total0, total1, boundary0, boundary1, position0, position1, start, stop, lowest, end,
     row_ptr, stride_table_block, k_ptr, v_ptr, scale, logit_cap, sliding_window,
@@ -500,32 +523,29 @@ def attend_young_pages(
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Let pages ``start`` to ``stop`` pass from the window; what is read of them are the keys ``lowest`` to ``end``."""
-    lane = tl.arange(0, top0.shape[0]) % 32
-    g, c = lane // 4, lane % 4
+    g = tl.arange(0, top0.shape[0]) % 32 // 4
     scale_log2 = scale * softmax.LOG2E
     if CAPPED:
         scale_log2 = softmax.LOG2E
     none = tl.zeros(top0.shape, tl.float32)
+    last_block = tl.maximum(end - 1, 0) // BLOCK_SIZE
+    block = tl.load(row_ptr + tl.minimum(start * PAGE // BLOCK_SIZE, last_block) * stride_table_block)
     for page in tl.range(start, stop, num_stages=1):
+        keys, values = load_young_page(
+            block, page, lowest, end, k_ptr, v_ptr, stride_window_block, stride_window_token, num_blocks, PIECES,
+            BLOCK_SIZE,
+        )  # fmt: skip
+        block = tl.load(row_ptr + tl.minimum((page + 1) * PAGE // BLOCK_SIZE, last_block) * stride_table_block)
         s0, s1, s2, s3 = none, none, none, none
-        k_rows = ()
-        for half in tl.static_range(2):
-            key = tl.minimum(tl.maximum(page * PAGE + 8 * half + g, lowest), end - 1)
-            block = tl.load(row_ptr + key // BLOCK_SIZE * stride_table_block)
-            block = tl.minimum(tl.maximum(block, 0), num_blocks - 1).to(tl.int64)
-            cells = block * stride_window_block + key % BLOCK_SIZE * stride_window_token
-            k_rows = k_rows + (k_ptr + cells + 4 * c,)
-        for j in tl.static_range(PIECES):
-            upper, lower = load_words(k_rows[0] + 16 * j, 4), load_words(k_rows[1] + 16 * j, 4)
-            for x in tl.static_range(2):
-                s0, s1, s2, s3 = product(
-                    upper[2 * x], lower[2 * x], upper[2 * x + 1], lower[2 * x + 1],
-                    q[4 * j + 2 * x], q[4 * j + 2 * x + 1], s0, s1, s2, s3, DTYPE,
-                )  # fmt: skip
+        for i in tl.static_range(2 * PIECES):
+            upper, lower = some(keys, 2 * i, 2), some(keys, 4 * PIECES + 2 * i, 2)
+            s0, s1, s2, s3 = product(
+                upper[0], lower[0], upper[1], lower[1], q[2 * i], q[2 * i + 1], s0, s1, s2, s3, DTYPE
+            )
         if CAPPED:
             s0, s1 = softmax.cap_scores(s0, scale, logit_cap), softmax.cap_scores(s1, scale, logit_cap)
             s2, s3 = softmax.cap_scores(s2, scale, logit_cap), softmax.cap_scores(s3, scale, logit_cap)
-        upper = page * PAGE + g
+        upper = g + page * PAGE
         lower = upper + 8
         see0, see1 = (upper >= boundary0) & (upper <= position0), (upper >= boundary1) & (upper <= position1)
         see2, see3 = (lower >= boundary0) & (lower <= position0), (lower >= boundary1) & (lower <= position1)
@@ -540,22 +560,12 @@ def attend_young_pages(
         accs = rescaled(accs, rescale0, rescale1)
         b0 = transposed(packed(weights0[0], weights1[0], DTYPE))
         b1 = transposed(packed(weights0[1], weights1[1], DTYPE))
-        v_rows = ()
-        for i in tl.static_range(4):
-            key = tl.minimum(tl.maximum(page * PAGE + 2 * c + (i % 2 + i // 2 * 8), lowest), end - 1)
-            block = tl.load(row_ptr + key // BLOCK_SIZE * stride_table_block)
-            block = tl.minimum(tl.maximum(block, 0), num_blocks - 1).to(tl.int64)
-            cells = block * stride_window_block + key % BLOCK_SIZE * stride_window_token
-            v_rows = v_rows + (v_ptr + cells + 2 * g,)
         new = ()
-        for j in tl.static_range(PIECES):
-            w0, w1 = load_words(v_rows[0] + 16 * j, 2), load_words(v_rows[1] + 16 * j, 2)
-            w2, w3 = load_words(v_rows[2] + 16 * j, 2), load_words(v_rows[3] + 16 * j, 2)
-            for u in tl.static_range(2):
-                new = new + product_at(
-                    accs, 8 * j + 4 * u, pair(w0[u], w1[u], 0), pair(w0[u], w1[u], 1),
-                    pair(w2[u], w3[u], 0), pair(w2[u], w3[u], 1), b0, b1, DTYPE,
-                )  # fmt: skip
+        for u in tl.static_range(2 * PIECES):
+            w0, w1, w2, w3 = values[u], values[2 * PIECES + u], values[4 * PIECES + u], values[6 * PIECES + u]
+            new = new + product_at(
+                accs, 4 * u, pair(w0, w1, 0), pair(w0, w1, 1), pair(w2, w3, 0), pair(w2, w3, 1), b0, b1, DTYPE
+            )
         accs = new
     return accs, top0, top1, total0, total1
 
