@@ -392,6 +392,7 @@ def attend_old_pages(
     PARTS: tl.constexpr = 8 // BITS
     ROW: tl.constexpr = PIECES * BITS
     WORDS: tl.constexpr = tile_words(BITS, PIECES, GROUP_SIZE)
+    GROUPS: tl.constexpr = (2 * ROW + TOKEN) * TILE  # where their scales and zeros begin
     lane = tl.arange(0, unit0.shape[0]) % 32
     g, c = lane // 4, lane % 4
     sources, targets = places_of_lanes(
@@ -441,9 +442,9 @@ def attend_old_pages(
         scores0, scores1 = (), ()
         for i in tl.static_range(PAGES):
             if i < tile_groups(GROUP_SIZE):
-                group: tl.constexpr = (2 * ROW + TOKEN) * TILE + i * 32 * PIECES
-                scaled = scaled_by(q, read_channels(memory, at_channels, group, PIECES), COLS)
-                zero0, zero1 = zero_scores(q, read_channels(memory, at_channels, group + 16 * PIECES, PIECES))
+                scaled = scaled_by(q, read_channels(memory, at_channels, GROUPS + i * 32 * PIECES, PIECES), COLS)
+                zeros = read_channels(memory, at_channels, GROUPS + i * 32 * PIECES + 16 * PIECES, PIECES)
+                zero0, zero1 = zero_scores(q, zeros)
             s0, s1, s2, s3 = code_scores(memory, at_keys, i * PAGE * ROW, scaled, BITS, PIECES, COLS)
             s0, s1, s2, s3 = s0 + zero0, s1 + zero1, s2 + zero0, s3 + zero1
             if CAPPED:
@@ -638,7 +639,14 @@ def merge_parts(
     )  # fmt: skip
 
 
-@triton.jit
+# One compiled kernel for all batches of a model.
+PER_BATCH = [
+    "window", "sliding_window", "stride_window_table_seq", "stride_table_seq", "num_tokens", "num_seqs",
+    "num_window_blocks", "num_blocks", "max_blocks_per_seq",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=PER_BATCH)
 def decode_attention_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim / 2], words of two numbers
     k_window_ptr,  # [num_window_blocks, block_size, num_kv_heads, head_dim / 2], likewise

@@ -70,7 +70,7 @@ class KiviArrays(NamedTuple):
 # ---- writing ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_window_slots", "num_slots"])
 def _seal_kernel(
     k_window_ptr,  # [num_window_blocks, block_size, num_kv_heads, head_dim]
     v_window_ptr,
