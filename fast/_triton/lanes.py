@@ -215,6 +215,12 @@ def product(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, dtype: tl.constexpr = tl.flo
 
 
 @triton.jit
+def some(words, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT of them from the FIRST on."""
+    return words[FIRST : FIRST + COUNT]
+
+
+@triton.jit
 def product_at(accs, AT: tl.constexpr, a0, a1, a2, a3, b0, b1, dtype: tl.constexpr = tl.float16):
     """``product``, added to four registers among many."""
     return product(a0, a1, a2, a3, b0, b1, accs[AT], accs[AT + 1], accs[AT + 2], accs[AT + 3], dtype)

@@ -6,18 +6,10 @@ says what a lane holds of a product's operands, and a lane takes the channels, a
 side.
 
 - A product takes a page of 16 keys of one group. Keys times queries: the keys are rows, and 8 queries are columns.
-- Codes stay where they are in their words. An AND leaves two of them, at the bottom of the fractions of two float16s:
-  the subnormal numbers code * 2^(bits * part - 24), which tensor cores multiply exactly.
-- Nothing is dequantized. A channel's scale multiplies the query, a token's scale its weight, and zeros are one more
-  product: queries with zeros, weights with zeros.
-- Those multiples are float16s, and what one loses to rounding is kept as another: with keys of large channels a score
-  would be off by more than the result's rounding. Up to four queries have theirs in the other four columns, for free;
-  more need each product twice.
-- A query is made smaller than 1 by a power of two, so that it is a float16 whatever scale it is multiplied with.
+  `_kivi_products.py` has the products with codes.
 - Weights are the transpose of scores; that is one instruction, ``movmatrix``.
-
-A *piece* is 32 channels side by side: channel 32 j + 8 c + i of the keys is lane c's, channel 32 j + 4 g + i of the
-values is lane g's. Pieces in the same bytes (2 bits: all four) are the bytes' *parts*, of other bits.
+- Tiles of two pages pass through the memory of the warp, `_kivi_tile.py`: a register that waits for memory is one less
+  for another warp, and only other warps hide how long everything here waits for everything else.
 
 A program is a few warps, with neighbouring KV heads: none waits for another, but what lies side by side in memory is
 read at about the same time.
@@ -29,40 +21,40 @@ import triton.language as tl
 
 from fast._triton import merging, paging, softmax
 from fast._triton.lanes import (
-    bytes_0213,
     commit_copies,
-    copy_words,
     from_lane,
     from_other,
-    halves_of,
     largest_of,
     load_words,
-    multiply,
-    multiply_add,
     packed,
     pair,
     product,
     product_at,
-    read_transposed,
-    read_words,
+    some,
     sum_of,
     transposed,
     wait_for_copies,
     warp_memory,
 )
+from fast.kv_cache._kivi_products import COLUMNS, add_values, below_one, code_scores, scaled_by, zero_scores
+from fast.kv_cache._kivi_tile import (
+    PAGE,
+    PAGES,
+    TILE,
+    TOKEN,
+    copy_tile,
+    load_ids,
+    places_of_lanes,
+    read_channels,
+    tile_groups,
+    tile_words,
+)
 
-PAGE = tl.constexpr(16)  # keys of a product
-PAGES = tl.constexpr(2)  # of a tile
-TILE = tl.constexpr(32)  # keys of a tile
-TOKEN = tl.constexpr(4)  # words of a token: scales and zeros of its values
-COLUMNS = tl.constexpr(8)  # queries of a product
 FEW_PARTS = tl.constexpr(4)  # of a cut sequence, loaded at a time
-MINUS_ONES = tl.constexpr(-1140802560)  # two float16s
-SIGNS = tl.constexpr(-2147450880)  # of both float16s in a word
 LOWEST = tl.constexpr(-3.0e38)  # a top before any key: finite, as its difference to a score must be a number
 
 
-# ---- a page of keys ---------------------------------------------------------------------------------------------
+# ---- keys ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -75,228 +67,6 @@ def load_queries(q_rows, there, PIECES: tl.constexpr, AGAIN: tl.constexpr = Fals
         for i in tl.static_range(4):
             words = words + (tl.where(there, four[i], 0),)
     return words
-
-
-@triton.jit
-def below_one(words, dtype: tl.constexpr):
-    """(the numbers as float16s below 1, the power of two that each column was divided by)."""
-    largest = tl.zeros(words[0].shape, tl.float32)
-    for i in tl.static_range(len(words)):
-        low, high = halves_of(words[i], dtype)
-        largest = tl.maximum(largest, tl.maximum(tl.abs(low), tl.abs(high)))
-    largest = tl.maximum(largest, from_other(largest, 1))
-    largest = tl.maximum(largest, from_other(largest, 2))
-    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
-    exponent = tl.minimum(tl.maximum(exponent, 1), 250)
-    unit = ((exponent + 1) << 23).to(tl.float32, bitcast=True)
-    inverse = ((253 - exponent) << 23).to(tl.float32, bitcast=True)
-    small = ()
-    for i in tl.static_range(len(words)):
-        low, high = halves_of(words[i], dtype)
-        small = small + (packed(low * inverse, high * inverse, tl.float16),)
-    return small, unit
-
-
-@triton.jit
-def codes_of(word, BITS: tl.constexpr, PART: tl.constexpr):
-    """The codes in the lower bytes of both halves, times 2^(BITS * PART - 24), as float16s."""
-    return word & (((1 << BITS) - 1) * 65537 << (BITS * PART))
-
-
-@triton.jit
-def times_scale(x, scale, COLS: tl.constexpr):
-    """Products in float16, and what they lost to rounding: in the other four columns, or as words of their own."""
-    if COLS == COLUMNS:
-        y = multiply(x, scale)
-        both = (y, multiply_add(x, scale, y ^ SIGNS))
-    else:
-        none_or_minus_one = tl.where(tl.arange(0, x.shape[0]) % 32 // 4 < COLS, 0, MINUS_ONES)
-        both = (multiply_add(x, scale, multiply(multiply(x, scale), none_or_minus_one)),)
-    return both
-
-
-@triton.jit
-def some(words, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT of them from the FIRST on."""
-    return words[FIRST : FIRST + COUNT]
-
-
-@triton.jit
-def times_stride(block, stride):
-    """Where a block begins, in one multiplication (neither is negative)."""
-    stride = stride + 0 * block  # a tensor, even if it is 1
-    return (block.to(tl.uint32).to(tl.uint64) * stride.to(tl.uint32).to(tl.uint64)).to(tl.int64)
-
-
-# ---- a tile of old keys, on its way through the warp's memory -----------------------------------------------------
-# There lie, in words: 32 rows of keys' codes; 32 of values'; for each token its values' scales and, two words on,
-# zeros; for each group of keys its scales and zeros.
-
-
-@triton.constexpr_function
-def tile_groups(GROUP_SIZE):
-    """Groups of keys in a tile: one that both pages share, or one each."""
-    return 1 if GROUP_SIZE % TILE.value == 0 else 2
-
-
-@triton.constexpr_function
-def tile_blocks(BLOCK_SIZE):
-    """Likewise its blocks."""
-    return 1 if BLOCK_SIZE % TILE.value == 0 else 2
-
-
-@triton.constexpr_function
-def tile_words(BITS, PIECES, GROUP_SIZE):
-    """Words of a tile."""
-    return 2 * TILE.value * PIECES * BITS + TILE.value * TOKEN.value + tile_groups(GROUP_SIZE) * 32 * PIECES
-
-
-@triton.jit
-def load_ids(row_ptr, stride_table_block, tile, lowest, last, BLOCK_SIZE: tl.constexpr):
-    """The blocks of a tile's two pages, as the table has them."""
-    page0, page1 = page_of(tile, 0, lowest, last), page_of(tile, 1, lowest, last)
-    id0 = tl.load(row_ptr + page0 * PAGE // BLOCK_SIZE * stride_table_block)
-    id1 = id0
-    if tile_blocks(BLOCK_SIZE) > 1:
-        id1 = tl.load(row_ptr + page1 * PAGE // BLOCK_SIZE * stride_table_block)
-    return id0, id1
-
-
-@triton.jit
-def page_of(tile, i, lowest, last):
-    """The page (of 16 tokens of the sequence) that a tile reads as one of its pages."""
-    return tl.minimum(tl.maximum(tile * PAGES + i, lowest), last)
-
-
-@triton.jit
-def offset_of(tile, i, lowest, last, BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """Where in its block such a page begins."""
-    if tile_blocks(BLOCK_SIZE) == 1 and tile_groups(GROUP_SIZE) == 1:  # then both pages are there, or neither
-        offset = (tile * 0 if BLOCK_SIZE == TILE else tile * TILE % BLOCK_SIZE) + i * PAGE
-    else:
-        offset = page_of(tile, i, lowest, last) * PAGE % BLOCK_SIZE
-    return offset
-
-
-@triton.jit
-def places_of_lanes(
-    lane, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_token: tl.constexpr,
-    stride_scale_token: tl.constexpr, ROW: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
-    """What each lane copies, from where and to where: of keys, values, the tokens' scales and the groups'."""
-    row, chunk = lane // (ROW // 4), lane % (ROW // 4)
-    # Rows of values lie so that the lanes, which read every other one, find them side by side: 0 2 4 6 1 3 5 7.
-    value_row = row // 2 % 4 + row % 2 * 4 + row // 8 * 8
-    token, second = lane % 16, lane // 16
-    in_group = lane % (8 * PIECES)
-    cells = row * stride_token + 4 * chunk
-    of_token = tl.where(second == 0, v_scale_ptr, v_zero_ptr) + token * stride_scale_token
-    of_group = tl.where(in_group < 4 * PIECES, k_scale_ptr, k_zero_ptr) + in_group % (4 * PIECES) * 4
-    sources = (k_ptr + cells, v_ptr + cells, of_token, of_group)
-    return sources, (row * ROW + 4 * chunk, value_row * ROW + 4 * chunk, token * TOKEN + 2 * second, in_group * 4)
-
-
-@triton.jit
-def copy_tile(
-    memory, into, ids, tile, lowest, last, sources, targets, stride_block, stride_k_scale_block, stride_v_scale_block, num_blocks,
-    stride_token: tl.constexpr, stride_group: tl.constexpr, stride_scale_token: tl.constexpr,
-    BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Let a tile be copied into the warp's memory."""
-    ROW: tl.constexpr = PIECES * BITS  # words of a row of codes
-    ROWS: tl.constexpr = 128 // ROW  # that the lanes copy at a time
-    TOKENS: tl.constexpr = 2 * TILE * ROW
-    GROUPS: tl.constexpr = TOKENS + TILE * TOKEN
-    k_rows, v_rows, of_tokens, of_groups = sources
-    k_place, v_place, token_place, group_place = into + targets[0], into + targets[1], into + targets[2], into + targets[3]
-    for i in tl.static_range(PAGES):
-        if i == 0 or tile_blocks(BLOCK_SIZE) > 1:
-            block = tl.minimum(tl.maximum(ids[i], 0), num_blocks - 1)  # one that exists, whatever the table says
-            in_cache = times_stride(block, stride_block)
-            k_block, v_block, of_block = k_rows + in_cache, v_rows + in_cache, of_tokens + times_stride(block, stride_v_scale_block)
-            groups_of_block = of_groups + times_stride(block, stride_k_scale_block)
-        offset = offset_of(tile, i, lowest, last, BLOCK_SIZE, GROUP_SIZE)
-        for step in tl.static_range(PAGE // ROWS):
-            cells = (offset + step * ROWS) * stride_token
-            memory = copy_words(memory, k_place, (i * PAGE + step * ROWS) * ROW, k_block + cells, 4)
-            memory = copy_words(memory, v_place, (TILE + i * PAGE + step * ROWS) * ROW, v_block + cells, 4)
-        memory = copy_words(
-            memory, token_place, TOKENS + i * PAGE * TOKEN, of_block + offset * stride_scale_token, NUM_GROUPS // 2
-        )
-        if i < tile_groups(GROUP_SIZE):
-            group = groups_of_block + offset // GROUP_SIZE * stride_group
-            memory = copy_words(memory, group_place, GROUPS + i * 32 * PIECES, group, 4)
-    return memory
-
-
-@triton.jit
-def read_channels(memory, at, OFFSET: tl.constexpr, PIECES: tl.constexpr):
-    """The words of a lane's channels, from 32 * PIECES numbers."""
-    words = ()
-    for j in tl.static_range(PIECES):
-        words = words + read_words(memory, at, OFFSET + 16 * j, 4)
-    return words
-
-
-@triton.jit
-def scaled_by(q, scales, COLS: tl.constexpr):
-    """Queries times a group's scales."""
-    scaled = ()
-    for i in tl.static_range(len(q)):
-        scaled = scaled + (times_scale(q[i], scales[i], COLS),)
-    return scaled
-
-
-@triton.jit
-def zero_scores(q, zeros):
-    """Queries times a group's zeros, in 2^-24: columns 2 c and 2 c + 1."""
-    none = tl.zeros(q[0].shape, tl.float32)
-    upper, lower = (none, none, none, none), (none, none, none, none)
-    for j in tl.static_range(len(q) // 4):
-        # As four words lie in registers: rows g hold the zeros of the first and third, rows g + 8 of the others.
-        z0, z1, z2, z3 = some(zeros, 4 * j, 4)
-        upper = product(z0, z1, z2, z3, q[4 * j], q[4 * j + 2], upper[0], upper[1], upper[2], upper[3])
-        lower = product(z0, z1, z2, z3, q[4 * j + 1], q[4 * j + 3], lower[0], lower[1], lower[2], lower[3])
-    return (upper[0] + lower[2]) * 2.0**-24, (upper[1] + lower[3]) * 2.0**-24
-
-
-@triton.jit
-def code_scores(memory, at, OFFSET: tl.constexpr, scaled, BITS: tl.constexpr, PIECES: tl.constexpr, COLS: tl.constexpr):
-    """Scaled queries times a page's codes, in 2^-24: rows g and g + 8, columns 2 c and 2 c + 1."""
-    PARTS: tl.constexpr = 8 // BITS
-    CHUNKS: tl.constexpr = PIECES // PARTS
-    ROW: tl.constexpr = PIECES * BITS
-    none = tl.zeros(at.shape, tl.float32)
-    parts = ()
-    for _ in tl.static_range(PARTS):
-        parts = parts + ((none, none, none, none),)
-    for chunk in tl.static_range(CHUNKS):
-        upper = read_words(memory, at, OFFSET + 8 * chunk, 2)
-        lower = read_words(memory, at, OFFSET + 8 * ROW + 8 * chunk, 2)
-        for x in tl.static_range(2):
-            a0, a1 = bytes_0213(upper[x]), bytes_0213(lower[x])
-            a2, a3 = a0 >> 8, a1 >> 8
-            new_parts = ()
-            for part in tl.static_range(PARTS):
-                t = parts[part]
-                b0, b1 = scaled[4 * (part * CHUNKS + chunk) + 2 * x], scaled[4 * (part * CHUNKS + chunk) + 2 * x + 1]
-                for i in tl.static_range(len(b0)):
-                    t = product(
-                        codes_of(a0, BITS, part), codes_of(a1, BITS, part), codes_of(a2, BITS, part),
-                        codes_of(a3, BITS, part), b0[i], b1[i], t[0], t[1], t[2], t[3],
-                    )  # fmt: skip
-                new_parts = new_parts + (t,)
-            parts = new_parts
-    t0, t1, t2, t3 = parts[PARTS - 1]
-    for down in tl.static_range(1, PARTS):
-        t = parts[PARTS - 1 - down]
-        t0, t1 = t0 * 2.0**-BITS + t[0], t1 * 2.0**-BITS + t[1]
-        t2, t3 = t2 * 2.0**-BITS + t[2], t3 * 2.0**-BITS + t[3]
-    if COLS < COLUMNS:
-        t0, t1 = t0 + from_other(t0, 2), t1 + from_other(t1, 2)
-        t2, t3 = t2 + from_other(t2, 2), t3 + from_other(t3, 2)
-    return t0, t1, t2, t3
 
 
 @triton.jit
@@ -323,55 +93,6 @@ def rescaled(accs, rescale0, rescale1):
     for i in tl.static_range(len(accs) // 2):
         new = new + (accs[2 * i] * rescale0, accs[2 * i + 1] * rescale1)
     return new
-
-
-@triton.jit
-def add_values(
-    accs, b0, b1, memory, at, at_tokens, at_rows, I: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr,
-    COLS: tl.constexpr,
-):  # fmt: skip
-    """Weights times a page's codes and scales, piece by piece, and last weights times zeros, a row a group."""
-    PARTS: tl.constexpr = 8 // BITS
-    CHUNKS: tl.constexpr = PIECES // PARTS
-    PAIRS: tl.constexpr = NUM_GROUPS // 2
-    ROW: tl.constexpr = PIECES * BITS
-    TOKENS: tl.constexpr = 2 * TILE * ROW + I * PAGE * TOKEN
-    chunks = ()
-    for chunk in tl.static_range(CHUNKS):
-        words = ()
-        for k in tl.static_range(4):
-            words = words + read_words(memory, at, (TILE + I * PAGE + k % 2 * 4 + k // 2 * 8) * ROW + 8 * chunk, 1)
-        x0, x1, y0, y1 = (
-            pair(words[0], words[1], 0), pair(words[2], words[3], 0),
-            pair(words[0], words[1], 1), pair(words[2], words[3], 1),
-        )  # fmt: skip
-        chunks = chunks + (((x0, x0 >> 8, x1, x1 >> 8), (y0, y0 >> 8, y1, y1 >> 8)),)
-    of_tokens = ()
-    for k in tl.static_range(4):
-        of_tokens = of_tokens + read_words(memory, at_tokens, TOKENS + (k % 2 + k // 2 * 8) * TOKEN, PAIRS)
-    scaled = ()
-    for group in tl.static_range(NUM_GROUPS):
-        steps0 = pair(of_tokens[group // 2], of_tokens[PAIRS + group // 2], group % 2)
-        steps1 = pair(of_tokens[2 * PAIRS + group // 2], of_tokens[3 * PAIRS + group // 2], group % 2)
-        scaled = scaled + ((times_scale(b0, steps0, COLS), times_scale(b1, steps1, COLS)),)
-    new = ()
-    for j in tl.static_range(PIECES):
-        weights = scaled[j * NUM_GROUPS // PIECES]
-        for u in tl.static_range(2):
-            a = chunks[j % CHUNKS][u]
-            t = some(accs, 8 * j + 4 * u, 4)
-            for i in tl.static_range(len(weights[0])):
-                t = product(
-                    codes_of(a[0], BITS, j // CHUNKS), codes_of(a[1], BITS, j // CHUNKS),
-                    codes_of(a[2], BITS, j // CHUNKS), codes_of(a[3], BITS, j // CHUNKS), weights[0][i], weights[1][i],
-                    t[0], t[1], t[2], t[3],
-                )  # fmt: skip
-            new = new + t
-    # Of a token's numbers the zeros are the last four: rows 4 to 7.
-    z0, z1 = read_transposed(memory, at_rows, TOKENS)
-    none = tl.zeros(at.shape, tl.float32)
-    zeros = product(z0, 0 * z0, z1, 0 * z1, b0, b1, accs[8 * PIECES], accs[8 * PIECES + 1], none, none)
-    return new + some(zeros, 0, 2)
 
 
 @triton.jit
@@ -410,15 +131,16 @@ def attend_old_pages(
     else:
         scale0, scale1 = unit0 * (2.0**24 * scale * softmax.LOG2E), unit1 * (2.0**24 * scale * softmax.LOG2E)
 
+    block_strides = (stride_cache_block, stride_k_scale_block, stride_v_scale_block)
     wait_for_copies(0)  # whatever was read before is read
     ids = load_ids(row_ptr, stride_table_block, start, lowest, last, BLOCK_SIZE)
     for stage in tl.static_range(STAGES - 1):
         next_ids = load_ids(row_ptr, stride_table_block, start + stage + 1, lowest, last, BLOCK_SIZE)
         if start + stage < stop:
             memory = copy_tile(
-                memory, lane * 0 + stage * WORDS, ids, start + stage, lowest, last, sources, targets, stride_cache_block,
-                stride_k_scale_block, stride_v_scale_block, num_blocks, stride_cache_token, stride_k_scale_group,
-                stride_v_scale_token, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE,
+                memory, stage * WORDS, ids, start + stage, lowest, last, num_blocks, sources, targets, block_strides,
+                stride_cache_token, stride_k_scale_group, stride_v_scale_token, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE,
+                GROUP_SIZE,
             )  # fmt: skip
         commit_copies()
         ids = next_ids
@@ -429,9 +151,9 @@ def attend_old_pages(
         next_ids = load_ids(row_ptr, stride_table_block, ahead + 1, lowest, last, BLOCK_SIZE)
         if ahead < stop:
             memory = copy_tile(
-                memory, lane * 0 + into, ids, ahead, lowest, last, sources, targets, stride_cache_block, stride_k_scale_block,
-                stride_v_scale_block, num_blocks, stride_cache_token, stride_k_scale_group, stride_v_scale_token,
-                BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE,
+                memory, into, ids, ahead, lowest, last, num_blocks, sources, targets, block_strides,
+                stride_cache_token, stride_k_scale_group, stride_v_scale_token, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE,
+                GROUP_SIZE,
             )  # fmt: skip
         commit_copies()
         ids = next_ids
@@ -474,7 +196,7 @@ def attend_old_pages(
             b0 = transposed(packed(weights0[2 * i], weights1[2 * i], tl.float16))
             b1 = transposed(packed(weights0[2 * i + 1], weights1[2 * i + 1], tl.float16))
             accs = add_values(
-                accs, b0, b1, memory, at_values, at_tokens, at_rows, i, BITS, PIECES, NUM_GROUPS, COLS
+                accs, b0, b1, memory, at_values, at_tokens, at_rows, i * PAGE, BITS, PIECES, NUM_GROUPS, COLS
             )  # fmt: skip
         at = tl.where(at < (STAGES - 1) * WORDS, at + WORDS, 0)
         into = tl.where(into < (STAGES - 1) * WORDS, into + WORDS, 0)

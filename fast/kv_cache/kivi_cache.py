@@ -30,7 +30,9 @@ from fast._triton.rounding import clamp, dot
 from fast.attention._cached_tiles import LONGEST_WINDOW
 from fast.attention._checks import require_attention, require_tables
 from fast.kv_cache._codes import FLOAT16_MAX, affine_codes, affine_range
-from fast.kv_cache._kivi_decode import COLUMNS, PAGE, decode_attention_kernel, quantized_before, tile_words
+from fast.kv_cache._kivi_decode import decode_attention_kernel, quantized_before
+from fast.kv_cache._kivi_products import COLUMNS
+from fast.kv_cache._kivi_tile import PAGE, tile_words
 from fast.kv_cache.slots import launch_write_kv, require_slots, require_tokens
 
 STATIC_MEMORY = 48 * 1024 - 256  # bytes of shared memory that a kernel may declare, less what Triton adds
