@@ -174,6 +174,14 @@ def load_words(ptr, COUNT: tl.constexpr, AGAIN: tl.constexpr = False):
     return words
 
 
+@triton.jit
+def prefetch(ptr):
+    """Have the cache line of each pointer brought to the L2 cache."""
+    if not INTERPRETED:
+        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [ptr.to(tl.int64)], tl.int32, is_pure=False, pack=1)
+
+
 # ---- lanes together ---------------------------------------------------------------------------------------------
 
 

@@ -60,6 +60,7 @@ class DecodeTiles(NamedTuple):
     v_vector: int
     warps_per_processor: int
     max_registers: int  # of a thread
+    ahead: int = 4
 
 
 def choose_decode(
@@ -358,7 +359,7 @@ def _decode(
         NIBBLES=head_dim // head_bytes, K_VECTOR=tiles.k_vector, V_VECTOR=tiles.v_vector, NUM_GROUPS=num_groups,
         SCALE_WORDS=scale_words, GROUP=group, BLOCK_SIZE=block_size, QUERIES=tiles.queries, COLS=tiles.columns,
         ROWS=triton.next_power_of_2(tiles.queries * group), HEADS=tiles.heads, PAGES=tiles.pages,
-        num_warps=tiles.heads, maxnreg=tiles.max_registers,
+        AHEAD=tiles.ahead, num_warps=tiles.heads, maxnreg=tiles.max_registers,
     )  # fmt: skip
     return True
 

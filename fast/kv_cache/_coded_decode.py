@@ -35,6 +35,7 @@ from fast._triton.lanes import (
     packed,
     pair,
     product,
+    prefetch,
     product_at,
     sum_of,
     transposed,
@@ -65,12 +66,13 @@ def two_codes(word, CODES: tl.constexpr, NIBBLE: tl.constexpr, SECOND: tl.conste
     if CODES == "fp8":
         codes = float8s(word, SECOND)
     else:
+        if CODES == "int8":
+            word = word ^ -0x7F7F7F80
         if SECOND:
             word = word >> 8
         if CODES == "int8":  # code + 128, less 128, both times 2^-24
-            one = tl.full(word.shape, 0x3C003C00, tl.int32)
-            offset = tl.full(word.shape, -0x7F7F7F80, tl.int32)
-            codes = multiply_add((word & 0x00FF00FF) ^ 0x00800080, one, offset)
+            one, offset = tl.full(word.shape, 0x3C003C00, tl.int32), tl.full(word.shape, -0x7F7F7F80, tl.int32)
+            codes = multiply_add(word & 0x00FF00FF, one, offset)
         else:
             codes = word & (0x000F000F << (4 * NIBBLE))
     return codes
@@ -212,6 +214,21 @@ def load_values(
         if zeros_at is not None:
             words = words + load_scales(zeros_at + of_tokens, stride_scale_token, SCALE_WORDS)
     return words
+
+
+@triton.jit
+def prefetch_pages(
+    ids, tile, first, last, rows, scales_at, zeros_at, stride_block, stride_scale_block, num_blocks,
+    stride_token: tl.constexpr, stride_scale_token: tl.constexpr, PAGES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Have a tile brought to the L2 cache: half of the lanes have a row of keys each, half one of values."""
+    for i in tl.static_range(PAGES):
+        block, offset = block_of(ids[i], num_blocks), place_of(tile, i, first, last, PAGES) * PAGE % BLOCK_SIZE
+        prefetch(rows + (times_stride(block, stride_block) + offset * stride_token))
+        of_tokens = times_stride(block, stride_scale_block) + offset * stride_scale_token
+        prefetch(scales_at + of_tokens)
+        if zeros_at is not None:
+            prefetch(zeros_at + of_tokens)
 
 
 @triton.jit
@@ -369,7 +386,7 @@ def attend_pages(
     stride_cache_token: tl.constexpr, stride_scale_token: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     CODES: tl.constexpr, BYTES: tl.constexpr, NIBBLES: tl.constexpr, K_VECTOR: tl.constexpr, V_VECTOR: tl.constexpr,
     NUM_GROUPS: tl.constexpr, SCALE_WORDS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr,
-    PAGES: tl.constexpr,
+    PAGES: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Let tiles ``start`` to ``stop`` of PAGES pages pass; what is read of them are the pages of keys ``lowest`` to
     ``end``, and every query sees the keys from ``whole_from`` to ``whole_to``.
@@ -403,6 +420,18 @@ def attend_pages(
         scale0, scale1 = unit0 * (UNIT * scale * softmax.LOG2E), unit1 * (UNIT * scale * softmax.LOG2E)
 
     # Each is loaded as soon as what it replaces has been used, half a tile and more before it is used itself.
+    far = lane % 16 * stride_cache_token
+    far_rows = tl.where(lane < 16, k_ptr + far, v_ptr + far)
+    far = lane % 16 * stride_scale_token
+    far_scales = tl.where(lane < 16, k_scale_ptr + far, v_scale_ptr + far)
+    far_zeros = None if k_zero_ptr is None else tl.where(lane < 16, k_zero_ptr + far, v_zero_ptr + far)
+    for i in tl.static_range(1, AHEAD):
+        prefetch_pages(
+            load_ids(row_ptr, stride_table_block, start + i, first, last, PAGES, BLOCK_SIZE), start + i, first, last,
+            far_rows, far_scales, far_zeros, stride_cache_block, stride_scale_block, num_blocks,
+            stride_cache_token, stride_scale_token, PAGES, BLOCK_SIZE,
+        )  # fmt: skip
+    far_ids = load_ids(row_ptr, stride_table_block, start + AHEAD, first, last, PAGES, BLOCK_SIZE)
     ids = load_ids(row_ptr, stride_table_block, start, first, last, PAGES, BLOCK_SIZE)
     keys = load_keys(
         ids, start, first, last, k_rows, k_scales, k_zeros, stride_cache_block, stride_scale_block, num_blocks,
@@ -415,6 +444,12 @@ def attend_pages(
     ids = load_ids(row_ptr, stride_table_block, start + 1, first, last, PAGES, BLOCK_SIZE)
     for tile in tl.range(start, stop, num_stages=1):
         scores0, scores1, of_values = (), (), ()
+        if AHEAD > 0:
+            prefetch_pages(
+                far_ids, tile + AHEAD, first, last, far_rows, far_scales, far_zeros, stride_cache_block,
+                stride_scale_block, num_blocks, stride_cache_token, stride_scale_token, PAGES, BLOCK_SIZE,
+            )  # fmt: skip
+            far_ids = load_ids(row_ptr, stride_table_block, tile + AHEAD + 1, first, last, PAGES, BLOCK_SIZE)
         next_ids = load_ids(row_ptr, stride_table_block, tile + 2, first, last, PAGES, BLOCK_SIZE)
         for i in tl.static_range(PAGES):
             s0, s1, s2, s3 = scores_of(
@@ -539,6 +574,7 @@ def coded_decode_kernel(
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     PAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     TILE_KV: tl.constexpr = PAGES * PAGE
     lane, warp = tl.arange(0, 32 * HEADS) % 32, tl.arange(0, 32 * HEADS) // 32
@@ -595,7 +631,7 @@ def coded_decode_kernel(
                     scale, logit_cap, sliding_window, stride_cache_block, stride_scale_block, num_blocks,
                     stride_cache_token, stride_scale_token,
                     WINDOWED, CAPPED, CODES, BYTES, NIBBLES, K_VECTOR, V_VECTOR, NUM_GROUPS, SCALE_WORDS, BLOCK_SIZE,
-                    COLS < COLUMNS, PAGES,
+                    COLS < COLUMNS, PAGES, AHEAD,
                 )  # fmt: skip
 
                 tl.debug_barrier()  # the part of a segment before this one may still be read
