@@ -14,10 +14,12 @@ import triton.language as tl
 
 from fast._triton import softmax
 from fast._triton.paging import worker_of
-from fast._triton.platform import COMPILE_ONLY
 from fast._triton.rounding import store
 
-_counters: dict[tuple[int, int], torch.Tensor] = {}
+FEWEST_COUNTERS = 1024  # more than the programs that any GPU is given
+
+_counters: dict[tuple[int, int], torch.Tensor] = {}  # by device and stream
+_spare: dict[int, torch.Tensor] = {}  # by device
 
 
 class Scratch(NamedTuple):
@@ -38,17 +40,22 @@ def make_scratch(like: torch.Tensor, num_programs: int, tile_q: int, tile_d: int
 def zero_counters(like: torch.Tensor, count: int) -> torch.Tensor:
     """At least ``count`` int32 zeros on that device, which every launch must leave as zeros.
 
-    A graph captured before any ordinary launch gets its own, zeroed in the graph: what is allocated during a capture
-    holds nothing until the graph runs.
+    What is allocated during a capture holds nothing until the graph runs, and would have to be zeroed in it, launch by
+    launch. So an ordinary launch leaves a set behind for the next stream that captures one.
     """
-    on_gpu = like.is_cuda
-    stream = torch.cuda.current_stream(like.device).cuda_stream if on_gpu else 0
-    key = like.device.index or 0, stream
-    counters = _counters.get(key)
-    if counters is None or counters.numel() < count:
-        counters = torch.zeros(max(count, 1024), dtype=torch.int32, device=like.device)
-        if not (on_gpu and torch.cuda.is_current_stream_capturing()) and not COMPILE_ONLY:
-            _counters[key] = counters
+    device = like.device.index or 0
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    counters = _counters.get((device, stream))
+    if counters is None or len(counters) < count:
+        counters = _spare.pop(device, None) if capturing else None
+        if counters is None or len(counters) < count:
+            counters = torch.zeros(max(count, FEWEST_COUNTERS), dtype=torch.int32, device=like.device)
+            if capturing:
+                return counters
+        _counters[device, stream] = counters
+    if like.is_cuda and not capturing and device not in _spare:
+        _spare[device] = torch.zeros_like(counters)
     return counters
 
 

@@ -43,14 +43,21 @@ def sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
 
 
 @triton.jit
+def oldest_key(position, window, WINDOWED: tl.constexpr):
+    """The first key that a query at this position sees."""
+    oldest = position * 0
+    if WINDOWED:
+        oldest = tl.maximum(position + 1 - window, 0)
+    return oldest
+
+
+@triton.jit
 def key_tiles(tile, num_queries, seq_len, window, QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr):
     """(first, number of) the tiles of keys that some query of a tile sees; at least one, to have a result written."""
     context = seq_len - num_queries
     end = context + tl.minimum((tile + 1) * QUERIES, num_queries)
     stop = (tl.maximum(end, 0) + TILE_KV - 1) // TILE_KV
-    start = tile * 0
-    if WINDOWED:
-        start = tl.maximum(context + tile * QUERIES + 1 - window, 0) // TILE_KV
+    start = oldest_key(context + tile * QUERIES, window, WINDOWED) // TILE_KV
     return start, tl.maximum(stop - start, 1)
 
 

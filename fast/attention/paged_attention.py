@@ -148,11 +148,12 @@ def paged_attention_kernel(
                 context = seq_len - num_queries
                 positions = query + context
                 last_key = context + tl.minimum((tile + 1) * QUERIES, num_queries)
+                span = (0, paging.oldest_key(context + tile * QUERIES, window, WINDOWED), last_key)
                 start = first_tile + unit - seg_begin
                 stop = first_tile + tl.minimum(end, seg_end) - seg_begin
                 row_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_seq
                 table = (row_ptr, stride_table_block, num_blocks, max_blocks_per_seq)
-                ids = tile_ids(0, start, last_key, table, BLOCK_SIZE, TILE_KV)
+                ids = tile_ids(span, start, table, BLOCK_SIZE, TILE_KV)
                 q = load_queries(
                     q_ptr, token, head, there, stride_q_token, stride_q_head, stride_q_dim, WIDE, HEAD_DIM, TILE_D
                 )
@@ -161,22 +162,22 @@ def paged_attention_kernel(
                 if TILE_Q >= 64:  # arithmetic counts: tiles that every query sees pass without a mask
                     whole = tl.minimum(tl.maximum((context + tile * QUERIES + 1) // TILE_KV, start), stop)
                     if WINDOWED:
-                        oldest = tl.maximum(last_key - window, 0)
-                        cut = tl.minimum(tl.maximum((oldest + TILE_KV - 1) // TILE_KV, start), whole)
+                        seen_by_all = tl.maximum(last_key - window, 0)
+                        cut = tl.minimum(tl.maximum((seen_by_all + TILE_KV - 1) // TILE_KV, start), whole)
                         acc, top, total = attend_cached_tiles(
-                            q, ids, acc, top, total, positions, 0, start, cut, last_key, table, cache, kv_head, options,
+                            q, ids, acc, top, total, positions, span, start, cut, table, cache, kv_head, options,
                             True, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
                         )  # fmt: skip
                         start = cut
-                        ids = tile_ids(0, start, last_key, table, BLOCK_SIZE, TILE_KV)
+                        ids = tile_ids(span, start, table, BLOCK_SIZE, TILE_KV)
                     acc, top, total = attend_cached_tiles(
-                        q, ids, acc, top, total, positions, 0, start, whole, last_key, table, cache, kv_head, options,
+                        q, ids, acc, top, total, positions, span, start, whole, table, cache, kv_head, options,
                         False, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
                     )  # fmt: skip
                     start = whole
-                    ids = tile_ids(0, start, last_key, table, BLOCK_SIZE, TILE_KV)
+                    ids = tile_ids(span, start, table, BLOCK_SIZE, TILE_KV)
                 acc, top, total = attend_cached_tiles(
-                    q, ids, acc, top, total, positions, 0, start, stop, last_key, table, cache, kv_head, options,
+                    q, ids, acc, top, total, positions, span, start, stop, table, cache, kv_head, options,
                     True, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
                 )  # fmt: skip
                 merging.finish_segment(
@@ -306,18 +307,18 @@ def split_paged_attention_kernel(
     context = seq_len - num_queries
     origin = (part * split_size).to(tl.int32)
     end = tl.minimum(context + tl.minimum((tile + 1) * QUERIES, num_queries), origin + split_size)
-    start = 0
-    if WINDOWED:
-        start = tl.maximum(context + tile * QUERIES + 1 - window - origin, 0) // TILE_KV
+    oldest = paging.oldest_key(context + tile * QUERIES, window, WINDOWED)
+    span = (origin, oldest, end)
+    start = tl.maximum(oldest - origin, 0) // TILE_KV
     stop = (tl.maximum(end - origin, 0) + TILE_KV - 1) // TILE_KV
     row_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_seq
     table = (row_ptr, stride_table_block, num_blocks, max_blocks_per_seq)
-    ids = tile_ids(origin, start, end, table, BLOCK_SIZE, TILE_KV)
+    ids = tile_ids(span, start, table, BLOCK_SIZE, TILE_KV)
     q = load_queries(q_ptr, token, head, there, stride_q_token, stride_q_head, stride_q_dim, WIDE, HEAD_DIM, TILE_D)
     top, total = softmax.empty(TILE_Q)
     acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
     acc, top, total = attend_cached_tiles(
-        q, ids, acc, top, total, query + context, origin, start, stop, end, table,
+        q, ids, acc, top, total, query + context, span, start, stop, table,
         (k_cache_ptr, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
          v_cache_ptr, stride_v_block, stride_v_token, stride_v_head, stride_v_dim),
         kv_head, (scale, logit_cap, window),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,6 +163,27 @@ def test_counters_are_zero_between_launches(case):
     assert all(int(counters.abs().sum()) == 0 for counters in merging._counters.values())
 
 
+def test_counters_of_a_capture_were_zeroed_before_it(monkeypatch):
+    """A stream that captures takes the set that an ordinary launch left, and keeps it; else zeros of its own."""
+    capturing, stream = True, 1
+    monkeypatch.setattr(merging, "_counters", {})
+    monkeypatch.setattr(merging, "_spare", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=stream))
+    like = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
+
+    first, second = (merging.zero_counters(like, 5) for _ in range(2))
+    assert first is not second, "what one graph zeroes, another cannot count on"
+    capturing, stream = False, 2
+    ordinary = merging.zero_counters(like, 5)
+    assert merging.zero_counters(like, 5) is ordinary
+    capturing, stream = True, 1
+    captured = merging.zero_counters(like, 5)
+    assert merging.zero_counters(like, 5) is captured is not ordinary
+    stream = 3
+    assert merging.zero_counters(like, 5) is not captured, "launches on two streams may overlap"
+
+
 def batch(query_lens: list[int], seq_lens: list[int], *, dtype: str = "float32", **sizes: int) -> PagedCase:
     """A case of these lengths; by default two heads of 16 that share a KV head, in blocks of four, out of order."""
     heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16} | sizes
@@ -205,6 +227,18 @@ def test_more_sequences_than_one_look_takes(backend):
     num_seqs = paging.SEARCH.value + 10
     busy = 0, 3, 100, num_seqs - 11, num_seqs - 10, num_seqs - 9, num_seqs - 1
     properties.paged_matches_oracle(backend, batch([int(seq in busy) for seq in range(num_seqs)], [7] * num_seqs))
+
+
+@pytest.mark.parametrize("query_lens", [[1, 0, 2], [40, 1, 33]], ids=["decodes", "chunks"])
+@pytest.mark.parametrize("op", [properties.paged_of, properties.merged_split_of], ids=["whole", "split"])
+@pytest.mark.parametrize("backend", [fast, invariant], ids=["fast", "invariant"])
+def test_blocks_that_the_window_is_past(backend, op, query_lens):
+    """A table may still name them when they are another's: NaN there reaches no result."""
+    case = replace(batch(query_lens, [107, 100, 68]), sliding_window=18)
+    for row, seq_len, num_queries in zip(case.block_table, case.seq_lens, case.query_lens):
+        oldest = seq_len - num_queries + 1 - case.sliding_window
+        case.pool[row[: max(0, oldest // case.block_size)]] = np.nan
+    properties.assert_out(backend, case, op, "attention within a window")
 
 
 MIXED = [130, 1, 70, 0, 2, 3], [177, 100, 70, 64, 50, 3]  # queries and tokens
