@@ -8,9 +8,11 @@ side.
 - A product takes a page of 16 keys of one group. Keys times queries: the keys are rows, and 8 queries are columns.
 - Codes stay where they are in their words. An AND leaves two of them, at the bottom of the fractions of two float16s:
   the subnormal numbers code * 2^(bits * part - 24), which tensor cores multiply exactly.
-- Nothing is dequantized. A channel's scale multiplies the query (in float16: for float16 queries as the sum of two, in
-  the other four columns), a token's scale its weight, and zeros are one more product: queries with zeros, weights with
-  zeros.
+- Nothing is dequantized. A channel's scale multiplies the query, a token's scale its weight, and zeros are one more
+  product: queries with zeros, weights with zeros.
+- Those multiples are float16s, and what one loses to rounding is kept as another: with keys of large channels a score
+  would be off by more than the result's rounding. Up to four queries have theirs in the other four columns, for free;
+  more need each product twice.
 - A query is made smaller than 1 by a power of two, so that it is a float16 whatever scale it is multiplied with.
 - Weights are the transpose of scores; that is one instruction, ``movmatrix``.
 
@@ -46,6 +48,7 @@ from fast._triton.lanes import (
 PAGE = tl.constexpr(16)  # keys of a product
 COLUMNS = tl.constexpr(8)  # queries of a product
 FEW_PARTS = tl.constexpr(4)  # of a cut sequence, loaded at a time
+SIGNS = tl.constexpr(-2147450880)  # of both float16s in a word
 LOWEST = tl.constexpr(-3.0e38)  # a top before any key: finite, as its difference to a score must be a number
 
 
@@ -92,13 +95,14 @@ def codes_of(word, BITS: tl.constexpr, PART: tl.constexpr):
 
 @triton.jit
 def times_scale(x, scale, COLS: tl.constexpr):
-    """Products in float16: with four columns, in the other four what those lost to rounding."""
+    """Products in float16, and what they lost to rounding: in the other four columns, or as words of their own."""
     if COLS == COLUMNS:
         y = multiply(x, scale)
+        both = (y, multiply_add(x, scale, y ^ SIGNS))
     else:
-        negative = tl.where(tl.arange(0, x.shape[0]) % 32 // 4 < COLS, 0, x ^ -2147450880)
-        y = multiply_add(x, scale, multiply(negative, scale))
-    return y
+        negative = tl.where(tl.arange(0, x.shape[0]) % 32 // 4 < COLS, 0, x ^ SIGNS)
+        both = (multiply_add(x, scale, multiply(negative, scale)),)
+    return both
 
 
 @triton.jit
@@ -206,11 +210,12 @@ def scores_of(q, words, BITS: tl.constexpr, PIECES: tl.constexpr, COLS: tl.const
             new_parts = ()
             for part in tl.static_range(PARTS):
                 t = parts[part]
-                t = product(
-                    codes_of(a0, BITS, part), codes_of(a1, BITS, part), codes_of(a2, BITS, part),
-                    codes_of(a3, BITS, part), scaled[4 * (part * CHUNKS + chunk) + 2 * x],
-                    scaled[4 * (part * CHUNKS + chunk) + 2 * x + 1], t[0], t[1], t[2], t[3],
-                )  # fmt: skip
+                b0, b1 = scaled[4 * (part * CHUNKS + chunk) + 2 * x], scaled[4 * (part * CHUNKS + chunk) + 2 * x + 1]
+                for i in tl.static_range(len(b0)):
+                    t = product(
+                        codes_of(a0, BITS, part), codes_of(a1, BITS, part), codes_of(a2, BITS, part),
+                        codes_of(a3, BITS, part), b0[i], b1[i], t[0], t[1], t[2], t[3],
+                    )  # fmt: skip
                 new_parts = new_parts + (t,)
             parts = new_parts
     zero0, zero1 = (za[0] + zb[2]) * 2.0**-24, (za[1] + zb[3]) * 2.0**-24
@@ -275,10 +280,14 @@ def add_values(
         weights = scaled[j * NUM_GROUPS // PIECES]
         for u in tl.static_range(2):
             a = chunks[j % CHUNKS][u]
-            new = new + product_at(
-                accs, 8 * j + 4 * u, codes_of(a[0], BITS, j // CHUNKS), codes_of(a[1], BITS, j // CHUNKS),
-                codes_of(a[2], BITS, j // CHUNKS), codes_of(a[3], BITS, j // CHUNKS), weights[0], weights[1],
-            )  # fmt: skip
+            t = some(accs, 8 * j + 4 * u, 4)
+            for i in tl.static_range(len(weights[0])):
+                t = product(
+                    codes_of(a[0], BITS, j // CHUNKS), codes_of(a[1], BITS, j // CHUNKS),
+                    codes_of(a[2], BITS, j // CHUNKS), codes_of(a[3], BITS, j // CHUNKS), weights[0][i], weights[1][i],
+                    t[0], t[1], t[2], t[3],
+                )  # fmt: skip
+            new = new + t
     z0, z1, z2, z3 = some(words, 4 * CHUNKS + 4 * PAIRS, 4)
     z0, z1 = pair(z0, z1, 0), pair(z2, z3, 0)
     return new + product_at(accs, 8 * PIECES, z0, z0, z1, z1, b0, b1)

@@ -459,9 +459,9 @@ def choose_decode(
     grouped = num_groups % 2 == 0 and head_dim % (32 * num_groups) == 0
     if not (whole and grouped and dtype in (torch.bfloat16, torch.float16) and dtype == cache.k_window.dtype):
         return None
-    columns = COLUMNS.value if dtype == torch.bfloat16 else COLUMNS.value // 2
-    if num_tokens * group > columns * num_seqs or q_stride_dim != 1:
+    if num_tokens * group > COLUMNS.value * num_seqs or q_stride_dim != 1:
         return None
+    columns = COLUMNS.value if max(-(-num_tokens // num_seqs), 1) * group > COLUMNS.value // 2 else COLUMNS.value // 2
     num_kv_heads = cache.k_cache.shape[2]
     heads = 4 if num_kv_heads % 4 == 0 else 2 if num_kv_heads % 2 == 0 else 1
     return DecodeTiles(1 if num_tokens <= num_seqs else columns // group, columns, heads, 1, 12, 168)

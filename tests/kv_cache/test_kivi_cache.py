@@ -130,21 +130,22 @@ def kivi_arrays(head_dim=128, bits=2, block_size=16, group_size=16, num_groups=4
 @pytest.mark.parametrize(
     ("tokens", "seqs", "group", "dtype", "sizes", "chosen"),
     [
-        (32, 32, 4, torch.bfloat16, {}, (1, 8, 4)),
+        (32, 32, 4, torch.bfloat16, {}, (1, 4, 4)),
         (32, 32, 4, torch.float16, {"dtype": torch.float16}, (1, 4, 4)),
         (64, 32, 4, torch.bfloat16, {}, (2, 8, 4)),  # two queries of four heads each fill the eight columns
         (65, 32, 4, torch.bfloat16, {}, None),
-        (64, 32, 4, torch.float16, {"dtype": torch.float16}, None),
+        (64, 32, 4, torch.float16, {"dtype": torch.float16}, (2, 8, 4)),
+        (64, 32, 2, torch.bfloat16, {}, (2, 4, 4)),
         (32, 32, 8, torch.bfloat16, {"num_kv_heads": 6}, (1, 8, 2)),
-        (32, 32, 8, torch.float16, {"dtype": torch.float16}, None),
-        (32, 32, 1, torch.bfloat16, {"num_kv_heads": 1, "bits": 4, "num_groups": 2}, (1, 8, 1)),
+        (32, 32, 9, torch.float16, {"dtype": torch.float16}, None),
+        (32, 32, 1, torch.bfloat16, {"num_kv_heads": 1, "bits": 4, "num_groups": 2}, (1, 4, 1)),
         (32, 32, 4, torch.float32, {"dtype": torch.float32}, None),
         (32, 32, 4, torch.bfloat16, {"dtype": torch.float16}, None),  # a window of other numbers than the queries
         (32, 32, 4, torch.bfloat16, {"group_size": 8}, None),
         (32, 32, 4, torch.bfloat16, {"num_groups": 8}, None),
         (32, 32, 4, torch.bfloat16, {"num_groups": 1}, None),
         (32, 32, 4, torch.bfloat16, {"head_dim": 64, "num_groups": 2}, None),  # 16 bytes of 2 bits
-        (32, 32, 4, torch.bfloat16, {"head_dim": 64, "num_groups": 2, "bits": 4}, (1, 8, 4)),
+        (32, 32, 4, torch.bfloat16, {"head_dim": 64, "num_groups": 2, "bits": 4}, (1, 4, 4)),
         (32, 32, 4, torch.bfloat16, {"head_dim": 256}, None),
     ],
 )
