@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fast._triton import merging, paging, softmax
+from fast._triton.overlap import overlapped
 from fast._triton.platform import INTERPRETING, num_processors
 from fast.attention._cached_tiles import LONGEST_WINDOW
 from fast.attention._checks import require_attention, require_tables
@@ -359,7 +360,7 @@ def _decode(
         NIBBLES=head_dim // head_bytes, K_VECTOR=tiles.k_vector, V_VECTOR=tiles.v_vector, NUM_GROUPS=num_groups,
         SCALE_WORDS=scale_words, GROUP=group, BLOCK_SIZE=block_size, QUERIES=tiles.queries, COLS=tiles.columns,
         ROWS=triton.next_power_of_2(tiles.queries * group), HEADS=tiles.heads, PAGES=tiles.pages,
-        AHEAD=tiles.ahead, num_warps=tiles.heads, maxnreg=tiles.max_registers,
+        AHEAD=tiles.ahead, num_warps=tiles.heads, maxnreg=tiles.max_registers, **overlapped(q),
     )  # fmt: skip
     return True
 

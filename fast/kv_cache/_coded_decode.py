@@ -40,6 +40,7 @@ from fast._triton.lanes import (
     sum_of,
     transposed,
 )
+from fast._triton.overlap import wait_for_predecessor
 from fast._triton.platform import INTERPRETED
 from fast.attention._cached_tiles import PER_BATCH
 from fast.kv_cache._kivi_decode import block_of, load_ids, merge_parts, place_of, query_of, rescaled, some, times_stride
@@ -169,40 +170,48 @@ def load_scales(scales_at, stride_scale_token: tl.constexpr, SCALE_WORDS: tl.con
 
 
 @triton.jit
+def find_pages(
+    ids, tile, first, last, stride_block, stride_scale_block, num_blocks, stride_token: tl.constexpr,
+    stride_scale_token: tl.constexpr, PAGES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Where each page of a tile begins in the codes, and in the scales."""
+    places = ()
+    for i in tl.static_range(PAGES):
+        block, offset = block_of(ids[i], num_blocks), place_of(tile, i, first, last, PAGES) * PAGE % BLOCK_SIZE
+        in_codes = times_stride(block, stride_block) + offset * stride_token
+        places = places + (in_codes, times_stride(block, stride_scale_block) + offset * stride_scale_token)
+    return places
+
+
+@triton.jit
 def load_keys(
-    ids, tile, first, last, k_rows, scales_at, zeros_at, stride_block, stride_scale_block, num_blocks,
-    stride_token: tl.constexpr, stride_scale_token: tl.constexpr, PAGES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    places, k_rows, scales_at, zeros_at, stride_token: tl.constexpr, stride_scale_token: tl.constexpr,
     BYTES: tl.constexpr, VECTOR: tl.constexpr, SCALE_WORDS: tl.constexpr,
 ):  # fmt: skip
     """Of each page two rows of codes, word by word of both, and their scales and zeros."""
     words = ()
-    for i in tl.static_range(PAGES):
-        block, offset = block_of(ids[i], num_blocks), place_of(tile, i, first, last, PAGES) * PAGE % BLOCK_SIZE
-        rows = k_rows + (times_stride(block, stride_block) + offset * stride_token)
-        of_tokens = times_stride(block, stride_scale_block) + offset * stride_scale_token
+    for i in tl.static_range(len(places) // 2):
+        rows = k_rows + places[2 * i]
         for chunk in tl.static_range(BYTES // (16 * VECTOR)):
             upper = load_words(rows + 4 * VECTOR * chunk, VECTOR)
             lower = load_words(rows + (8 * stride_token + 4 * VECTOR * chunk), VECTOR)
             for j in tl.static_range(VECTOR):
                 words = words + (upper[j], lower[j])
-        words = words + load_scales(scales_at + of_tokens, stride_scale_token, SCALE_WORDS)
+        words = words + load_scales(scales_at + places[2 * i + 1], stride_scale_token, SCALE_WORDS)
         if zeros_at is not None:
-            words = words + load_scales(zeros_at + of_tokens, stride_scale_token, SCALE_WORDS)
+            words = words + load_scales(zeros_at + places[2 * i + 1], stride_scale_token, SCALE_WORDS)
     return words
 
 
 @triton.jit
 def load_values(
-    ids, tile, first, last, v_rows, scales_at, zeros_at, stride_block, stride_scale_block, num_blocks,
-    stride_token: tl.constexpr, stride_scale_token: tl.constexpr, PAGES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    places, v_rows, scales_at, zeros_at, stride_token: tl.constexpr, stride_scale_token: tl.constexpr,
     BYTES: tl.constexpr, VECTOR: tl.constexpr, SCALE_WORDS: tl.constexpr,
 ):  # fmt: skip
     """Of each page four tokens' codes, word by word of all four; scales and zeros of the two rows of scores."""
     words = ()
-    for i in tl.static_range(PAGES):
-        block, offset = block_of(ids[i], num_blocks), place_of(tile, i, first, last, PAGES) * PAGE % BLOCK_SIZE
-        rows = v_rows + (times_stride(block, stride_block) + offset * stride_token)
-        of_tokens = times_stride(block, stride_scale_block) + offset * stride_scale_token
+    for i in tl.static_range(len(places) // 2):
+        rows = v_rows + places[2 * i]
         for chunk in tl.static_range(BYTES // (32 * VECTOR)):
             w0 = load_words(rows + 8 * VECTOR * chunk, VECTOR)
             w1 = load_words(rows + (stride_token + 8 * VECTOR * chunk), VECTOR)
@@ -210,25 +219,20 @@ def load_values(
             w3 = load_words(rows + (9 * stride_token + 8 * VECTOR * chunk), VECTOR)
             for j in tl.static_range(VECTOR):
                 words = words + (w0[j], w1[j], w2[j], w3[j])
-        words = words + load_scales(scales_at + of_tokens, stride_scale_token, SCALE_WORDS)
+        words = words + load_scales(scales_at + places[2 * i + 1], stride_scale_token, SCALE_WORDS)
         if zeros_at is not None:
-            words = words + load_scales(zeros_at + of_tokens, stride_scale_token, SCALE_WORDS)
+            words = words + load_scales(zeros_at + places[2 * i + 1], stride_scale_token, SCALE_WORDS)
     return words
 
 
 @triton.jit
-def prefetch_pages(
-    ids, tile, first, last, rows, scales_at, zeros_at, stride_block, stride_scale_block, num_blocks,
-    stride_token: tl.constexpr, stride_scale_token: tl.constexpr, PAGES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Have a tile brought to the L2 cache: half of the lanes have a row of keys each, half one of values."""
-    for i in tl.static_range(PAGES):
-        block, offset = block_of(ids[i], num_blocks), place_of(tile, i, first, last, PAGES) * PAGE % BLOCK_SIZE
-        prefetch(rows + (times_stride(block, stride_block) + offset * stride_token))
-        of_tokens = times_stride(block, stride_scale_block) + offset * stride_scale_token
-        prefetch(scales_at + of_tokens)
+def prefetch_pages(places, rows, scales_at, zeros_at):
+    """Have pages brought to the L2 cache: half of the lanes have a row of keys each, half one of values."""
+    for i in tl.static_range(len(places) // 2):
+        prefetch(rows + places[2 * i])
+        prefetch(scales_at + places[2 * i + 1])
         if zeros_at is not None:
-            prefetch(zeros_at + of_tokens)
+            prefetch(zeros_at + places[2 * i + 1])
 
 
 @triton.jit
@@ -419,37 +423,43 @@ def attend_pages(
     else:
         scale0, scale1 = unit0 * (UNIT * scale * softmax.LOG2E), unit1 * (UNIT * scale * softmax.LOG2E)
 
-    # Each is loaded as soon as what it replaces has been used, half a tile and more before it is used itself.
     far = lane % 16 * stride_cache_token
     far_rows = tl.where(lane < 16, k_ptr + far, v_ptr + far)
     far = lane % 16 * stride_scale_token
     far_scales = tl.where(lane < 16, k_scale_ptr + far, v_scale_ptr + far)
     far_zeros = None if k_zero_ptr is None else tl.where(lane < 16, k_zero_ptr + far, v_zero_ptr + far)
-    for i in tl.static_range(1, AHEAD):
-        prefetch_pages(
-            load_ids(row_ptr, stride_table_block, start + i, first, last, PAGES, BLOCK_SIZE), start + i, first, last,
-            far_rows, far_scales, far_zeros, stride_cache_block, stride_scale_block, num_blocks,
-            stride_cache_token, stride_scale_token, PAGES, BLOCK_SIZE,
-        )  # fmt: skip
-    far_ids = load_ids(row_ptr, stride_table_block, start + AHEAD, first, last, PAGES, BLOCK_SIZE)
+
+    # Tile by tile: ids of blocks are loaded, then what they hold is prefetched; then ids are loaded (again), and then
+    # keys and values, each as soon as what it replaces has been used, half a tile before it is used itself.
     ids = load_ids(row_ptr, stride_table_block, start, first, last, PAGES, BLOCK_SIZE)
-    keys = load_keys(
-        ids, start, first, last, k_rows, k_scales, k_zeros, stride_cache_block, stride_scale_block, num_blocks,
-        stride_cache_token, stride_scale_token, PAGES, BLOCK_SIZE, BYTES, K_VECTOR, SCALE_WORDS,
+    next_ids = load_ids(row_ptr, stride_table_block, start + 1, first, last, PAGES, BLOCK_SIZE)
+    far_ids = load_ids(row_ptr, stride_table_block, start + AHEAD, first, last, PAGES, BLOCK_SIZE)
+    places = find_pages(
+        ids, start, first, last, stride_cache_block, stride_scale_block, num_blocks, stride_cache_token,
+        stride_scale_token, PAGES, BLOCK_SIZE,
     )  # fmt: skip
-    values = load_values(
-        ids, start, first, last, v_rows, v_scales, v_zeros, stride_cache_block, stride_scale_block, num_blocks,
-        stride_cache_token, stride_scale_token, PAGES, BLOCK_SIZE, BYTES, V_VECTOR, SCALE_WORDS,
-    )  # fmt: skip
-    ids = load_ids(row_ptr, stride_table_block, start + 1, first, last, PAGES, BLOCK_SIZE)
+    keys = load_keys(places, k_rows, k_scales, k_zeros, stride_cache_token, stride_scale_token, BYTES, K_VECTOR, SCALE_WORDS)
+    values = load_values(places, v_rows, v_scales, v_zeros, stride_cache_token, stride_scale_token, BYTES, V_VECTOR, SCALE_WORDS)
+    for i in tl.static_range(1, AHEAD):
+        ids = load_ids(row_ptr, stride_table_block, start + i, first, last, PAGES, BLOCK_SIZE)
+        places = find_pages(
+            ids, start + i, first, last, stride_cache_block, stride_scale_block, num_blocks, stride_cache_token,
+            stride_scale_token, PAGES, BLOCK_SIZE,
+        )  # fmt: skip
+        prefetch_pages(places, far_rows, far_scales, far_zeros)
     for tile in tl.range(start, stop, num_stages=1):
         scores0, scores1, of_values = (), (), ()
         if AHEAD > 0:
-            prefetch_pages(
-                far_ids, tile + AHEAD, first, last, far_rows, far_scales, far_zeros, stride_cache_block,
-                stride_scale_block, num_blocks, stride_cache_token, stride_scale_token, PAGES, BLOCK_SIZE,
+            places = find_pages(
+                far_ids, tile + AHEAD, first, last, stride_cache_block, stride_scale_block, num_blocks,
+                stride_cache_token, stride_scale_token, PAGES, BLOCK_SIZE,
             )  # fmt: skip
+            prefetch_pages(places, far_rows, far_scales, far_zeros)
             far_ids = load_ids(row_ptr, stride_table_block, tile + AHEAD + 1, first, last, PAGES, BLOCK_SIZE)
+        places = find_pages(
+            next_ids, tile + 1, first, last, stride_cache_block, stride_scale_block, num_blocks, stride_cache_token,
+            stride_scale_token, PAGES, BLOCK_SIZE,
+        )  # fmt: skip
         next_ids = load_ids(row_ptr, stride_table_block, tile + 2, first, last, PAGES, BLOCK_SIZE)
         for i in tl.static_range(PAGES):
             s0, s1, s2, s3 = scores_of(
@@ -471,9 +481,8 @@ def attend_pages(
                 values = zero_codes(values, tile, lowest, end, PAGES, WORDS)
         if tile + 1 < stop:
             keys = load_keys(
-                ids, tile + 1, first, last, k_rows, k_scales, k_zeros, stride_cache_block, stride_scale_block,
-                num_blocks, stride_cache_token, stride_scale_token, PAGES, BLOCK_SIZE, BYTES, K_VECTOR, SCALE_WORDS,
-            )  # fmt: skip
+                places, k_rows, k_scales, k_zeros, stride_cache_token, stride_scale_token, BYTES, K_VECTOR, SCALE_WORDS
+            )
 
         logs = logs_of(of_values, PAGES, NUM_GROUPS)
         weights0, top0, total0, rescale0 = update(scores0, logs, top0, total0, scale0)
@@ -487,10 +496,8 @@ def attend_pages(
             )  # fmt: skip
         if tile + 1 < stop:
             values = load_values(
-                ids, tile + 1, first, last, v_rows, v_scales, v_zeros, stride_cache_block, stride_scale_block,
-                num_blocks, stride_cache_token, stride_scale_token, PAGES, BLOCK_SIZE, BYTES, V_VECTOR, SCALE_WORDS,
-            )  # fmt: skip
-        ids = next_ids
+                places, v_rows, v_scales, v_zeros, stride_cache_token, stride_scale_token, BYTES, V_VECTOR, SCALE_WORDS
+            )
 
     PER_NIBBLE: tl.constexpr = BYTES // 4
     sums = ()
@@ -575,7 +582,9 @@ def coded_decode_kernel(
     HEADS: tl.constexpr,
     PAGES: tl.constexpr,
     AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(OVERLAP)
     TILE_KV: tl.constexpr = PAGES * PAGE
     lane, warp = tl.arange(0, 32 * HEADS) % 32, tl.arange(0, 32 * HEADS) // 32
     c = lane % 4
