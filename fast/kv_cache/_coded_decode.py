@@ -48,7 +48,8 @@ from fast.kv_cache._kivi_decode import block_of, load_ids, merge_parts, place_of
 PAGE = tl.constexpr(16)  # keys of a product
 COLUMNS = tl.constexpr(8)  # queries of a product
 LOWEST = tl.constexpr(-3.0e38)  # a top before any key: finite, as its difference to a score must be a number
-HEADROOM = tl.constexpr(14.0)  # weights times scales are at most 2^14
+HEADROOM = tl.constexpr(8.0)  # the largest weight times scale is 2^8 when the top is raised,
+SLACK = tl.constexpr(15.0)  # and below 2^15 always
 SMALLEST_LOG2 = tl.constexpr(-64.0)  # of a value's scale: smaller ones, and 0, count as that in the top
 
 
@@ -319,22 +320,74 @@ def logs_of(scales, PAGES: tl.constexpr, NUM_GROUPS: tl.constexpr):
     return logs
 
 
+@triton.constexpr_function
+def _raise_asm(count):
+    """Of $0 and $1, the tops of a lane's two columns, and the rest up to $count: sums in their units, by turns."""
+    lines = [
+        ".reg .pred p, q; .reg .f32 m0, m1, t, r0, r1;",
+        f"add.f32 t, $0, {SLACK.value}; setp.gt.f32 p, ${count}, t; add.f32 t, $1, {SLACK.value}; setp.gt.or.f32 p, ${count + 1}, t, p;",
+        "vote.sync.any.pred p, p, -1; @!p bra DONE;",
+        f"mov.f32 m0, ${count}; mov.f32 m1, ${count + 1};",
+    ]
+    for column in range(2):
+        for distance in (4, 8, 16):
+            lines.append(f"shfl.sync.bfly.b32 t, m{column}, {distance}, 31, -1; max.f32 m{column}, m{column}, t;")
+        lines.append(f"sub.f32 m{column}, m{column}, {HEADROOM.value}; max.f32 m{column}, m{column}, ${column};")
+        lines.append(f"sub.f32 t, ${column}, m{column}; ex2.approx.ftz.f32 r{column}, t; mov.f32 ${column}, m{column};")
+    lines += [f"mul.f32 ${i}, ${i}, r{i % 2};" for i in range(2, count)]
+    return "{ " + " ".join(lines) + " DONE: }"
+
+
+@triton.constexpr_function
+def _raise_constraints(count):
+    return ",".join(["=f"] * count + ["f", "f"] + [str(i) for i in range(count)])
+
+
 @triton.jit
-def update(scores, logs, top, total, scale_log2):
-    """`softmax.update` for one column: scores of several rows and the logarithms of their values' scales, as tuples;
-    the total is that of this lane's rows."""
+def raise_tops(largest0, largest1, state):
+    """``state``: the tops of a lane's two columns, and sums in units of 2 to the power of them. If some weight of the
+    warp would be above 2^SLACK, tops become such that the largest of each column is at most 2^HEADROOM.
+
+    A branch of one warp, which Triton has none of: nearly always there is nothing to do.
+    """
+    if INTERPRETED:
+        over = ((largest0 > state[0] + SLACK) | (largest1 > state[1] + SLACK)).to(tl.int32)
+        over = tl.max(over.reshape(over.shape[0] // 32, 32), 1)
+        over = tl.broadcast_to(over[:, None], [over.shape[0], 32]).reshape(largest0.shape) > 0
+        top0 = tl.where(over, tl.maximum(state[0], largest_of(largest0) - HEADROOM), state[0])
+        top1 = tl.where(over, tl.maximum(state[1], largest_of(largest1) - HEADROOM), state[1])
+        new = (top0, top1) + rescaled(some(state, 2, len(state) - 2), tl.exp2(state[0] - top0), tl.exp2(state[1] - top1))
+    else:
+        asm: tl.constexpr = _raise_asm(len(state))
+        constraints: tl.constexpr = _raise_constraints(len(state))
+        kinds: tl.constexpr = _floats(len(state))
+        new = tl.inline_asm_elementwise(asm, constraints, (largest0, largest1) + state, kinds, is_pure=True, pack=1)
+    return new
+
+
+@triton.constexpr_function
+def _floats(count):
+    return (tl.float32,) * count
+
+
+@triton.jit
+def largest_logit(scores, logs, scale_log2):
+    """Of a lane's rows of a column: the largest weight times scale, to base 2."""
     largest = scores[0] * scale_log2 + logs[0]
     for i in tl.static_range(1, len(scores)):
         largest = tl.maximum(largest, scores[i] * scale_log2 + logs[i])
-    new_top = tl.maximum(top, largest_of(largest) - HEADROOM)
-    rescale = tl.exp2(top - new_top)
-    total = total * rescale
+    return largest
+
+
+@triton.jit
+def weights_of(scores, top, total, scale_log2):
+    """The weights of a column's rows that a lane has; and the total with them."""
     weights = ()
     for i in tl.static_range(len(scores)):
-        weight = tl.exp2(scores[i] * scale_log2 - new_top)
+        weight = tl.exp2(scores[i] * scale_log2 - top)
         total += weight
         weights = weights + (weight,)
-    return weights, new_top, total, rescale
+    return weights, total
 
 
 @triton.jit
@@ -485,9 +538,14 @@ def attend_pages(
             )
 
         logs = logs_of(of_values, PAGES, NUM_GROUPS)
-        weights0, top0, total0, rescale0 = update(scores0, logs, top0, total0, scale0)
-        weights1, top1, total1, rescale1 = update(scores1, logs, top1, total1, scale1)
-        accs = rescaled(accs, rescale0, rescale1)
+        state = raise_tops(
+            largest_logit(scores0, logs, scale0), largest_logit(scores1, logs, scale1),
+            (top0, top1, total0, total1) + accs,
+        )  # fmt: skip
+        top0, top1, total0, total1 = some(state, 0, 4)
+        accs = some(state, 4, len(accs))
+        weights0, total0 = weights_of(scores0, top0, total0, scale0)
+        weights1, total1 = weights_of(scores1, top1, total1, scale1)
         for i in tl.static_range(PAGES):
             accs = add_values(
                 accs, weights0[2 * i], weights1[2 * i], weights0[2 * i + 1], weights1[2 * i + 1],
