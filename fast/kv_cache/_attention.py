@@ -61,7 +61,8 @@ class DecodeTiles(NamedTuple):
     v_vector: int
     warps_per_processor: int
     max_registers: int  # of a thread
-    ahead: int = 4
+    hint: int = 0
+    barrier: bool = False
 
 
 def choose_decode(
@@ -359,8 +360,8 @@ def _decode(
         DTYPE=tl.bfloat16 if q.dtype == torch.bfloat16 else tl.float16, CODES=codes, BYTES=head_bytes,
         NIBBLES=head_dim // head_bytes, K_VECTOR=tiles.k_vector, V_VECTOR=tiles.v_vector, NUM_GROUPS=num_groups,
         SCALE_WORDS=scale_words, GROUP=group, BLOCK_SIZE=block_size, QUERIES=tiles.queries, COLS=tiles.columns,
-        ROWS=triton.next_power_of_2(tiles.queries * group), HEADS=tiles.heads, PAGES=tiles.pages,
-        AHEAD=tiles.ahead, num_warps=tiles.heads, maxnreg=tiles.max_registers, **overlapped(q),
+        HEADS=tiles.heads, PAGES=tiles.pages,
+        HINT=tiles.hint, BARRIER=tiles.barrier, num_warps=tiles.heads, maxnreg=tiles.max_registers, **overlapped(q),
     )  # fmt: skip
     return True
 

@@ -35,18 +35,19 @@ from fast._triton.lanes import (
     packed,
     pair,
     product,
-    prefetch,
     product_at,
     sum_of,
     transposed,
 )
 from fast._triton.overlap import wait_for_predecessor
 from fast._triton.platform import INTERPRETED
+from fast._triton.rounding import store
 from fast.attention._cached_tiles import PER_BATCH
-from fast.kv_cache._kivi_decode import block_of, load_ids, merge_parts, place_of, query_of, rescaled, some, times_stride
+from fast.kv_cache._kivi_decode import block_of, load_ids, place_of, query_of, rescaled, some, times_stride
 
 PAGE = tl.constexpr(16)  # keys of a product
 COLUMNS = tl.constexpr(8)  # queries of a product
+FEW_PARTS = tl.constexpr(2)  # of a cut segment, loaded at a time
 LOWEST = tl.constexpr(-3.0e38)  # a top before any key: finite, as its difference to a score must be a number
 HEADROOM = tl.constexpr(8.0)  # the largest weight times scale is 2^8 when the top is raised,
 SLACK = tl.constexpr(15.0)  # and below 2^15 always
@@ -117,31 +118,40 @@ def log2_of(x):
 
 
 @triton.jit
-def load_queries(
-    q_rows, there, DTYPE: tl.constexpr, CODES: tl.constexpr, BYTES: tl.constexpr, NIBBLES: tl.constexpr,
-    VECTOR: tl.constexpr, NUM_GROUPS: tl.constexpr,
+def load_queries(q_rows, there, BYTES: tl.constexpr, NIBBLES: tl.constexpr, VECTOR: tl.constexpr):
+    """The words of a lane's channels, of its column's query; zeros where there is none."""
+    COUNT: tl.constexpr = min(4, 2 * VECTOR)
+    c = tl.arange(0, there.shape[0]) % 4
+    words = ()
+    for chunk in tl.static_range(NIBBLES * BYTES // (16 * VECTOR)):
+        for i in tl.static_range(2 * VECTOR // COUNT):
+            loaded = load_words(q_rows + (8 * VECTOR * chunk + 2 * VECTOR * c + COUNT * i), COUNT)
+            for j in tl.static_range(COUNT):
+                words = words + (tl.where(there, loaded[j], 0),)
+    return words
+
+
+@triton.jit
+def operands_of_queries(
+    words, DTYPE: tl.constexpr, CODES: tl.constexpr, BYTES: tl.constexpr, NIBBLES: tl.constexpr, VECTOR: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Of a lane's column: (its query as the right operands of products, the sums of each group, the power of two that
     both are to be multiplied by). The numbers are below 2^11, and 16 times as large where codes are 16 times smaller.
     """
     CHUNKS: tl.constexpr = BYTES // (16 * VECTOR)
-    COUNT: tl.constexpr = min(4, 2 * VECTOR)
-    c = tl.arange(0, there.shape[0]) % 4
-    numbers, largest = (), tl.zeros(there.shape, tl.float32)
-    for chunk in tl.static_range(NIBBLES * CHUNKS):
-        for i in tl.static_range(2 * VECTOR // COUNT):
-            words = load_words(q_rows + (8 * VECTOR * chunk + 2 * VECTOR * c + COUNT * i), COUNT)
-            for j in tl.static_range(COUNT):
-                low, high = halves_of(tl.where(there, words[j], 0), DTYPE)
-                largest = tl.maximum(largest, tl.maximum(tl.abs(low), tl.abs(high)))
-                numbers = numbers + (low, high)
+    numbers, largest = (), tl.zeros(words[0].shape, tl.float32)
+    for i in tl.static_range(len(words)):
+        low, high = halves_of(words[i], DTYPE)
+        largest = tl.maximum(largest, tl.maximum(tl.abs(low), tl.abs(high)))
+        numbers = numbers + (low, high)
     largest = tl.maximum(largest, from_other(largest, 1))
     largest = tl.maximum(largest, from_other(largest, 2))
     bits = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 17 << 23)
     inverse = ((254 << 23) - bits).to(tl.float32, bitcast=True) * 1024.0
     operands, sums = (), ()
     for group in tl.static_range(NUM_GROUPS):
-        group_sum = tl.zeros(there.shape, tl.float32)
+        group_sum = tl.zeros(words[0].shape, tl.float32)
         for chunk in tl.static_range(NIBBLES * CHUNKS):
             if chunk * NUM_GROUPS // (NIBBLES * CHUNKS) == group:
                 for i in tl.static_range(4 * VECTOR):
@@ -187,15 +197,15 @@ def find_pages(
 @triton.jit
 def load_keys(
     places, k_rows, scales_at, zeros_at, stride_token: tl.constexpr, stride_scale_token: tl.constexpr,
-    BYTES: tl.constexpr, VECTOR: tl.constexpr, SCALE_WORDS: tl.constexpr,
+    BYTES: tl.constexpr, VECTOR: tl.constexpr, SCALE_WORDS: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     """Of each page two rows of codes, word by word of both, and their scales and zeros."""
     words = ()
     for i in tl.static_range(len(places) // 2):
         rows = k_rows + places[2 * i]
         for chunk in tl.static_range(BYTES // (16 * VECTOR)):
-            upper = load_words(rows + 4 * VECTOR * chunk, VECTOR)
-            lower = load_words(rows + (8 * stride_token + 4 * VECTOR * chunk), VECTOR)
+            upper = load_words(rows + 4 * VECTOR * chunk, VECTOR, HINT=HINT)
+            lower = load_words(rows + (8 * stride_token + 4 * VECTOR * chunk), VECTOR, HINT=HINT)
             for j in tl.static_range(VECTOR):
                 words = words + (upper[j], lower[j])
         words = words + load_scales(scales_at + places[2 * i + 1], stride_scale_token, SCALE_WORDS)
@@ -207,33 +217,23 @@ def load_keys(
 @triton.jit
 def load_values(
     places, v_rows, scales_at, zeros_at, stride_token: tl.constexpr, stride_scale_token: tl.constexpr,
-    BYTES: tl.constexpr, VECTOR: tl.constexpr, SCALE_WORDS: tl.constexpr,
+    BYTES: tl.constexpr, VECTOR: tl.constexpr, SCALE_WORDS: tl.constexpr, HINT: tl.constexpr,
 ):  # fmt: skip
     """Of each page four tokens' codes, word by word of all four; scales and zeros of the two rows of scores."""
     words = ()
     for i in tl.static_range(len(places) // 2):
         rows = v_rows + places[2 * i]
         for chunk in tl.static_range(BYTES // (32 * VECTOR)):
-            w0 = load_words(rows + 8 * VECTOR * chunk, VECTOR)
-            w1 = load_words(rows + (stride_token + 8 * VECTOR * chunk), VECTOR)
-            w2 = load_words(rows + (8 * stride_token + 8 * VECTOR * chunk), VECTOR)
-            w3 = load_words(rows + (9 * stride_token + 8 * VECTOR * chunk), VECTOR)
+            w0 = load_words(rows + 8 * VECTOR * chunk, VECTOR, HINT=HINT)
+            w1 = load_words(rows + (stride_token + 8 * VECTOR * chunk), VECTOR, HINT=HINT)
+            w2 = load_words(rows + (8 * stride_token + 8 * VECTOR * chunk), VECTOR, HINT=HINT)
+            w3 = load_words(rows + (9 * stride_token + 8 * VECTOR * chunk), VECTOR, HINT=HINT)
             for j in tl.static_range(VECTOR):
                 words = words + (w0[j], w1[j], w2[j], w3[j])
         words = words + load_scales(scales_at + places[2 * i + 1], stride_scale_token, SCALE_WORDS)
         if zeros_at is not None:
             words = words + load_scales(zeros_at + places[2 * i + 1], stride_scale_token, SCALE_WORDS)
     return words
-
-
-@triton.jit
-def prefetch_pages(places, rows, scales_at, zeros_at):
-    """Have pages brought to the L2 cache: half of the lanes have a row of keys each, half one of values."""
-    for i in tl.static_range(len(places) // 2):
-        prefetch(rows + places[2 * i])
-        prefetch(scales_at + places[2 * i + 1])
-        if zeros_at is not None:
-            prefetch(zeros_at + places[2 * i + 1])
 
 
 @triton.jit
@@ -437,13 +437,13 @@ def add_values(
 
 @triton.jit
 def attend_pages(
-    q, sums0, sums1, unit0, unit1, position0, position1, start, stop, lowest, whole_from, whole_to, end,
+    q_words, position0, position1, start, stop, lowest, whole_from, whole_to, end,
     row_ptr, stride_table_block, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr,
     scale, logit_cap, sliding_window, stride_cache_block, stride_scale_block, num_blocks,
     stride_cache_token: tl.constexpr, stride_scale_token: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     CODES: tl.constexpr, BYTES: tl.constexpr, NIBBLES: tl.constexpr, K_VECTOR: tl.constexpr, V_VECTOR: tl.constexpr,
     NUM_GROUPS: tl.constexpr, SCALE_WORDS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr,
-    PAGES: tl.constexpr, AHEAD: tl.constexpr,
+    PAGES: tl.constexpr, DTYPE: tl.constexpr, HINT: tl.constexpr, BARRIER: tl.constexpr,
 ):  # fmt: skip
     """Let tiles ``start`` to ``stop`` of PAGES pages pass; what is read of them are the pages of keys ``lowest`` to
     ``end``, and every query sees the keys from ``whole_from`` to ``whole_to``.
@@ -457,7 +457,7 @@ def attend_pages(
     FACTORS: tl.constexpr = (2 if k_zero_ptr is None else 4) * NUM_GROUPS  # scales and zeros of a page
     UNIT: tl.constexpr = 2.0 ** exponent_of(CODES, NIBBLES - 1)
     TILE_KV: tl.constexpr = PAGES * PAGE
-    lane = tl.arange(0, unit0.shape[0]) % 32
+    lane = tl.arange(0, position0.shape[0]) % 32
     g, c = lane // 4, lane % 4
     k_rows = k_ptr + (g * stride_cache_token + K_VECTOR * c)
     v_rows = v_ptr + (2 * c * stride_cache_token + V_VECTOR * g)
@@ -465,50 +465,39 @@ def attend_pages(
     k_zeros = None if k_zero_ptr is None else k_zero_ptr + g * stride_scale_token
     v_zeros = None if v_zero_ptr is None else v_zero_ptr + g * stride_scale_token
     first, last = lowest // PAGE, tl.maximum(end - 1, 0) // PAGE
-    top0, total0 = tl.full(unit0.shape, LOWEST, tl.float32), tl.zeros(unit0.shape, tl.float32)
+    top0, total0 = tl.full(position0.shape, LOWEST, tl.float32), tl.zeros(position0.shape, tl.float32)
     top1, total1 = top0, total0
     accs = ()
     for _ in tl.static_range(BYTES * NIBBLES // 4 + (0 if k_zero_ptr is None else 2 * NUM_GROUPS)):
-        accs = accs + (tl.zeros(unit0.shape, tl.float32),)
+        accs = accs + (tl.zeros(position0.shape, tl.float32),)
+
+    # Each is loaded as soon as what it replaces has been used, half a tile and more before it is used itself.
+    ids = load_ids(row_ptr, stride_table_block, start, first, last, PAGES, BLOCK_SIZE)
+    next_ids = load_ids(row_ptr, stride_table_block, start + 1, first, last, PAGES, BLOCK_SIZE)
+    places = find_pages(
+        ids, start, first, last, stride_cache_block, stride_scale_block, num_blocks, stride_cache_token,
+        stride_scale_token, PAGES, BLOCK_SIZE,
+    )  # fmt: skip
+    keys = load_keys(
+        places, k_rows, k_scales, k_zeros, stride_cache_token, stride_scale_token, BYTES, K_VECTOR, SCALE_WORDS, HINT
+    )
+    values = load_values(
+        places, v_rows, v_scales, v_zeros, stride_cache_token, stride_scale_token, BYTES, V_VECTOR, SCALE_WORDS, HINT
+    )
+    q, sums, column_unit = operands_of_queries(q_words, DTYPE, CODES, BYTES, NIBBLES, K_VECTOR, NUM_GROUPS)
+    unit0, unit1 = from_lane(column_unit, 8 * c), from_lane(column_unit, 8 * c + 4)
+    sums0, sums1 = (), ()
+    for group in tl.static_range(NUM_GROUPS):
+        sums0, sums1 = sums0 + (from_lane(sums[group], 8 * c),), sums1 + (from_lane(sums[group], 8 * c + 4),)
     if CAPPED:
         scale0 = tl.full(unit0.shape, softmax.LOG2E, tl.float32)
         scale1 = scale0
     else:
         scale0, scale1 = unit0 * (UNIT * scale * softmax.LOG2E), unit1 * (UNIT * scale * softmax.LOG2E)
-
-    far = lane % 16 * stride_cache_token
-    far_rows = tl.where(lane < 16, k_ptr + far, v_ptr + far)
-    far = lane % 16 * stride_scale_token
-    far_scales = tl.where(lane < 16, k_scale_ptr + far, v_scale_ptr + far)
-    far_zeros = None if k_zero_ptr is None else tl.where(lane < 16, k_zero_ptr + far, v_zero_ptr + far)
-
-    # Tile by tile: ids of blocks are loaded, then what they hold is prefetched; then ids are loaded (again), and then
-    # keys and values, each as soon as what it replaces has been used, half a tile before it is used itself.
-    ids = load_ids(row_ptr, stride_table_block, start, first, last, PAGES, BLOCK_SIZE)
-    next_ids = load_ids(row_ptr, stride_table_block, start + 1, first, last, PAGES, BLOCK_SIZE)
-    far_ids = load_ids(row_ptr, stride_table_block, start + AHEAD, first, last, PAGES, BLOCK_SIZE)
-    places = find_pages(
-        ids, start, first, last, stride_cache_block, stride_scale_block, num_blocks, stride_cache_token,
-        stride_scale_token, PAGES, BLOCK_SIZE,
-    )  # fmt: skip
-    keys = load_keys(places, k_rows, k_scales, k_zeros, stride_cache_token, stride_scale_token, BYTES, K_VECTOR, SCALE_WORDS)
-    values = load_values(places, v_rows, v_scales, v_zeros, stride_cache_token, stride_scale_token, BYTES, V_VECTOR, SCALE_WORDS)
-    for i in tl.static_range(1, AHEAD):
-        ids = load_ids(row_ptr, stride_table_block, start + i, first, last, PAGES, BLOCK_SIZE)
-        places = find_pages(
-            ids, start + i, first, last, stride_cache_block, stride_scale_block, num_blocks, stride_cache_token,
-            stride_scale_token, PAGES, BLOCK_SIZE,
-        )  # fmt: skip
-        prefetch_pages(places, far_rows, far_scales, far_zeros)
     for tile in tl.range(start, stop, num_stages=1):
         scores0, scores1, of_values = (), (), ()
-        if AHEAD > 0:
-            places = find_pages(
-                far_ids, tile + AHEAD, first, last, stride_cache_block, stride_scale_block, num_blocks,
-                stride_cache_token, stride_scale_token, PAGES, BLOCK_SIZE,
-            )  # fmt: skip
-            prefetch_pages(places, far_rows, far_scales, far_zeros)
-            far_ids = load_ids(row_ptr, stride_table_block, tile + AHEAD + 1, first, last, PAGES, BLOCK_SIZE)
+        if BARRIER:
+            tl.debug_barrier()
         places = find_pages(
             next_ids, tile + 1, first, last, stride_cache_block, stride_scale_block, num_blocks, stride_cache_token,
             stride_scale_token, PAGES, BLOCK_SIZE,
@@ -534,7 +523,7 @@ def attend_pages(
                 values = zero_codes(values, tile, lowest, end, PAGES, WORDS)
         if tile + 1 < stop:
             keys = load_keys(
-                places, k_rows, k_scales, k_zeros, stride_cache_token, stride_scale_token, BYTES, K_VECTOR, SCALE_WORDS
+                places, k_rows, k_scales, k_zeros, stride_cache_token, stride_scale_token, BYTES, K_VECTOR, SCALE_WORDS, HINT
             )
 
         logs = logs_of(of_values, PAGES, NUM_GROUPS)
@@ -554,7 +543,7 @@ def attend_pages(
             )  # fmt: skip
         if tile + 1 < stop:
             values = load_values(
-                places, v_rows, v_scales, v_zeros, stride_cache_token, stride_scale_token, BYTES, V_VECTOR, SCALE_WORDS
+                places, v_rows, v_scales, v_zeros, stride_cache_token, stride_scale_token, BYTES, V_VECTOR, SCALE_WORDS, HINT
             )
 
     PER_NIBBLE: tl.constexpr = BYTES // 4
@@ -574,24 +563,73 @@ def attend_pages(
 
 
 @triton.jit
-def store_part(
-    sums, top0, top1, total0, total1, place, parts_ptr, stats_ptr,
-    ROWS: tl.constexpr, HEADS: tl.constexpr, BYTES: tl.constexpr, NIBBLES: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """Leave a part at its place in the scratch: the first ROWS columns of each warp, as rows."""
-    HEAD_DIM: tl.constexpr = BYTES * NIBBLES
-    lane, warp = tl.arange(0, 32 * HEADS) % 32, tl.arange(0, 32 * HEADS) // 32
-    g, c = lane // 4, lane % 4
-    of_part = parts_ptr + place.to(tl.int64) * (HEADS * COLUMNS * HEAD_DIM)
-    of_stats = stats_ptr + place.to(tl.int64) * (2 * HEADS * COLUMNS)
-    for e in tl.static_range(2):
-        row = warp * COLUMNS + 2 * c + e
-        there = 2 * c + e < ROWS
-        for i in tl.static_range(HEAD_DIM // 8):  # a lane's channels, four of a word
-            channel = 4 * VECTOR * g + (32 * VECTOR * (i // 4 // VECTOR) + 4 * (i // 4 % VECTOR) + i % 4)
-            tl.store(of_part + row * HEAD_DIM + channel, sums[2 * i + e], mask=there)
-        tl.store(of_stats + row, top0 if e == 0 else top1, mask=there & (g == 0))
-        tl.store(of_stats + HEADS * COLUMNS + row, total0 if e == 0 else total1, mask=there & (g == 0))
+def store_part(sums, top0, top1, total0, total1, place, parts_ptr, stats_ptr):
+    """Leave a part at its place in the scratch, a register of all lanes after another."""
+    THREADS: tl.constexpr = top0.shape[0]
+    thread = tl.arange(0, THREADS)
+    of_part = parts_ptr + place.to(tl.int64) * (len(sums) * THREADS) + thread
+    for i in tl.static_range(len(sums)):
+        tl.store(of_part + i * THREADS, sums[i])
+    of_stats = stats_ptr + place.to(tl.int64) * (THREADS // 2) + (thread // 32 * 4 + thread % 4)
+    first = thread % 32 < 4  # whose columns other lanes have too
+    for i in tl.static_range(4):
+        tl.store(of_stats + i * (THREADS // 8), (top0, top1, total0, total1)[i], mask=first)
+
+
+@triton.jit
+def merge_parts(first, last, parts_ptr, stats_ptr, sums, top0, top1, total0, total1):
+    """Merge what the programs from ``first`` to ``last`` left of a segment, in order; the arguments say what shape it
+    has."""
+    THREADS: tl.constexpr = top0.shape[0]
+    COUNT: tl.constexpr = len(sums)
+    thread = tl.arange(0, THREADS)
+    top0, total0 = tl.full(top0.shape, LOWEST, tl.float32), tl.zeros(top0.shape, tl.float32)
+    top1, total1 = top0, total0
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums = sums + (tl.zeros(top0.shape, tl.float32),)
+    for step in tl.range(first, last + 1, FEW_PARTS, num_stages=1):
+        parts = ()
+        for i in tl.static_range(FEW_PARTS):
+            there = thread * 0 + (step + i) <= last
+            place = ((step + i) * 2 + tl.where(step + i == first, 1, 0)).to(tl.int64)
+            of_stats = stats_ptr + place * (THREADS // 2) + (thread // 32 * 4 + thread % 4)
+            for k in tl.static_range(4):
+                empty = LOWEST if k < 2 else 0.0
+                parts = parts + (tl.load(of_stats + k * (THREADS // 8), mask=there, other=empty, cache_modifier=".cg"),)
+            of_part = parts_ptr + place * (COUNT * THREADS) + thread
+            for k in tl.static_range(COUNT):
+                parts = parts + (tl.load(of_part + k * THREADS, mask=there, other=0.0, cache_modifier=".cg"),)
+        for i in tl.static_range(FEW_PARTS):
+            stats = some(parts, (4 + COUNT) * i, 4)
+            new_top0, new_top1 = tl.maximum(top0, stats[0]), tl.maximum(top1, stats[1])
+            old0, old1 = tl.exp2(top0 - new_top0), tl.exp2(top1 - new_top1)
+            new0, new1 = tl.exp2(stats[0] - new_top0), tl.exp2(stats[1] - new_top1)
+            top0, top1, total0, total1 = new_top0, new_top1, total0 * old0 + stats[2] * new0, total1 * old1 + stats[3] * new1
+            added = rescaled(some(parts, (4 + COUNT) * i + 4, COUNT), new0, new1)
+            sums, merged = rescaled(sums, old0, old1), ()
+            for k in tl.static_range(COUNT):
+                merged = merged + (sums[k] + added[k],)
+            sums = merged
+    return sums, top0, top1, total0, total1
+
+
+@triton.jit
+def store_column(
+    sums, COLUMN: tl.constexpr, top, total, out_row, there, sink, stride_out_dim, VECTOR: tl.constexpr
+):
+    """Divide one of a lane's two columns by its total, a sink counted in, and store it."""
+    if sink is not None:
+        new_top = tl.maximum(top, sink.to(tl.float32) * softmax.LOG2E)
+        rescale = tl.exp2(top - new_top)
+        total = total * rescale + tl.exp2(sink.to(tl.float32) * softmax.LOG2E - new_top)
+    else:
+        rescale = 1.0
+    factor = rescale / tl.where(total > 0, total, 1.0)  # a query without keys: 0 / 1
+    g = tl.arange(0, top.shape[0]) % 32 // 4
+    for i in tl.static_range(len(sums) // 2):  # a lane's channels, four of a word
+        channel = 4 * VECTOR * g + (32 * VECTOR * (i // 4 // VECTOR) + 4 * (i // 4 % VECTOR) + i % 4)
+        store(out_row + channel * stride_out_dim, sums[2 * i + COLUMN] * factor, there)
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
@@ -636,10 +674,10 @@ def coded_decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     QUERIES: tl.constexpr,
     COLS: tl.constexpr,
-    ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     PAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
+    HINT: tl.constexpr,
+    BARRIER: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_predecessor(OVERLAP)
@@ -670,12 +708,7 @@ def coded_decode_kernel(
                 query, head, there = query_of(lane // 4, tile, QUERIES, GROUP, COLS)
                 there = there & (query < num_queries)
                 in_q = (first_row + query).to(tl.int64) * stride_q_token + (kv_head * GROUP + head) * stride_q_head
-                q, sums, column_unit = load_queries(
-                    q_ptr + tl.where(there, in_q, 0), there, DTYPE, CODES, BYTES, NIBBLES, K_VECTOR, NUM_GROUPS
-                )
-                sums0, sums1 = (), ()
-                for group in tl.static_range(NUM_GROUPS):
-                    sums0, sums1 = sums0 + (from_lane(sums[group], 8 * c),), sums1 + (from_lane(sums[group], 8 * c + 4),)
+                q_words = load_queries(q_ptr + tl.where(there, in_q, 0), there, BYTES, NIBBLES, K_VECTOR)
                 context = seq_len - num_queries
                 last_key = context + tl.minimum((tile + 1) * QUERIES, num_queries)
                 query0, _, _ = query_of(2 * c, tile, QUERIES, GROUP, COLS)
@@ -687,8 +720,7 @@ def coded_decode_kernel(
                 head64 = kv_head.to(tl.int64)
                 in_cache, in_scales = head64 * stride_cache_head, head64 * stride_scale_head
                 sums, top0, top1, total0, total1 = attend_pages(
-                    q, sums0, sums1, from_lane(column_unit, 8 * c), from_lane(column_unit, 8 * c + 4),
-                    context + query0, context + query1, first_tile + unit - seg_begin,
+                    q_words, context + query0, context + query1, first_tile + unit - seg_begin,
                     first_tile + tl.minimum(end, seg_end) - seg_begin,
                     lowest, whole_from, context + tile * QUERIES + 1, last_key,
                     block_table_ptr + seq.to(tl.int64) * stride_table_seq, stride_table_block,
@@ -698,29 +730,31 @@ def coded_decode_kernel(
                     scale, logit_cap, sliding_window, stride_cache_block, stride_scale_block, num_blocks,
                     stride_cache_token, stride_scale_token,
                     WINDOWED, CAPPED, CODES, BYTES, NIBBLES, K_VECTOR, V_VECTOR, NUM_GROUPS, SCALE_WORDS, BLOCK_SIZE,
-                    COLS < COLUMNS, PAGES, AHEAD,
+                    COLS < COLUMNS, PAGES, DTYPE, HINT, BARRIER,
                 )  # fmt: skip
 
-                tl.debug_barrier()  # the part of a segment before this one may still be read
-                store_part(
-                    sums, top0, top1, total0, total1, program * 2 + (seg_begin >= begin).to(tl.int32),
-                    parts_ptr, stats_ptr, ROWS, HEADS, BYTES, NIBBLES, V_VECTOR,
-                )  # fmt: skip
-                first, last = program, program
                 complete = (seg_begin >= begin) & (seg_end <= end)
-                if complete:
-                    tl.debug_barrier()  # other lanes read what a lane has stored
-                else:
-                    first = paging.worker_of(seg_begin, num_workers, line)
-                    last = paging.worker_of(seg_end - 1, num_workers, line)
-                    complete = merging.is_last(seg_begin, seg_end, line, num_workers, counters_ptr)
-                if complete:
-                    row = tl.arange(0, ROWS * HEADS)
-                    of_row, head_of_row, is_row = query_of(row // HEADS, tile, QUERIES, GROUP, COLS)
-                    merge_parts(
-                        first, last, parts_ptr, stats_ptr, row % HEADS * COLUMNS + row // HEADS, out_ptr, sinks_ptr,
-                        (first_row + of_row).to(tl.int64), (bundle * HEADS + row % HEADS) * GROUP + head_of_row,
-                        is_row & (of_row < num_queries), stride_out_token, stride_out_head, stride_out_dim,
-                        HEADS, BYTES * NIBBLES,
+                if (seg_begin < begin) | (seg_end > end):
+                    store_part(
+                        sums, top0, top1, total0, total1, program * 2 + (seg_begin >= begin).to(tl.int32), parts_ptr,
+                        stats_ptr,
                     )  # fmt: skip
+                    complete = merging.is_last(seg_begin, seg_end, line, num_workers, counters_ptr)
+                    if complete:
+                        sums, top0, top1, total0, total1 = merge_parts(
+                            paging.worker_of(seg_begin, num_workers, line),
+                            paging.worker_of(seg_end - 1, num_workers, line),
+                            parts_ptr, stats_ptr, sums, top0, top1, total0, total1,
+                        )  # fmt: skip
+                if complete:
+                    for e in tl.static_range(2):
+                        query, head, there = query_of(2 * c + e, tile, QUERIES, GROUP, COLS)
+                        there = there & (2 * c + e < COLS) & (query < num_queries)
+                        head = kv_head * GROUP + head
+                        sink = None if sinks_ptr is None else tl.load(sinks_ptr + head, mask=there, other=0.0)
+                        in_out = (first_row + query).to(tl.int64) * stride_out_token + head * stride_out_head
+                        store_column(
+                            sums, e, top0 if e == 0 else top1, total0 if e == 0 else total1, out_ptr + in_out, there,
+                            sink, stride_out_dim, V_VECTOR,
+                        )  # fmt: skip
             unit = tl.minimum(following, end)
