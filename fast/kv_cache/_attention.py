@@ -63,6 +63,7 @@ class DecodeTiles(NamedTuple):
     max_registers: int  # of a thread
     hint: int = 0
     barrier: bool = False
+    abreast: bool = True
 
 
 def choose_decode(
@@ -347,6 +348,9 @@ def _decode(
     num_seqs, max_blocks_per_seq = block_table.shape
     group = num_heads // num_kv_heads
     num_programs = 3 if INTERPRETING else num_processors(q) * (tiles.warps_per_processor // tiles.heads)
+    if tiles.abreast:
+        bundles = num_kv_heads // tiles.heads
+        num_programs = max(num_programs // bundles, 1) * bundles
     scratch = merging.make_scratch(q, num_programs, tiles.heads * COLUMNS.value, head_dim)
     if num_groups > 1:
         scales = tuple(None if x is None else triton.reinterpret(x, tl.int32) for x in scales)
@@ -361,7 +365,7 @@ def _decode(
         NIBBLES=head_dim // head_bytes, K_VECTOR=tiles.k_vector, V_VECTOR=tiles.v_vector, NUM_GROUPS=num_groups,
         SCALE_WORDS=scale_words, GROUP=group, BLOCK_SIZE=block_size, QUERIES=tiles.queries, COLS=tiles.columns,
         HEADS=tiles.heads, PAGES=tiles.pages,
-        HINT=tiles.hint, BARRIER=tiles.barrier, num_warps=tiles.heads, maxnreg=tiles.max_registers, **overlapped(q),
+        HINT=tiles.hint, BARRIER=tiles.barrier, ABREAST=tiles.abreast, num_warps=tiles.heads, maxnreg=tiles.max_registers, **overlapped(q),
     )  # fmt: skip
     return True
 

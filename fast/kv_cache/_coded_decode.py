@@ -678,16 +678,26 @@ def coded_decode_kernel(
     PAGES: tl.constexpr,
     HINT: tl.constexpr,
     BARRIER: tl.constexpr,
+    ABREAST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     wait_for_predecessor(OVERLAP)
     TILE_KV: tl.constexpr = PAGES * PAGE
     lane, warp = tl.arange(0, 32 * HEADS) % 32, tl.arange(0, 32 * HEADS) // 32
     c = lane % 4
-    program = tl.program_id(0)
+    program, num_programs, lines = tl.program_id(0), tl.num_programs(0), num_bundles
+    first_bundle = 0
+    if ABREAST:
+        lines = 1
+        first_bundle = program % num_bundles
+        num_programs = num_programs // num_bundles
+        program = program // num_bundles
+        parts_ptr += first_bundle.to(tl.int64) * num_programs * (2 * HEADS * COLUMNS * BYTES * NIBBLES)
+        stats_ptr += first_bundle * num_programs * (2 * 2 * HEADS * COLUMNS)
+        counters_ptr += first_bundle * num_programs
     capacity = max_blocks_per_seq * BLOCK_SIZE
     line, num_workers, begin, end, seq, seq_begin = paging.find_share(
-        program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_bundles,
+        program, num_programs, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, lines,
         sliding_window, QUERIES, TILE_KV, WINDOWED,
     )  # fmt: skip
     unit = begin
@@ -696,15 +706,15 @@ def coded_decode_kernel(
             seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
         )
         per_head, width = paging.units_per_head(num_queries, seq_len, sliding_window, QUERIES, TILE_KV, WINDOWED)
-        if unit >= seq_begin + per_head * num_bundles:
-            seq_begin += per_head * num_bundles
+        if unit >= seq_begin + per_head * lines:
+            seq_begin += per_head * lines
             seq += 1
         else:
             bundle, tile, first_tile, seg_begin, seg_end, following = paging.find_segment(
                 unit, seq_begin, per_head, width, num_queries, seq_len, sliding_window, QUERIES, TILE_KV, WINDOWED
             )
             if unit < seg_end:
-                kv_head = bundle * HEADS + warp
+                kv_head = (bundle + first_bundle) * HEADS + warp
                 query, head, there = query_of(lane // 4, tile, QUERIES, GROUP, COLS)
                 there = there & (query < num_queries)
                 in_q = (first_row + query).to(tl.int64) * stride_q_token + (kv_head * GROUP + head) * stride_q_head
