@@ -10,6 +10,8 @@ there is a failure, not which is the smallest (mutants are judged so).
 
 import contextlib
 import os
+import sys
+from collections.abc import Iterator
 
 # One thread for each of pytest's processes (`-n logical` starts one a core); before anything imports NumPy or torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -70,9 +72,14 @@ def pytest_runtest_call(item: pytest.Item):
     """Fewer examples where a kernel is interpreted. (Hypothesis keeps a test's settings on its function.)"""
     test, name = getattr(item, "obj", None), "_hypothesis_internal_use_settings"
     asked = getattr(test, name, None)
-    callspec = getattr(item, "callspec", None)
-    interpreted = callspec and is_interpreted(callspec.params.get("backend"))
-    with sanitized() if interpreted and SANITIZE else contextlib.nullcontext():
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    interpreted = is_interpreted(params.get("backend"))
+    with contextlib.ExitStack() as around:
+        if interpreted:
+            around.enter_context(untraced())
+        watched = SANITIZE and item.get_closest_marker("unwatched") is None
+        if watched and is_interpreted(params.get("backend", fast)):  # a test that takes no backend may use `fast`
+            around.enter_context(sanitized())
         if asked is None or not interpreted:
             return (yield)
         mark = item.get_closest_marker("interpreted")
@@ -82,6 +89,17 @@ def pytest_runtest_call(item: pytest.Item):
             return (yield)
         finally:
             setattr(test, name, asked)
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """No coverage of what runs here: the reference has tests of its own, and tracing slows interpreted kernels."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(tracer)
 
 
 @pytest.fixture(scope="session")

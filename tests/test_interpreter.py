@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fast._triton import interpreter
 
-pytestmark = pytest.mark.needs("interpreter")
+pytestmark = [pytest.mark.needs("interpreter"), pytest.mark.unwatched]
 
 TILE = tl.constexpr(16)
 

@@ -8,7 +8,7 @@ import triton.language as tl
 import fast
 from twofold.conformance.sanitizer import SanitizerError, sanitized
 
-pytestmark = pytest.mark.needs("interpreter")  # it watches Triton's interpreter
+pytestmark = [pytest.mark.needs("interpreter"), pytest.mark.unwatched]  # it watches Triton's interpreter
 
 TILE = tl.constexpr(16)
 

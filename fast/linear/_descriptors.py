@@ -174,13 +174,15 @@ def matmul_described(
     columns = IN_INTERPRETER if INTERPRETING else block.columns
     tiles = cdiv(num_tokens, block.tokens) * cdiv(out_features, block.rows)
     halves = residual is not None and block.persistent  # the residual takes shared memory beside the loads to come
+    # and one whose rows are too odd for wide loads takes more of it than a stage
+    narrow = halves and residual is not None and residual.stride(0) % 16 != 0
     constants: dict[str, Any] = {
         "TILE_M": block.tokens,
         "TILE_N": block.rows,
         "TILE_K": columns,
         "GROUP": GROUP,
         "HALVES": halves,
-        "STAGES": block.stages,
+        "STAGES": block.stages - narrow,
         "num_warps": block.warps,
         **overlapped(x),
     }

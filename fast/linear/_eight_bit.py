@@ -75,15 +75,21 @@ def dot_of(codes, x, acc):
 
 @triton.jit
 def finish(y, weight_scale_ptr, x_scale_ptr, bias_ptr, out_ptr, stride_out_t, stride_out_o, o, token, mask):
-    """Both scales, the bias, and one rounding."""
+    """Both scales, the bias, and one rounding.
+
+    Product and sum are one `fma` in words: otherwise the compiler of each kernel decides whether they are.
+    """
     y = y.to(tl.float32)
+    bias = tl.zeros_like(y)
+    if bias_ptr is not None:
+        bias += tl.load(bias_ptr + o, mask=mask, other=0.0).to(tl.float32)
     if weight_scale_ptr is not None:
         factor = tl.load(weight_scale_ptr + o, mask=mask, other=0.0).to(tl.float32)
         if x_scale_ptr is not None:
             factor = tl.load(x_scale_ptr + token, mask=mask, other=0.0) * factor
-        y = y * factor
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + o, mask=mask, other=0.0).to(tl.float32)
+        y = tl.fma(y, factor + tl.zeros_like(y), bias)
+    else:
+        y += bias
     store(out_ptr + token * stride_out_t + o * stride_out_o, y, mask)
 
 

@@ -125,9 +125,10 @@ def _many_tokens_kernel(
     in_batch, in_row = token < num_tokens, o < out_features
     x_scale = tl.load(x_scale_ptr + token, mask=in_batch, other=0.0)
     weight_scale = tl.load(weight_scale_ptr + o, mask=in_row, other=0.0).to(tl.float32)
-    y = acc.to(tl.float32) * (x_scale[:, None] * weight_scale[None, :])
+    bias = tl.zeros([TILE_T, TILE_O], tl.float32)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + o, mask=in_row, other=0.0).to(tl.float32)[None, :]
+        bias += tl.load(bias_ptr + o, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    y = tl.fma(acc.to(tl.float32), x_scale[:, None] * weight_scale[None, :], bias)  # as `_eight_bit.finish` does
     pointers = out_ptr + token.to(tl.int64)[:, None] * stride_out_t + o[None, :] * stride_out_o
     store(pointers, y, in_batch[:, None] & in_row[None, :])
 

@@ -4,6 +4,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from twofold.conformance import mutants
 
 KERNEL = """
@@ -73,6 +75,15 @@ def test_verdicts(tmp_path, monkeypatch, capfd):
     status, text = judge("assert least(1, 2) == 2")
     assert status == 2, text
     assert "do not pass without a fault" in text
+
+
+def test_a_file_that_no_deck_names(tmp_path, capsys):
+    """Whoever asks for it is told so, before anything is run."""
+    (tmp_path / "deck.toml").write_text('[room]\n"a.py" = ["test_a.py"]\n')
+    with pytest.raises(SystemExit) as stopped:
+        mutants.main(["--deck", str(tmp_path / "deck.toml"), "a.py", "b.py"])
+    assert stopped.value.code == 2
+    assert "does not say which tests judge b.py" in capsys.readouterr().err
 
 
 def test_the_deck_names_every_kernel():

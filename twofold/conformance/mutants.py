@@ -289,6 +289,9 @@ def main(arguments: list[str] | None = None) -> int:
         decks = {"": {str(file): options.tests for file in options.file}}
     chosen = {file: tests for deck in decks.values() for file, tests in deck.items()}
     if options.file:
+        unknown = [str(file) for file in options.file if str(file) not in chosen]
+        if unknown:
+            parser.error(f"{options.deck}: does not say which tests judge {', '.join(unknown)}")
         chosen = {str(file): chosen[str(file)] for file in options.file}
     import_what_is_not_mutated()
     reports = []
