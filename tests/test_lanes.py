@@ -55,6 +55,29 @@ def _floats_kernel(words_ptr, floats_ptr, out_ptr, N: tl.constexpr, DTYPE: tl.co
         tl.store(out_ptr + (6 + n) * N + i, sums[n])
 
 
+@triton.jit
+def _memory_kernel(words_ptr, out_ptr, N: tl.constexpr):
+    """Two groups of copies: 64 words of each warp reversed by fours; then the first eight once more, by twos."""
+    i = tl.arange(0, N)
+    lane, warp = i % 32, i // 32
+    memory = lanes.warp_memory(160, N // 32)
+    own = words_ptr + 64 * warp
+    memory = lanes.copy_words(memory, 4 * (15 - lane % 16), 0, own + lane % 16 * 4, 4)  # two lanes each
+    lanes.commit_copies()
+    memory = lanes.copy_words(memory, lane % 4 * 2, 64, own + lane % 4 * 2, 2)
+    memory = lanes.copy_words(memory, lane % 8, 72, own + lane % 8, 1)
+    lanes.commit_copies()
+    lanes.wait_for_copies(1)
+    for n in tl.static_range(4):
+        tl.store(out_ptr + n * N + i, lanes.read_words(memory, lane % 15 * 4, 4, 4)[n])
+    for n in tl.static_range(2):
+        tl.store(out_ptr + (4 + n) * N + i, lanes.read_transposed(memory, lane * 4 % 60, 4)[n])
+    lanes.wait_for_copies(0)
+    for n in tl.static_range(2):
+        tl.store(out_ptr + (6 + n) * N + i, lanes.read_words(memory, lane % 4 * 2, 64, 2)[n])
+    tl.store(out_ptr + 8 * N + i, lanes.read_words(memory, lane % 8, 72, 1)[0])
+
+
 @pytest.fixture
 def registers():
     """(six words of two halves each, four floats) a lane; the halves of the first word are subnormal float16s too."""
@@ -131,3 +154,25 @@ def test_floats(registers, dtype):
         tolerance = 1e-4 * numbers.abs().max() if name == "sum_of" or name.startswith("product") else 0.0
         error = (got.double() - numbers.double()).abs().max()
         assert error <= tolerance, f"{name}: {got.tolist()} instead of {numbers.tolist()}"
+
+
+def test_memory(registers):
+    words = words_of(registers[0]).reshape(-1)[: 64 * WARPS]
+    device = default_device()
+    out = torch.zeros(9, SIZE, dtype=torch.int32, device=device)
+    _memory_kernel[(1,)](words.to(device), out, N=SIZE, num_warps=WARPS)
+    own = words.reshape(WARPS, 16, 4)
+    memory = own.flip(1)
+    lane, c = torch.arange(32), torch.arange(32) % 4
+    of_lanes = memory[:, lane % 15 + 1].reshape(SIZE, 4)
+    halves = memory.contiguous().view(torch.int16).reshape(WARPS, 16, 8)
+    tables = [halves[:, (torch.arange(8) + 8 * n) * 4 % 60 // 4 + 1].transpose(1, 2) for n in range(2)]
+    flat = own.reshape(WARPS, 64)
+    want = {
+        **{f"word {n} of four": of_lanes[:, n] for n in range(4)},
+        **{f"table {n}": words_of(t.reshape(SIZE, 2)) for n, t in enumerate(tables)},
+        **{f"word {n} of two": flat[:, c * 2 + n] for n in range(2)},
+        "one word": flat[:, lane % 8],
+    }
+    for (name, expected), got in zip(want.items(), out.cpu(), strict=True):
+        assert torch.equal(got, expected.reshape(-1)), f"{name}: {got.tolist()} instead of {expected.tolist()}"

@@ -254,6 +254,12 @@ def product(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, dtype: tl.constexpr = tl.flo
 
 
 @triton.jit
+def some(words, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT of them from the FIRST on."""
+    return words[FIRST : FIRST + COUNT]
+
+
+@triton.jit
 def product_at(accs, AT: tl.constexpr, a0, a1, a2, a3, b0, b1, dtype: tl.constexpr = tl.float16):
     """``product``, added to four registers among many."""
     return product(a0, a1, a2, a3, b0, b1, accs[AT], accs[AT + 1], accs[AT + 2], accs[AT + 3], dtype)
@@ -273,3 +279,140 @@ def sum_of(x):
     x = x + from_other(x, 4)
     x = x + from_other(x, 8)
     return x + from_other(x, 16)
+
+
+# ---- memory of a warp -------------------------------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def _memory_asm(size):
+    return f"{{ .shared .align 16 .b8 memory[{size}]; mov.b32 $0, memory; }}"
+
+
+@triton.jit
+def warp_memory(WORDS: tl.constexpr, WARPS: tl.constexpr):
+    """WORDS words of shared memory for each warp, once in a kernel: their addresses; interpreted, the words themselves.
+
+    A multiple of four words, 48 KB in all: it is static, beside what Triton takes for itself.
+    """
+    if INTERPRETED:
+        memory = tl.zeros([WARPS * _power_of_2(WORDS)], tl.int32)
+    else:
+        asm: tl.constexpr = _memory_asm(4 * WORDS * WARPS)
+        first = tl.inline_asm_elementwise(asm, "=r,r", [tl.program_id(0)], tl.int32, is_pure=False, pack=1)
+        memory = first + tl.arange(0, 32 * WARPS) // 32 * (4 * WORDS)
+    return memory
+
+
+@triton.constexpr_function
+def _power_of_2(number):
+    return triton.next_power_of_2(number)
+
+
+@triton.constexpr_function
+def _copy_asm(count, offset):
+    cached = "cg.shared.global.L2::128B" if count == 4 else "ca.shared.global"
+    return f"cp.async.{cached} [$1 + {4 * offset}], [$2], {4 * count}; mov.b32 $0, 0;"
+
+
+@triton.jit
+def copy_words(memory, at, OFFSET: tl.constexpr, ptr, COUNT: tl.constexpr):
+    """Let COUNT (1, 2 or 4) words be copied to a place of the warp's memory, as part of the next `commit_copies`.
+
+    Returns the memory with them. Lanes may copy the same words to the same place.
+    """
+    if INTERPRETED:
+        table = memory.reshape(at.shape[0] // 32, memory.shape[0] * 32 // at.shape[0])
+        cell = tl.arange(0, table.shape[1])[None, :, None]
+        for i in tl.static_range(COUNT):
+            here = cell == (at + (OFFSET + i)).reshape(at.shape[0] // 32, 1, 32)
+            word = tl.load(ptr + i).reshape(at.shape[0] // 32, 1, 32)
+            written = tl.max(tl.where(here, word, -2147483648), 2)
+            table = tl.where(tl.max(here.to(tl.int32), 2) > 0, written, table)
+        memory = table.reshape(memory.shape[0])
+    else:
+        asm: tl.constexpr = _copy_asm(COUNT, OFFSET)
+        operands = [memory + 4 * at, ptr.to(tl.int64)]
+        tl.inline_asm_elementwise(asm, "=r,r,l", operands, tl.int32, is_pure=False, pack=1)
+    return memory
+
+
+@triton.jit
+def commit_copies():
+    """End a group of copies, an empty one perhaps."""
+    if not INTERPRETED:
+        asm: tl.constexpr = "cp.async.commit_group; mov.b32 $0, $1;"
+        tl.inline_asm_elementwise(asm, "=r,r", [tl.program_id(0)], tl.int32, is_pure=False, pack=1)
+
+
+@triton.constexpr_function
+def _wait_asm(pending):
+    return f"cp.async.wait_group {pending}; bar.warp.sync -1; mov.b32 $0, $1;"
+
+
+@triton.jit
+def wait_for_copies(PENDING: tl.constexpr):
+    """Until all groups but the last PENDING have arrived, those of the other lanes too, which have read what they
+    have asked for before: its place may be copied to."""
+    if not INTERPRETED:
+        asm: tl.constexpr = _wait_asm(PENDING)
+        tl.inline_asm_elementwise(asm, "=r,r", [tl.program_id(0)], tl.int32, is_pure=False, pack=1)
+
+
+@triton.constexpr_function
+def _read_asm(count, offset):
+    kind = f"v{count}.b32" if count > 1 else "b32"
+    names = ", ".join(f"${i}" for i in range(count))
+    return f"ld.shared.{kind} {{{names}}}, [${count} + {4 * offset}];"
+
+
+@triton.jit
+def read_words(memory, at, OFFSET: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT (1, 2 or 4) words side by side of the warp's memory."""
+    if INTERPRETED:
+        words = ()
+        of_warp = tl.arange(0, at.shape[0]) // 32 * (memory.shape[0] * 32 // at.shape[0])
+        for i in tl.static_range(COUNT):
+            words = words + (tl.gather(memory, of_warp + at + (OFFSET + i), 0),)
+    elif COUNT == 1:
+        asm: tl.constexpr = _read_asm(COUNT, OFFSET)
+        words = (tl.inline_asm_elementwise(asm, "=r,r", [memory + 4 * at], tl.int32, is_pure=False, pack=1),)
+    elif COUNT == 2:
+        asm: tl.constexpr = _read_asm(COUNT, OFFSET)
+        kinds: tl.constexpr = (tl.int32, tl.int32)
+        words = tl.inline_asm_elementwise(asm, "=r,=r,r", [memory + 4 * at], kinds, is_pure=False, pack=1)
+    else:
+        asm: tl.constexpr = _read_asm(COUNT, OFFSET)
+        kinds: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
+        words = tl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r", [memory + 4 * at], kinds, is_pure=False, pack=1)
+    return words
+
+
+@triton.constexpr_function
+def _read_transposed_asm(offset):
+    return f"ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {{$0, $1}}, [$2 + {4 * offset}];"
+
+
+@triton.jit
+def read_transposed(memory, at, OFFSET: tl.constexpr):
+    """Two tables of 8 x 8 numbers of 16 bits, transposed: lane 4 g + c has of each (2 c, g) and (2 c + 1, g).
+
+    Row r of the first is the four words from ``at`` of lane r, row r of the second from that of lane r + 8.
+    """
+    if INTERPRETED:
+        lane = tl.arange(0, at.shape[0])
+        of_warp = lane // 32 * (memory.shape[0] * 32 // at.shape[0])
+        g, c = lane % 32 // 4, lane % 4
+        words = ()
+        for table in tl.static_range(2):
+            halves = ()
+            for i in tl.static_range(2):
+                row = tl.gather(at, lane // 32 * 32 + 8 * table + 2 * c + i, 0)
+                halves = halves + ((tl.gather(memory, of_warp + row + OFFSET + g // 2, 0) >> (g % 2 * 16)) & 0xFFFF,)
+            words = words + (halves[0] | (halves[1] << 16),)
+    else:
+        asm: tl.constexpr = _read_transposed_asm(OFFSET)
+        words = tl.inline_asm_elementwise(
+            asm, "=r,=r,r", [memory + 4 * at], (tl.int32, tl.int32), is_pure=False, pack=1
+        )
+    return words

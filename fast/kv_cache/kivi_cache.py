@@ -30,8 +30,12 @@ from fast._triton.rounding import clamp, dot
 from fast.attention._cached_tiles import LONGEST_WINDOW
 from fast.attention._checks import require_attention, require_tables
 from fast.kv_cache._codes import FLOAT16_MAX, affine_codes, affine_range
-from fast.kv_cache._kivi_decode import COLUMNS, PAGE, decode_attention_kernel, quantized_before
+from fast.kv_cache._kivi_decode import decode_attention_kernel, quantized_before
+from fast.kv_cache._kivi_products import COLUMNS
+from fast.kv_cache._kivi_tile import PAGE, tile_words
 from fast.kv_cache.slots import launch_write_kv, require_slots, require_tokens
+
+STATIC_MEMORY = 48 * 1024 - 256  # bytes of shared memory that a kernel may declare, less what Triton adds
 
 # Whether a GPU may run the kernel for decodes. It has been compiled for one and interpreted, but never run on one.
 DECODES_ON_GPU = False
@@ -68,7 +72,7 @@ class KiviArrays(NamedTuple):
 # ---- writing ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_window_slots", "num_slots"])
 def _seal_kernel(
     k_window_ptr,  # [num_window_blocks, block_size, num_kv_heads, head_dim]
     v_window_ptr,
@@ -440,7 +444,7 @@ class DecodeTiles(NamedTuple):
     queries: int  # of a sequence that a program takes together
     columns: int  # for them and the heads of a group
     heads: int  # KV heads, a warp each
-    pages: int  # of keys that a warp takes together
+    stages: int  # tiles of keys in a warp's memory, one of them being read
     warps_per_processor: int
     max_registers: int | None = None  # of a thread
 
@@ -464,14 +468,16 @@ def choose_decode(
     columns = COLUMNS.value if max(-(-num_tokens // num_seqs), 1) * group > COLUMNS.value // 2 else COLUMNS.value // 2
     num_kv_heads = cache.k_cache.shape[2]
     heads = 4 if num_kv_heads % 4 == 0 else 2 if num_kv_heads % 2 == 0 else 1
-    return DecodeTiles(1 if num_tokens <= num_seqs else columns // group, columns, heads, 1, 12, 168)
+    tile = 4 * heads * tile_words(cache.bits, head_dim // 32, cache.group_size)
+    stages = min(3, STATIC_MEMORY // tile)
+    return DecodeTiles(1 if num_tokens <= num_seqs else columns // group, columns, heads, stages, 12, 168)
 
 
 def loads_whole_words(q: Array, cache: KiviArrays) -> bool:
     """Whether everything lies where the kernel for decodes loads it: many bytes at once, blocks not too far apart."""
     token_scales = 2 * cache.v_scale.shape[3]
-    aligned = (q, 16), (cache.k_window, 16), (cache.v_window, 16), (cache.k_cache, 8), (cache.v_cache, 4)
-    aligned += (cache.k_scale, 16), (cache.k_zero, 16), (cache.v_scale, token_scales), (cache.v_zero, 4)
+    aligned = (q, 16), (cache.k_window, 16), (cache.v_window, 16), (cache.k_cache, 16), (cache.v_cache, 16)
+    aligned += (cache.k_scale, 16), (cache.k_zero, 16), (cache.v_scale, token_scales), (cache.v_zero, token_scales)
     return all(
         x.data_ptr() % size == 0 and all(stride * x.element_size() % size == 0 for stride in x.stride()[:-1])
         for x, size in aligned
@@ -501,11 +507,11 @@ def _decode(
     group = num_heads // num_kv_heads
     num_programs = 3 if INTERPRETING else num_processors(q) * (tiles.warps_per_processor // tiles.heads)
     scratch = merging.make_scratch(q, num_programs, tiles.heads * COLUMNS.value, head_dim)
-    words = [triton.reinterpret(x, tl.int32) for x in (q, *cache[:-1])]
+    words = [triton.reinterpret(x, tl.int32) for x in (q, *cache)]
     strided = q, cache.k_window, cache.k_cache, cache.k_scale, cache.v_scale
     strides = [stride * x.element_size() // 4 for x in strided for stride in x.stride()[:-1]]
     decode_attention_kernel[(num_programs,)](
-        *words, triton.reinterpret(cache.v_zero, tl.int16), window_block_table, block_table, seq_lens, cu_seqlens_q,
+        *words, window_block_table, block_table, seq_lens, cu_seqlens_q,
         sinks, out, *scratch, min(window, LONGEST_WINDOW), scale, logit_cap or 0.0,
         min(sliding_window or 0, LONGEST_WINDOW), *strides, *window_block_table.stride(), *block_table.stride(),
         *out.stride(), num_tokens, num_seqs, num_kv_heads // tiles.heads, len(cache.k_window), num_blocks,
@@ -514,7 +520,7 @@ def _decode(
         DTYPE=tl.bfloat16 if q.dtype == torch.bfloat16 else tl.float16, BITS=cache.bits, GROUP=group,
         PIECES=head_dim // 32, BLOCK_SIZE=block_size, GROUP_SIZE=cache.group_size, NUM_GROUPS=cache.v_scale.shape[3],
         QUERIES=tiles.queries, COLS=tiles.columns, ROWS=next_power_of_2(tiles.queries * group), HEADS=tiles.heads,
-        PAGES=tiles.pages, num_warps=tiles.heads, maxnreg=tiles.max_registers,
+        STAGES=tiles.stages, num_warps=tiles.heads, maxnreg=tiles.max_registers,
     )  # fmt: skip
 
 

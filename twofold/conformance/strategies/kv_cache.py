@@ -250,6 +250,7 @@ def batches(
     whole: bool = False,
     layout: Layout | None = None,
     most_queries: int | None = None,
+    kind: str | None = None,
 ) -> Batch:
     """A batch of up to three sequences, among them padded ones and decodes, in shuffled and perhaps shared blocks.
 
@@ -259,6 +260,7 @@ def batches(
         whole: Every token is a query.
         layout: The cache's, whose dtype is then that of q, k and v as well (None: any).
         most_queries: A sequence has at most so many.
+        kind: Of the values that are stored (None: any ordinary one).
     """
     given = layout
     layout = draw(layouts(format, num_blocks=0)) if given is None else given
@@ -273,7 +275,7 @@ def batches(
         queries = [min(most_queries, n) for n in queries]
     query_lens = np.array(queries, np.int32)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1), label="seed"))
-    kind = draw(one_of(*ORDINARY), label="kind")
+    kind = draw(one_of(*ORDINARY), label="kind") if kind is None else kind
     dtype = draw(one_of(*FLOATS), label="dtype of q, k and v") if given is None else given.dtype
 
     width = (2 * layout.num_kv_heads, layout.head_dim)
