@@ -147,14 +147,13 @@ def float8s(word, HALF: tl.constexpr):
 
 
 @triton.constexpr_function
-def _load_asm(count, hint):
+def _load_asm(count):
     names = ", ".join(f"${i}" for i in range(count))
-    hint = f".L2::{hint}B" if hint else ""
-    return f"ld.global.nc{hint}.v{count}.b32 {{{names}}}, [${count}];"
+    return f"ld.global.nc.v{count}.b32 {{{names}}}, [${count}];"
 
 
 @triton.jit
-def load_words(ptr, COUNT: tl.constexpr, AGAIN: tl.constexpr = False, HINT: tl.constexpr = 0):
+def load_words(ptr, COUNT: tl.constexpr, AGAIN: tl.constexpr = False):
     """COUNT (1, 2 or 4) words side by side, in one load. AGAIN: even if they were loaded before, because to keep them
     takes registers."""
     if COUNT == 1:
@@ -164,11 +163,11 @@ def load_words(ptr, COUNT: tl.constexpr, AGAIN: tl.constexpr = False, HINT: tl.c
         for i in tl.static_range(COUNT):
             words = words + (tl.load(ptr + i),)
     elif COUNT == 2:
-        asm: tl.constexpr = _load_asm(COUNT, HINT)
+        asm: tl.constexpr = _load_asm(COUNT)
         address = ptr.to(tl.int64)
         words = tl.inline_asm_elementwise(asm, "=r,=r,l", [address], (tl.int32, tl.int32), is_pure=not AGAIN, pack=1)
     else:
-        asm: tl.constexpr = _load_asm(COUNT, HINT)
+        asm: tl.constexpr = _load_asm(COUNT)
         address = ptr.to(tl.int64)
         kinds: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
         words = tl.inline_asm_elementwise(asm, "=r,=r,=r,=r,l", [address], kinds, is_pure=not AGAIN, pack=1)

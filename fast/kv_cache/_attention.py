@@ -1,7 +1,8 @@
 """Attention over a cache of small codes: int8, fp8, int4. The schedule is `fast/_triton/paging.py`'s.
 
-A decode over codes is bound by instructions before it is bound by memory, so as few as possible touch a code. How codes
-are multiplied as they are: `_planes.py`. How tiles of them pass: `_coded_tiles.py`. Here: the kernel, and its launch.
+A decode over codes is bound by instructions before it is bound by memory, so as few as possible touch a code. Decodes
+of ordinary shapes have a kernel of their own, `_coded_decode.py`. Here: the general one, and the launches. How that one
+multiplies codes as they are: `_planes.py`. How tiles of them pass: `_coded_tiles.py`.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
@@ -13,11 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fast._triton import merging, paging, softmax
-from fast._triton.overlap import overlapped
 from fast._triton.platform import INTERPRETING, num_processors
 from fast.attention._cached_tiles import LONGEST_WINDOW
 from fast.attention._checks import require_attention, require_tables
-from fast.kv_cache._coded_decode import COLUMNS, PAGE, coded_decode_kernel
+from fast.kv_cache._coded_decode import coded_decode_kernel
+from fast.kv_cache._coded_page import COLUMNS, PAGE
 from fast.kv_cache._coded_tiles import attend_coded_tiles
 from fast.kv_cache._planes import joined, joined_numbers, load_planes
 
@@ -44,7 +45,7 @@ def choose_tiles(num_tokens: int, num_seqs: int, group: int, num_kv_heads: int, 
     """
     rows = triton.next_power_of_2(-(-num_tokens // max(num_seqs, 1)) * group)
     tile_q = max(min(max(rows, 8), 16), triton.next_power_of_2(group))
-    heads = 4 if num_kv_heads % 4 == 0 else 2 if num_kv_heads % 2 == 0 else 1
+    heads = heads_together(num_kv_heads)
     queries = 1 if num_tokens <= num_seqs else tile_q // group
     tile_kv = 16 if head_dim > 128 or parts == 2 else 32
     return Tiles(heads, queries, tile_q, tile_kv, heads, 5, 8 // heads)
@@ -56,38 +57,42 @@ class DecodeTiles(NamedTuple):
     queries: int  # of a sequence that a warp takes together
     columns: int  # for them and the heads of a group
     heads: int  # KV heads of a program, a warp each
-    pages: int  # of keys that a warp takes together
     k_vector: int  # words of codes that a lane loads at a time
     v_vector: int
-    warps_per_processor: int
-    max_registers: int  # of a thread
-    hint: int = 0
-    barrier: bool = False
-    abreast: bool = True
+    warps_per_processor: int = 12
+    max_registers: int = 168  # of a thread
 
 
 def choose_decode(
-    num_tokens: int, num_seqs: int, group: int, num_kv_heads: int, dtype: torch.dtype, head_dim: int, block_size: int,
-    codes: str, num_groups: int,
-) -> DecodeTiles | None:  # fmt: skip
+    num_tokens: int,
+    num_seqs: int,
+    group: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    codes: str,
+    num_groups: int,
+) -> DecodeTiles | None:
     """How the kernel for decodes takes a batch; None if it does not.
 
-    It takes two-byte floats, blocks of whole pages, and words of codes of whole groups of scales; and batches in which
-    the mean sequence has no more rows than a product has columns. (Four columns, of which four more hold what float16
-    loses of weights, where a zero may cancel most of a value.)
+    It takes two-byte floats, blocks of whole pages, heads whose groups of scales fill loads of all lanes, and batches
+    in which the mean sequence has no more rows than a product has columns. (Where a zero may cancel most of a value,
+    and queries are float16, half of the columns hold what weights lose to rounding.)
     """
     columns = COLUMNS.value // 2 if codes == "int4" and dtype == torch.float16 else COLUMNS.value
-    rows_fit = num_tokens * group <= columns * num_seqs
-    head_fits = head_dim <= 128 and head_dim == triton.next_power_of_2(head_dim)
-    if PARTS[dtype] > 1 or not (rows_fit and head_fits) or block_size % PAGE.value:
+    group_bytes = min(head_dim // num_groups, head_dim // 2 if codes == "int4" else head_dim)
+    k_vector, v_vector = min(4, group_bytes // 16), min(4, group_bytes // 32)
+    whole = block_size % PAGE.value == 0 and head_dim in (64, 128) and num_groups in (1, 2, 4) and v_vector > 0
+    if not whole or PARTS[dtype] > 1 or num_tokens * group > columns * num_seqs:
         return None
-    chunk = min(head_dim // num_groups, head_dim // 2 if codes == "int4" else head_dim)  # bytes, all of one group
-    k_vector, v_vector = min(4, chunk // 16), min(4, chunk // 32)
-    if v_vector == 0 or (num_groups > 1 and num_groups % 2):
-        return None
-    heads = 4 if num_kv_heads % 4 == 0 else 2 if num_kv_heads % 2 == 0 else 1
     queries = 1 if num_tokens <= num_seqs else columns // group
-    return DecodeTiles(queries, columns, heads, 1, k_vector, v_vector, 12, 168)
+    return DecodeTiles(queries, columns, heads_together(num_kv_heads), k_vector, v_vector)
+
+
+def heads_together(num_kv_heads: int) -> int:
+    """KV heads that a program takes together, a warp each."""
+    return 4 if num_kv_heads % 4 == 0 else 2 if num_kv_heads % 2 == 0 else 1
 
 
 @triton.jit
@@ -269,18 +274,15 @@ def attend_codes(
     num_tokens, num_heads, _ = q.shape
     num_seqs, max_blocks_per_seq = block_table.shape
     num_groups, group = 1 if k_scale.ndim == 3 else k_scale.shape[3], num_heads // num_kv_heads
-    decode = choose_decode(
-        num_tokens, num_seqs, group, num_kv_heads, q.dtype, head_dim, block_size, codes, num_groups
-    )
-    if decode is not None and max_blocks_per_seq > 0:  # it reads some block for every sequence
-        arrays = (k_cache, v_cache), (k_scale, k_zero, v_scale, v_zero)
-        done = _decode(
-            q, *arrays, block_table, seq_lens.contiguous(), cu_seqlens_q.contiguous(), decode, codes=codes,
-            num_groups=num_groups, scale=scale, sliding_window=sliding_window,
-            sinks=None if sinks is None else sinks.contiguous(), logit_cap=logit_cap, out=out,
-        )  # fmt: skip
-        if done:
-            return out
+    shape = num_tokens, num_seqs, group, num_kv_heads, q.dtype, head_dim, block_size, codes, num_groups
+    decode = choose_decode(*shape)
+    arrays = (k_cache, v_cache), (k_scale, k_zero, v_scale, v_zero)
+    if decode is not None and max_blocks_per_seq > 0 and lie_in_words(*arrays):
+        tables = block_table, seq_lens.contiguous(), cu_seqlens_q.contiguous()
+        options = {"codes": codes, "num_groups": num_groups, "sliding_window": sliding_window, "logit_cap": logit_cap}
+        sinks = None if sinks is None else sinks.contiguous()
+        _decode(q, *arrays, *tables, decode, scale=scale, sinks=sinks, out=out, **options)
+        return out
     tiles = choose_tiles(num_tokens, num_seqs, group, num_kv_heads, head_dim, PARTS[q.dtype])
     tile_words = max(16, triton.next_power_of_2(head_bytes // bytes_of_word))
     num_programs = 3 if INTERPRETING else num_processors(q) * tiles.programs_per_processor
@@ -312,10 +314,26 @@ def attend_codes(
     return out
 
 
+def in_words(x: Tensor, size: int) -> bool:
+    """Whether rows of an array begin where that many bytes can be loaded at once, and no stride is too large."""
+    places = x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3])
+    return all(place % size == 0 for place in places) and all(0 <= stride < 2**31 for stride in x.stride())
+
+
+def lie_in_words(caches: tuple[Tensor, Tensor], scales: tuple[Tensor | None, ...]) -> bool:
+    """Whether codes and scales lie as the kernel for decodes loads them, which is all of a token's scales at once."""
+    for x in scales:
+        if x is not None:
+            num_groups, stride_group = (x.shape[3], x.stride(3)) if x.ndim == 4 else (1, 1)
+            if not in_words(x, num_groups * x.element_size()) or (num_groups > 1 and stride_group != 1):
+                return False
+    return all(in_words(x, 16) for x in caches)
+
+
 def _decode(
     q: Tensor,
     caches: tuple[Tensor, Tensor],
-    scales: tuple[Tensor | None, ...],
+    scales: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
     block_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
@@ -328,46 +346,33 @@ def _decode(
     sinks: Tensor | None,
     logit_cap: float | None,
     out: Tensor,
-) -> bool:
-    """Launch the kernel for decodes; False where something does not lie where it loads many bytes at once."""
-    words_of = lambda x, size: all(place % size == 0 for place in (x.data_ptr(), *(s * x.element_size() for s in x.stride()[:3])))
-    if q.stride(2) != 1 or not words_of(q, 16):
+) -> None:
+    """Launch the kernel for decodes."""
+    if q.stride(2) != 1 or not in_words(q, 16):
         q = q.contiguous()
-    cache, of_scales = caches[0], scales[0]
-    assert of_scales is not None
-    scale_words = max(1, num_groups // 2)
-    if not all(words_of(x, 4 * max(tiles.k_vector, tiles.v_vector)) for x in caches):
-        return False
-    if num_groups > 1 and not (of_scales.stride(3) == 1 and all(words_of(x, 4 * scale_words) for x in scales if x is not None)):
-        return False
-    if not all(0 <= stride < 2**31 for x in (cache, of_scales) for stride in x.stride()):
-        return False
-    per_word = 2 if num_groups > 1 else 1
+    cache, scale_strides = caches[0], scales[0].stride()[:3]
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, block_size, num_kv_heads, head_bytes = cache.shape
     num_seqs, max_blocks_per_seq = block_table.shape
-    group = num_heads // num_kv_heads
-    num_programs = 3 if INTERPRETING else num_processors(q) * (tiles.warps_per_processor // tiles.heads)
-    if tiles.abreast:
-        bundles = num_kv_heads // tiles.heads
-        num_programs = max(num_programs // bundles, 1) * bundles
-    scratch = merging.make_scratch(q, num_programs, tiles.heads * COLUMNS.value, head_dim)
-    if num_groups > 1:
+    if num_groups > 1:  # float16s by twos
         scales = tuple(None if x is None else triton.reinterpret(x, tl.int32) for x in scales)
+        scale_strides = tuple(stride // 2 for stride in scale_strides)
+    num_programs = 3 if INTERPRETING else num_processors(q) * (tiles.warps_per_processor // tiles.heads)
+    scratch = merging.make_scratch(q, num_programs, tiles.heads * COLUMNS.value, head_dim)
     coded_decode_kernel[(num_programs,)](
-        *(triton.reinterpret(x, tl.int32) for x in (q, *caches)), *scales, block_table, seq_lens, cu_seqlens_q, sinks,
-        out, *scratch, scale, logit_cap or 0.0, min(sliding_window or 0, LONGEST_WINDOW),
-        *(stride // 2 for stride in q.stride()[:2]), *(stride // 4 for stride in cache.stride()[:3]),
-        *(stride // per_word for stride in of_scales.stride()[:3]), *block_table.stride(), *out.stride(),
+        *(triton.reinterpret(x, tl.int32) for x in (q, *caches)), *scales,
+        block_table, seq_lens, cu_seqlens_q, sinks, out, *scratch,
+        scale, logit_cap or 0.0, min(sliding_window or 0, LONGEST_WINDOW),
+        *(stride // 2 for stride in q.stride()[:2]), *(stride // 4 for stride in cache.stride()[:3]), *scale_strides,
+        *block_table.stride(), *out.stride(),
         num_tokens, num_seqs, num_kv_heads // tiles.heads, num_blocks, max_blocks_per_seq,
         WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None,
         DTYPE=tl.bfloat16 if q.dtype == torch.bfloat16 else tl.float16, CODES=codes, BYTES=head_bytes,
         NIBBLES=head_dim // head_bytes, K_VECTOR=tiles.k_vector, V_VECTOR=tiles.v_vector, NUM_GROUPS=num_groups,
-        SCALE_WORDS=scale_words, GROUP=group, BLOCK_SIZE=block_size, QUERIES=tiles.queries, COLS=tiles.columns,
-        HEADS=tiles.heads, PAGES=tiles.pages,
-        HINT=tiles.hint, BARRIER=tiles.barrier, ABREAST=tiles.abreast, num_warps=tiles.heads, maxnreg=tiles.max_registers, **overlapped(q),
+        SCALE_WORDS=max(1, num_groups // 2), GROUP=num_heads // num_kv_heads, BLOCK_SIZE=block_size,
+        QUERIES=tiles.queries, COLS=tiles.columns, HEADS=tiles.heads, num_warps=tiles.heads,
+        maxnreg=tiles.max_registers,
     )  # fmt: skip
-    return True
 
 
 def _alike(*arrays: Tensor, dense: bool = False) -> tuple[Tensor, ...]:

@@ -1,21 +1,13 @@
-"""Decodes over a cache of small codes in float16 and bfloat16: a warp a KV head, lane by lane (`fast/_triton/lanes.py`).
+"""Decodes over a cache of small codes in float16 and bfloat16: a warp a KV head, lane by lane.
 
-A decode over codes is bound by memory only if few instructions touch a code. So nothing is ever moved from lane to lane
-but the weights, and nothing is dequantized:
+A decode over codes is bound by memory only if few instructions touch a code: nothing moves from lane to lane but the
+weights, nothing waits for another warp, and nothing is dequantized. How a page of 16 keys is read and multiplied:
+`_coded_page.py`. Here: the passing of pages, how parts of a cut segment are put together, and the kernel. The schedule
+is `fast/_triton/paging.py`'s.
 
-- A product takes a page of 16 keys: they are rows, and 8 queries are columns; then the values' channels are rows. Words
-  of codes are loaded by the lane that needs them of an operand. Which step of a product is which channel is free, so a
-  lane takes channels that lie side by side, and what the first and second step of a pair are, their word decides.
-- Codes become float16s in the register: e4m3 by the GPU's conversion; integers as the bottom bits of a fraction, a
-  subnormal number, which tensor cores multiply exactly (int8: plus 128, which is taken off again).
-- A key's scale multiplies its score and a value's scale its weight. The zero of a group enters as zero times the
-  sum of the query's numbers there, and zero times the sum of weights.
-- Queries are divided by a power of two near their largest number. Weights are relative to the largest weight times
-  scale, not to the largest weight, so that the products fit float16: a score and its value's scale's logarithm have a
-  common top.
-
-A *chunk* is what one load of all lanes covers of a head; the lane c of four (keys), or g of eight (values), takes
-VECTOR words of it. Chunks never straddle two groups of scales.
+Queries are divided by a power of two near their largest number, so that they are float16s. Weights are relative not to
+the largest weight but to the largest weight times its value's scale, so that the products are float16s as well: a score
+and the logarithm of a scale have a common top.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -23,255 +15,45 @@ import triton
 import triton.language as tl
 
 from fast._triton import merging, paging, softmax
-from fast._triton.lanes import (
-    float8s,
-    from_lane,
-    from_other,
-    halves_of,
-    interleaved,
-    largest_of,
-    load_words,
-    multiply_add,
-    packed,
-    pair,
-    product,
-    product_at,
-    sum_of,
-    transposed,
-)
-from fast._triton.overlap import wait_for_predecessor
+from fast._triton.lanes import from_lane, from_other, largest_of, some, sum_of
 from fast._triton.platform import INTERPRETED
 from fast._triton.rounding import store
 from fast.attention._cached_tiles import PER_BATCH
-from fast.kv_cache._kivi_decode import block_of, load_ids, place_of, query_of, rescaled, some, times_stride
+from fast.kv_cache._coded_page import (
+    COLUMNS,
+    PAGE,
+    add_values,
+    channel_of,
+    exponent_of,
+    load_keys,
+    load_queries,
+    load_values,
+    scales_of,
+    scores_of,
+)
+from fast.kv_cache._kivi_decode import query_of, rescaled
+from fast.kv_cache._kivi_tile import times_stride
 
-PAGE = tl.constexpr(16)  # keys of a product
-COLUMNS = tl.constexpr(8)  # queries of a product
-FEW_PARTS = tl.constexpr(2)  # of a cut segment, loaded at a time
 LOWEST = tl.constexpr(-3.0e38)  # a top before any key: finite, as its difference to a score must be a number
-HEADROOM = tl.constexpr(8.0)  # the largest weight times scale is 2^8 when the top is raised,
-SLACK = tl.constexpr(15.0)  # and below 2^15 always
+HEADROOM = tl.constexpr(14.0)  # weights times scales are at most 2^14
 SMALLEST_LOG2 = tl.constexpr(-64.0)  # of a value's scale: smaller ones, and 0, count as that in the top
+FEW_PARTS = tl.constexpr(2)  # of a cut segment, loaded at a time
 
-
-# ---- codes ------------------------------------------------------------------------------------------------------
-
-
-@triton.constexpr_function
-def exponent_of(codes, nibble):
-    """A float16 made of a code is the code times 2 to the minus this."""
-    return {"int8": 24, "fp8": 0, "int4": 20 if nibble else 24}[codes]
+# ---- softmax ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def two_codes(word, CODES: tl.constexpr, NIBBLE: tl.constexpr, SECOND: tl.constexpr):
-    """Two codes of a word: of bytes 0 and 2, or (SECOND) 1 and 3; float8s of bytes 0 and 1, or 2 and 3."""
-    if CODES == "fp8":
-        codes = float8s(word, SECOND)
-    else:
-        if CODES == "int8":
-            word = word ^ -0x7F7F7F80
-        if SECOND:
-            word = word >> 8
-        if CODES == "int8":  # code + 128, less 128, both times 2^-24
-            one, offset = tl.full(word.shape, 0x3C003C00, tl.int32), tl.full(word.shape, -0x7F7F7F80, tl.int32)
-            codes = multiply_add(word & 0x00FF00FF, one, offset)
-        else:
-            codes = word & (0x000F000F << (4 * NIBBLE))
-    return codes
+def key_of(page, row, THREADS: tl.constexpr):
+    """The key that a lane has the scores of, in row g (0) or g + 8 (8)."""
+    return page * PAGE + row + tl.arange(0, THREADS) % 32 // 4
 
 
 @triton.jit
-def two_tokens(a, b, CODES: tl.constexpr, HALF: tl.constexpr):
-    """A half of two words, so that ``two_codes`` finds a channel of both tokens, and then the next channel."""
-    if CODES == "fp8":
-        word = interleaved(a, b, HALF)
-    else:
-        word = pair(a, b, HALF)
-    return word
-
-
-@triton.jit
-def scales_of(words):
-    """Scales as they were loaded, in float32."""
-    scales = ()
-    for i in tl.static_range(len(words)):
-        if words[i].dtype == tl.int32:
-            scales = scales + halves_of(words[i], tl.float16)
-        else:
-            scales = scales + (words[i].to(tl.float32),)
-    return scales
-
-
-@triton.jit
-def log2_of(x):
-    """Of a scale; NaN where it is negative, which counts as the smallest."""
-    if INTERPRETED:
-        y = tl.log2(tl.maximum(x, 1e-38))
-    else:
-        asm: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;"
-        y = tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return tl.maximum(y, SMALLEST_LOG2)
-
-
-# ---- queries ----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def load_queries(q_rows, there, BYTES: tl.constexpr, NIBBLES: tl.constexpr, VECTOR: tl.constexpr):
-    """The words of a lane's channels, of its column's query; zeros where there is none."""
-    COUNT: tl.constexpr = min(4, 2 * VECTOR)
-    c = tl.arange(0, there.shape[0]) % 4
-    words = ()
-    for chunk in tl.static_range(NIBBLES * BYTES // (16 * VECTOR)):
-        for i in tl.static_range(2 * VECTOR // COUNT):
-            loaded = load_words(q_rows + (8 * VECTOR * chunk + 2 * VECTOR * c + COUNT * i), COUNT)
-            for j in tl.static_range(COUNT):
-                words = words + (tl.where(there, loaded[j], 0),)
-    return words
-
-
-@triton.jit
-def operands_of_queries(
-    words, DTYPE: tl.constexpr, CODES: tl.constexpr, BYTES: tl.constexpr, NIBBLES: tl.constexpr, VECTOR: tl.constexpr,
-    NUM_GROUPS: tl.constexpr,
-):  # fmt: skip
-    """Of a lane's column: (its query as the right operands of products, the sums of each group, the power of two that
-    both are to be multiplied by). The numbers are below 2^11, and 16 times as large where codes are 16 times smaller.
-    """
-    CHUNKS: tl.constexpr = BYTES // (16 * VECTOR)
-    numbers, largest = (), tl.zeros(words[0].shape, tl.float32)
-    for i in tl.static_range(len(words)):
-        low, high = halves_of(words[i], DTYPE)
-        largest = tl.maximum(largest, tl.maximum(tl.abs(low), tl.abs(high)))
-        numbers = numbers + (low, high)
-    largest = tl.maximum(largest, from_other(largest, 1))
-    largest = tl.maximum(largest, from_other(largest, 2))
-    bits = tl.maximum(largest.to(tl.int32, bitcast=True) & 0x7F800000, 17 << 23)
-    inverse = ((254 << 23) - bits).to(tl.float32, bitcast=True) * 1024.0
-    operands, sums = (), ()
-    for group in tl.static_range(NUM_GROUPS):
-        group_sum = tl.zeros(words[0].shape, tl.float32)
-        for chunk in tl.static_range(NIBBLES * CHUNKS):
-            if chunk * NUM_GROUPS // (NIBBLES * CHUNKS) == group:
-                for i in tl.static_range(4 * VECTOR):
-                    group_sum += numbers[4 * VECTOR * chunk + i] * inverse
-        group_sum = group_sum + from_other(group_sum, 1)
-        sums = sums + (group_sum + from_other(group_sum, 2),)
-    for chunk in tl.static_range(NIBBLES * CHUNKS):
-        unit = inverse * (16.0 if chunk // CHUNKS < NIBBLES - 1 else 1.0)
-        for i in tl.static_range(VECTOR):
-            x0, x1, x2, x3 = some(numbers, 4 * (VECTOR * chunk + i), 4)
-            if CODES == "fp8":
-                operands = operands + (packed(x0 * unit, x1 * unit, tl.float16),)
-                operands = operands + (packed(x2 * unit, x3 * unit, tl.float16),)
-            else:
-                operands = operands + (packed(x0 * unit, x2 * unit, tl.float16),)
-                operands = operands + (packed(x1 * unit, x3 * unit, tl.float16),)
-    return operands, sums, bits.to(tl.float32, bitcast=True) * (1 / 1024.0)
-
-
-# ---- a page of keys ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def load_scales(scales_at, stride_scale_token: tl.constexpr, SCALE_WORDS: tl.constexpr):
-    """Of the two rows of scores that a lane has."""
-    return load_words(scales_at, SCALE_WORDS) + load_words(scales_at + 8 * stride_scale_token, SCALE_WORDS)
-
-
-@triton.jit
-def find_pages(
-    ids, tile, first, last, stride_block, stride_scale_block, num_blocks, stride_token: tl.constexpr,
-    stride_scale_token: tl.constexpr, PAGES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Where each page of a tile begins in the codes, and in the scales."""
-    places = ()
-    for i in tl.static_range(PAGES):
-        block, offset = block_of(ids[i], num_blocks), place_of(tile, i, first, last, PAGES) * PAGE % BLOCK_SIZE
-        in_codes = times_stride(block, stride_block) + offset * stride_token
-        places = places + (in_codes, times_stride(block, stride_scale_block) + offset * stride_scale_token)
-    return places
-
-
-@triton.jit
-def load_keys(
-    places, k_rows, scales_at, zeros_at, stride_token: tl.constexpr, stride_scale_token: tl.constexpr,
-    BYTES: tl.constexpr, VECTOR: tl.constexpr, SCALE_WORDS: tl.constexpr, HINT: tl.constexpr,
-):  # fmt: skip
-    """Of each page two rows of codes, word by word of both, and their scales and zeros."""
-    words = ()
-    for i in tl.static_range(len(places) // 2):
-        rows = k_rows + places[2 * i]
-        for chunk in tl.static_range(BYTES // (16 * VECTOR)):
-            upper = load_words(rows + 4 * VECTOR * chunk, VECTOR, HINT=HINT)
-            lower = load_words(rows + (8 * stride_token + 4 * VECTOR * chunk), VECTOR, HINT=HINT)
-            for j in tl.static_range(VECTOR):
-                words = words + (upper[j], lower[j])
-        words = words + load_scales(scales_at + places[2 * i + 1], stride_scale_token, SCALE_WORDS)
-        if zeros_at is not None:
-            words = words + load_scales(zeros_at + places[2 * i + 1], stride_scale_token, SCALE_WORDS)
-    return words
-
-
-@triton.jit
-def load_values(
-    places, v_rows, scales_at, zeros_at, stride_token: tl.constexpr, stride_scale_token: tl.constexpr,
-    BYTES: tl.constexpr, VECTOR: tl.constexpr, SCALE_WORDS: tl.constexpr, HINT: tl.constexpr,
-):  # fmt: skip
-    """Of each page four tokens' codes, word by word of all four; scales and zeros of the two rows of scores."""
-    words = ()
-    for i in tl.static_range(len(places) // 2):
-        rows = v_rows + places[2 * i]
-        for chunk in tl.static_range(BYTES // (32 * VECTOR)):
-            w0 = load_words(rows + 8 * VECTOR * chunk, VECTOR, HINT=HINT)
-            w1 = load_words(rows + (stride_token + 8 * VECTOR * chunk), VECTOR, HINT=HINT)
-            w2 = load_words(rows + (8 * stride_token + 8 * VECTOR * chunk), VECTOR, HINT=HINT)
-            w3 = load_words(rows + (9 * stride_token + 8 * VECTOR * chunk), VECTOR, HINT=HINT)
-            for j in tl.static_range(VECTOR):
-                words = words + (w0[j], w1[j], w2[j], w3[j])
-        words = words + load_scales(scales_at + places[2 * i + 1], stride_scale_token, SCALE_WORDS)
-        if zeros_at is not None:
-            words = words + load_scales(zeros_at + places[2 * i + 1], stride_scale_token, SCALE_WORDS)
-    return words
-
-
-@triton.jit
-def scores_of(
-    q, sums0, sums1, words, scales, CODES: tl.constexpr, BYTES: tl.constexpr, NIBBLES: tl.constexpr,
-    VECTOR: tl.constexpr, NUM_GROUPS: tl.constexpr,
-):  # fmt: skip
-    """The scores of a page, in units of the last nibble's codes: rows g and g + 8, columns 2 c and 2 c + 1."""
-    CHUNKS: tl.constexpr = BYTES // (16 * VECTOR)
-    CODE: tl.constexpr = 2.0 ** -exponent_of(CODES, NIBBLES - 1)
-    none = tl.zeros(q[0].shape, tl.float32)
-    s0, s1, s2, s3 = none, none, none, none
-    for group in tl.static_range(NUM_GROUPS):
-        t = (none, none, none, none)
-        for chunk in tl.static_range(NIBBLES * CHUNKS):
-            if chunk * NUM_GROUPS // (NIBBLES * CHUNKS) == group:
-                for i in tl.static_range(VECTOR):
-                    upper, lower = some(words, 2 * (chunk % CHUNKS * VECTOR + i), 2)
-                    t = product(
-                        two_codes(upper, CODES, chunk // CHUNKS, 0), two_codes(lower, CODES, chunk // CHUNKS, 0),
-                        two_codes(upper, CODES, chunk // CHUNKS, 1), two_codes(lower, CODES, chunk // CHUNKS, 1),
-                        q[2 * (chunk * VECTOR + i)], q[2 * (chunk * VECTOR + i) + 1], t[0], t[1], t[2], t[3],
-                    )  # fmt: skip
-        upper, lower = scales[group], scales[NUM_GROUPS + group]
-        s0, s1, s2, s3 = s0 + t[0] * upper, s1 + t[1] * upper, s2 + t[2] * lower, s3 + t[3] * lower
-        if len(scales) > 2 * NUM_GROUPS:
-            upper, lower = scales[2 * NUM_GROUPS + group], scales[3 * NUM_GROUPS + group]
-            sum0, sum1 = sums0[group] * CODE, sums1[group] * CODE
-            s0, s1, s2, s3 = s0 + sum0 * upper, s1 + sum1 * upper, s2 + sum0 * lower, s3 + sum1 * lower
-    return s0, s1, s2, s3
-
-
-@triton.jit
-def hide(scores, tile, position, sliding_window, WINDOWED: tl.constexpr):
-    """-inf for every score of a key that the query of a column does not see."""
+def hide(scores, page, position, sliding_window, WINDOWED: tl.constexpr):
+    """-inf for the scores, of both rows, of keys that the query of a column does not see."""
     hidden = ()
-    for i in tl.static_range(len(scores)):
-        key = (tile * len(scores) + i) * 8 + tl.arange(0, position.shape[0]) % 32 // 4
+    for i in tl.static_range(2):
+        key = key_of(page, 8 * i, position.shape[0])
         seen = key <= position
         if WINDOWED:
             seen = seen & (key > position - sliding_window)
@@ -280,286 +62,181 @@ def hide(scores, tile, position, sliding_window, WINDOWED: tl.constexpr):
 
 
 @triton.jit
-def zero_scales(scales, tile, lowest, end, PAGES: tl.constexpr, NUM_GROUPS: tl.constexpr):
+def zero_scales(scales, page, lowest, end, NUM_GROUPS: tl.constexpr):
     """0 for the scales and zeros of values that are none."""
     new = ()
-    COUNT: tl.constexpr = len(scales) // PAGES
     for i in tl.static_range(len(scales)):
-        row = (tile * PAGES + i // COUNT) * PAGE + i // NUM_GROUPS % 2 * 8
-        key = row + tl.arange(0, scales[i].shape[0]) % 32 // 4
+        key = key_of(page, i // NUM_GROUPS % 2 * 8, scales[i].shape[0])
         new = new + (tl.where((key >= lowest) & (key < end), scales[i], 0.0),)
     return new
 
 
 @triton.jit
-def zero_codes(values, tile, lowest, end, PAGES: tl.constexpr, WORDS: tl.constexpr):
-    """0 for the codes of values that are none."""
+def zero_codes(codes, page, lowest, end):
+    """0 for the codes, words of four tokens by turns, of values that are none."""
     new = ()
-    ALL: tl.constexpr = len(values) // PAGES
-    for i in tl.static_range(len(values)):
-        if i % ALL < WORDS:
-            row = (tile * PAGES + i // ALL) * PAGE + i % ALL % 2 + i % ALL % 4 // 2 * 8
-            key = row + tl.arange(0, values[i].shape[0]) % 4 * 2
-            new = new + (tl.where((key >= lowest) & (key < end), values[i], 0),)
-        else:
-            new = new + (values[i],)
+    for i in tl.static_range(len(codes)):
+        key = page * PAGE + i % 2 + i % 4 // 2 * 8 + tl.arange(0, codes[i].shape[0]) % 4 * 2
+        new = new + (tl.where((key >= lowest) & (key < end), codes[i], 0),)
     return new
 
 
 @triton.jit
-def logs_of(scales, PAGES: tl.constexpr, NUM_GROUPS: tl.constexpr):
-    """The logarithm, to base 2, of the largest of each row's scales of values."""
-    COUNT: tl.constexpr = len(scales) // PAGES
-    logs = ()
-    for i in tl.static_range(2 * PAGES):
-        of_row = some(scales, i // 2 * COUNT + i % 2 * NUM_GROUPS, NUM_GROUPS)
-        largest = of_row[0]
-        for group in tl.static_range(1, NUM_GROUPS):
-            largest = tl.maximum(largest, of_row[group])
-        logs = logs + (log2_of(largest),)
-    return logs
-
-
-@triton.constexpr_function
-def _raise_asm(count):
-    """Of $0 and $1, the tops of a lane's two columns, and the rest up to $count: sums in their units, by turns."""
-    lines = [
-        ".reg .pred p, q; .reg .f32 m0, m1, t, r0, r1;",
-        f"add.f32 t, $0, {SLACK.value}; setp.gt.f32 p, ${count}, t; add.f32 t, $1, {SLACK.value}; setp.gt.or.f32 p, ${count + 1}, t, p;",
-        "vote.sync.any.pred p, p, -1; @!p bra DONE;",
-        f"mov.f32 m0, ${count}; mov.f32 m1, ${count + 1};",
-    ]
-    for column in range(2):
-        for distance in (4, 8, 16):
-            lines.append(f"shfl.sync.bfly.b32 t, m{column}, {distance}, 31, -1; max.f32 m{column}, m{column}, t;")
-        lines.append(f"sub.f32 m{column}, m{column}, {HEADROOM.value}; max.f32 m{column}, m{column}, ${column};")
-        lines.append(f"sub.f32 t, ${column}, m{column}; ex2.approx.ftz.f32 r{column}, t; mov.f32 ${column}, m{column};")
-    lines += [f"mul.f32 ${i}, ${i}, r{i % 2};" for i in range(2, count)]
-    return "{ " + " ".join(lines) + " DONE: }"
-
-
-@triton.constexpr_function
-def _raise_constraints(count):
-    return ",".join(["=f"] * count + ["f", "f"] + [str(i) for i in range(count)])
-
-
-@triton.jit
-def raise_tops(largest0, largest1, state):
-    """``state``: the tops of a lane's two columns, and sums in units of 2 to the power of them. If some weight of the
-    warp would be above 2^SLACK, tops become such that the largest of each column is at most 2^HEADROOM.
-
-    A branch of one warp, which Triton has none of: nearly always there is nothing to do.
-    """
+def log2_of(scales, FIRST: tl.constexpr, NUM_GROUPS: tl.constexpr):
+    """Of the largest scale of a row, from the FIRST on. (NaN, of a negative scale, counts as the smallest.)"""
+    largest = scales[FIRST]
+    for group in tl.static_range(1, NUM_GROUPS):
+        largest = tl.maximum(largest, scales[FIRST + group])
     if INTERPRETED:
-        over = ((largest0 > state[0] + SLACK) | (largest1 > state[1] + SLACK)).to(tl.int32)
-        over = tl.max(over.reshape(over.shape[0] // 32, 32), 1)
-        over = tl.broadcast_to(over[:, None], [over.shape[0], 32]).reshape(largest0.shape) > 0
-        top0 = tl.where(over, tl.maximum(state[0], largest_of(largest0) - HEADROOM), state[0])
-        top1 = tl.where(over, tl.maximum(state[1], largest_of(largest1) - HEADROOM), state[1])
-        new = (top0, top1) + rescaled(some(state, 2, len(state) - 2), tl.exp2(state[0] - top0), tl.exp2(state[1] - top1))
+        log2 = tl.log2(tl.maximum(largest, 1e-38))
     else:
-        asm: tl.constexpr = _raise_asm(len(state))
-        constraints: tl.constexpr = _raise_constraints(len(state))
-        kinds: tl.constexpr = _floats(len(state))
-        new = tl.inline_asm_elementwise(asm, constraints, (largest0, largest1) + state, kinds, is_pure=True, pack=1)
-    return new
-
-
-@triton.constexpr_function
-def _floats(count):
-    return (tl.float32,) * count
+        asm: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;"
+        log2 = tl.inline_asm_elementwise(asm, "=f,f", [largest], tl.float32, is_pure=True, pack=1)
+    return tl.maximum(log2, SMALLEST_LOG2)
 
 
 @triton.jit
-def largest_logit(scores, logs, scale_log2):
-    """Of a lane's rows of a column: the largest weight times scale, to base 2."""
-    largest = scores[0] * scale_log2 + logs[0]
-    for i in tl.static_range(1, len(scores)):
-        largest = tl.maximum(largest, scores[i] * scale_log2 + logs[i])
-    return largest
+def update(upper, lower, log_upper, log_lower, top, total, scale_log2):
+    """`softmax.update` for one column, whose two scores a lane has and the logarithms of their values' scales; the
+    total is that of this lane's rows."""
+    largest = tl.maximum(upper * scale_log2 + log_upper, lower * scale_log2 + log_lower)
+    new_top = tl.maximum(top, largest_of(largest) - HEADROOM)
+    rescale = tl.exp2(top - new_top)
+    upper, lower = tl.exp2(upper * scale_log2 - new_top), tl.exp2(lower * scale_log2 - new_top)
+    return upper, lower, new_top, total * rescale + upper + lower, rescale
+
+
+# ---- pages ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def weights_of(scores, top, total, scale_log2):
-    """The weights of a column's rows that a lane has; and the total with them."""
-    weights = ()
-    for i in tl.static_range(len(scores)):
-        weight = tl.exp2(scores[i] * scale_log2 - top)
-        total += weight
-        weights = weights + (weight,)
-    return weights, total
+def load_id(row_ptr, stride_table_block, page, last, BLOCK_SIZE: tl.constexpr):
+    """The block of a page, as the table has it; of the last page for those after it, which are only loaded ahead."""
+    return tl.load(row_ptr + tl.minimum(page, last) * PAGE // BLOCK_SIZE * stride_table_block)
 
 
 @triton.jit
-def operands_of(w0, w1, w2, w3, SPLIT: tl.constexpr):
-    """Weights of a page as float16s, turned into right operands. SPLIT: columns 4 to 7 hold the same queries as 0 to 3,
-    and get what the weights of those lost to rounding."""
-    upper, lower = packed(w0, w1, tl.float16), packed(w2, w3, tl.float16)
-    if SPLIT:
-        whole = tl.arange(0, w0.shape[0]) % 4 < 2
-        u0, u1 = halves_of(upper, tl.float16)
-        l0, l1 = halves_of(lower, tl.float16)
-        upper = tl.where(whole, upper, packed(w0 - u0, w1 - u1, tl.float16))
-        lower = tl.where(whole, lower, packed(w2 - l0, w3 - l1, tl.float16))
-    return transposed(upper), transposed(lower)
-
-
-@triton.jit
-def add_values(
-    accs, w0, w1, w2, w3, words, scales, CODES: tl.constexpr, BYTES: tl.constexpr, NIBBLES: tl.constexpr,
-    NUM_GROUPS: tl.constexpr, SPLIT: tl.constexpr,
+def find_page(
+    block_id, page, last, num_blocks, stride_block, stride_scale_block, stride_token: tl.constexpr,
+    stride_scale_token: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Weights times a page's codes and scales, and last weights times zeros: two columns' sums for each group."""
-    WORDS: tl.constexpr = BYTES // 32
-    pairs, operands, new = (), (), ()
-    for i in tl.static_range(WORDS):
-        a, b, c, d = some(words, 4 * i, 4)
-        for half in tl.static_range(2):
-            pairs = pairs + (two_tokens(a, b, CODES, half), two_tokens(c, d, CODES, half))
-    for group in tl.static_range(NUM_GROUPS):
-        upper, lower = scales[group], scales[NUM_GROUPS + group]
-        operands = operands + operands_of(w0 * upper, w1 * upper, w2 * lower, w3 * lower, SPLIT)
-    for i in tl.static_range(NIBBLES * WORDS):
-        b0, b1 = some(operands, i * NUM_GROUPS // (NIBBLES * WORDS) * 2, 2)
-        for half in tl.static_range(2):
-            x, y = some(pairs, 4 * (i % WORDS) + 2 * half, 2)
-            new = new + product_at(
-                accs, 8 * i + 4 * half, two_codes(x, CODES, i // WORDS, 0), two_codes(x, CODES, i // WORDS, 1),
-                two_codes(y, CODES, i // WORDS, 0), two_codes(y, CODES, i // WORDS, 1), b0, b1,
-            )  # fmt: skip
-    if len(scales) > 2 * NUM_GROUPS:
-        for group in tl.static_range(NUM_GROUPS):
-            upper, lower = scales[2 * NUM_GROUPS + group], scales[3 * NUM_GROUPS + group]
-            sum0, sum1 = some(accs, 8 * NIBBLES * WORDS + 2 * group, 2)
-            new = new + (sum0 + w0 * upper + w2 * lower, sum1 + w1 * upper + w3 * lower)
-    return new
+    """Where a page begins in the codes, and in the scales: in a block that exists, whatever the table says."""
+    block = tl.minimum(tl.maximum(block_id, 0), num_blocks - 1)
+    offset = tl.minimum(page, last) * PAGE % BLOCK_SIZE
+    in_scales = times_stride(block, stride_scale_block) + offset * stride_scale_token
+    return times_stride(block, stride_block) + offset * stride_token, in_scales
 
 
 @triton.jit
 def attend_pages(
-    q_words, position0, position1, start, stop, lowest, whole_from, whole_to, end,
+    q, sums0, sums1, unit0, unit1, position0, position1, start, stop, lowest, whole_from, whole_to, end,
     row_ptr, stride_table_block, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr,
     scale, logit_cap, sliding_window, stride_cache_block, stride_scale_block, num_blocks,
     stride_cache_token: tl.constexpr, stride_scale_token: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     CODES: tl.constexpr, BYTES: tl.constexpr, NIBBLES: tl.constexpr, K_VECTOR: tl.constexpr, V_VECTOR: tl.constexpr,
     NUM_GROUPS: tl.constexpr, SCALE_WORDS: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr,
-    PAGES: tl.constexpr, DTYPE: tl.constexpr, HINT: tl.constexpr, BARRIER: tl.constexpr,
 ):  # fmt: skip
-    """Let tiles ``start`` to ``stop`` of PAGES pages pass; what is read of them are the pages of keys ``lowest`` to
-    ``end``, and every query sees the keys from ``whole_from`` to ``whole_to``.
+    """Let pages ``start`` to ``stop`` pass; there are the keys ``lowest`` to ``end``, and every query sees those from
+    ``whole_from`` to ``whole_to``.
 
-    Pages that are not, at the end of a tile or before a sliding window, are another page with weights 0. Within a page
-    there may be keys that are none: their scales may be NaN, and so may codes of float8. Returns the sums of values,
-    in one unit, and (top, total) of both columns.
+    A page may hold keys that are none, of which scales may be NaN, and float8s. Returns the sums of values, all in one
+    unit, and (top, total) of both columns.
     """
-    WORDS: tl.constexpr = BYTES // 8  # of codes, of a page
-    ALL: tl.constexpr = WORDS + (2 if k_zero_ptr is None else 4) * SCALE_WORDS
-    FACTORS: tl.constexpr = (2 if k_zero_ptr is None else 4) * NUM_GROUPS  # scales and zeros of a page
+    WORDS: tl.constexpr = BYTES // 8  # of codes
+    FACTORS: tl.constexpr = (2 if k_zero_ptr is None else 4) * SCALE_WORDS  # words of scales and zeros
     UNIT: tl.constexpr = 2.0 ** exponent_of(CODES, NIBBLES - 1)
-    TILE_KV: tl.constexpr = PAGES * PAGE
-    lane = tl.arange(0, position0.shape[0]) % 32
+    SUMS: tl.constexpr = NIBBLES * BYTES // 4  # of values; weights times zeros come after them
+    lane = tl.arange(0, unit0.shape[0]) % 32
     g, c = lane // 4, lane % 4
     k_rows = k_ptr + (g * stride_cache_token + K_VECTOR * c)
     v_rows = v_ptr + (2 * c * stride_cache_token + V_VECTOR * g)
     k_scales, v_scales = k_scale_ptr + g * stride_scale_token, v_scale_ptr + g * stride_scale_token
     k_zeros = None if k_zero_ptr is None else k_zero_ptr + g * stride_scale_token
     v_zeros = None if v_zero_ptr is None else v_zero_ptr + g * stride_scale_token
-    first, last = lowest // PAGE, tl.maximum(end - 1, 0) // PAGE
-    top0, total0 = tl.full(position0.shape, LOWEST, tl.float32), tl.zeros(position0.shape, tl.float32)
+    last = tl.maximum(end - 1, 0) // PAGE
+    top0, total0 = tl.full(unit0.shape, LOWEST, tl.float32), tl.zeros(unit0.shape, tl.float32)
     top1, total1 = top0, total0
     accs = ()
-    for _ in tl.static_range(BYTES * NIBBLES // 4 + (0 if k_zero_ptr is None else 2 * NUM_GROUPS)):
-        accs = accs + (tl.zeros(position0.shape, tl.float32),)
-
-    # Each is loaded as soon as what it replaces has been used, half a tile and more before it is used itself.
-    ids = load_ids(row_ptr, stride_table_block, start, first, last, PAGES, BLOCK_SIZE)
-    next_ids = load_ids(row_ptr, stride_table_block, start + 1, first, last, PAGES, BLOCK_SIZE)
-    places = find_pages(
-        ids, start, first, last, stride_cache_block, stride_scale_block, num_blocks, stride_cache_token,
-        stride_scale_token, PAGES, BLOCK_SIZE,
-    )  # fmt: skip
-    keys = load_keys(
-        places, k_rows, k_scales, k_zeros, stride_cache_token, stride_scale_token, BYTES, K_VECTOR, SCALE_WORDS, HINT
-    )
-    values = load_values(
-        places, v_rows, v_scales, v_zeros, stride_cache_token, stride_scale_token, BYTES, V_VECTOR, SCALE_WORDS, HINT
-    )
-    q, sums, column_unit = operands_of_queries(q_words, DTYPE, CODES, BYTES, NIBBLES, K_VECTOR, NUM_GROUPS)
-    unit0, unit1 = from_lane(column_unit, 8 * c), from_lane(column_unit, 8 * c + 4)
-    sums0, sums1 = (), ()
-    for group in tl.static_range(NUM_GROUPS):
-        sums0, sums1 = sums0 + (from_lane(sums[group], 8 * c),), sums1 + (from_lane(sums[group], 8 * c + 4),)
+    for _ in tl.static_range(SUMS + (0 if k_zero_ptr is None else 2 * NUM_GROUPS)):
+        accs = accs + (tl.zeros(unit0.shape, tl.float32),)
     if CAPPED:
         scale0 = tl.full(unit0.shape, softmax.LOG2E, tl.float32)
         scale1 = scale0
     else:
         scale0, scale1 = unit0 * (UNIT * scale * softmax.LOG2E), unit1 * (UNIT * scale * softmax.LOG2E)
-    for tile in tl.range(start, stop, num_stages=1):
-        scores0, scores1, of_values = (), (), ()
-        if BARRIER:
-            tl.debug_barrier()
-        places = find_pages(
-            next_ids, tile + 1, first, last, stride_cache_block, stride_scale_block, num_blocks, stride_cache_token,
-            stride_scale_token, PAGES, BLOCK_SIZE,
+
+    # Each is loaded as soon as what it replaces has been used, half a page and more before it is used itself.
+    block_id = load_id(row_ptr, stride_table_block, start, last, BLOCK_SIZE)
+    in_codes, in_scales = find_page(
+        block_id, start, last, num_blocks, stride_cache_block, stride_scale_block, stride_cache_token,
+        stride_scale_token, BLOCK_SIZE,
+    )  # fmt: skip
+    keys = load_keys(
+        k_rows + in_codes, k_scales + in_scales, None if k_zeros is None else k_zeros + in_scales,
+        stride_cache_token, stride_scale_token, BYTES, K_VECTOR, SCALE_WORDS,
+    )  # fmt: skip
+    values = load_values(
+        v_rows + in_codes, v_scales + in_scales, None if v_zeros is None else v_zeros + in_scales,
+        stride_cache_token, stride_scale_token, BYTES, V_VECTOR, SCALE_WORDS,
+    )  # fmt: skip
+    block_id = load_id(row_ptr, stride_table_block, start + 1, last, BLOCK_SIZE)
+    for page in tl.range(start, stop, num_stages=1):
+        next_id = load_id(row_ptr, stride_table_block, page + 2, last, BLOCK_SIZE)
+        s0, s1, s2, s3 = scores_of(
+            q, sums0, sums1, some(keys, 0, WORDS), scales_of(some(keys, WORDS, FACTORS)),
+            CODES, BYTES, NIBBLES, K_VECTOR, NUM_GROUPS,
         )  # fmt: skip
-        next_ids = load_ids(row_ptr, stride_table_block, tile + 2, first, last, PAGES, BLOCK_SIZE)
-        for i in tl.static_range(PAGES):
-            s0, s1, s2, s3 = scores_of(
-                q, sums0, sums1, some(keys, ALL * i, WORDS), scales_of(some(keys, ALL * i + WORDS, ALL - WORDS)),
-                CODES, BYTES, NIBBLES, K_VECTOR, NUM_GROUPS,
-            )  # fmt: skip
-            if CAPPED:
-                s0 = softmax.cap_scores(s0 * (unit0 * UNIT), scale, logit_cap)
-                s1 = softmax.cap_scores(s1 * (unit1 * UNIT), scale, logit_cap)
-                s2 = softmax.cap_scores(s2 * (unit0 * UNIT), scale, logit_cap)
-                s3 = softmax.cap_scores(s3 * (unit1 * UNIT), scale, logit_cap)
-            scores0, scores1 = scores0 + (s0, s2), scores1 + (s1, s3)
-            of_values = of_values + scales_of(some(values, ALL * i + WORDS, ALL - WORDS))
-        if (tile * TILE_KV < whole_from) | ((tile + 1) * TILE_KV > whole_to):
-            scores0 = hide(scores0, tile, position0, sliding_window, WINDOWED)
-            scores1 = hide(scores1, tile, position1, sliding_window, WINDOWED)
-            of_values = zero_scales(of_values, tile, lowest, end, PAGES, NUM_GROUPS)
+        if CAPPED:
+            s0 = softmax.cap_scores(s0 * (unit0 * UNIT), scale, logit_cap)
+            s1 = softmax.cap_scores(s1 * (unit1 * UNIT), scale, logit_cap)
+            s2 = softmax.cap_scores(s2 * (unit0 * UNIT), scale, logit_cap)
+            s3 = softmax.cap_scores(s3 * (unit1 * UNIT), scale, logit_cap)
+        codes, factors = some(values, 0, WORDS), scales_of(some(values, WORDS, FACTORS))
+        if (page * PAGE < whole_from) | ((page + 1) * PAGE > whole_to):
+            s0, s2 = hide((s0, s2), page, position0, sliding_window, WINDOWED)
+            s1, s3 = hide((s1, s3), page, position1, sliding_window, WINDOWED)
+            factors = zero_scales(factors, page, lowest, end, NUM_GROUPS)
             if CODES == "fp8":
-                values = zero_codes(values, tile, lowest, end, PAGES, WORDS)
-        if tile + 1 < stop:
-            keys = load_keys(
-                places, k_rows, k_scales, k_zeros, stride_cache_token, stride_scale_token, BYTES, K_VECTOR, SCALE_WORDS, HINT
-            )
-
-        logs = logs_of(of_values, PAGES, NUM_GROUPS)
-        state = raise_tops(
-            largest_logit(scores0, logs, scale0), largest_logit(scores1, logs, scale1),
-            (top0, top1, total0, total1) + accs,
-        )  # fmt: skip
-        top0, top1, total0, total1 = some(state, 0, 4)
-        accs = some(state, 4, len(accs))
-        weights0, total0 = weights_of(scores0, top0, total0, scale0)
-        weights1, total1 = weights_of(scores1, top1, total1, scale1)
-        for i in tl.static_range(PAGES):
-            accs = add_values(
-                accs, weights0[2 * i], weights1[2 * i], weights0[2 * i + 1], weights1[2 * i + 1],
-                some(values, ALL * i, WORDS), some(of_values, FACTORS * i, FACTORS), CODES, BYTES, NIBBLES, NUM_GROUPS,
-                SPLIT,
+                codes = zero_codes(codes, page, lowest, end)
+        if page + 1 < stop:
+            in_codes, in_scales = find_page(
+                block_id, page + 1, last, num_blocks, stride_cache_block, stride_scale_block, stride_cache_token,
+                stride_scale_token, BLOCK_SIZE,
             )  # fmt: skip
-        if tile + 1 < stop:
-            values = load_values(
-                places, v_rows, v_scales, v_zeros, stride_cache_token, stride_scale_token, BYTES, V_VECTOR, SCALE_WORDS, HINT
-            )
+            keys = load_keys(
+                k_rows + in_codes, k_scales + in_scales, None if k_zeros is None else k_zeros + in_scales,
+                stride_cache_token, stride_scale_token, BYTES, K_VECTOR, SCALE_WORDS,
+            )  # fmt: skip
 
-    PER_NIBBLE: tl.constexpr = BYTES // 4
+        log_upper, log_lower = log2_of(factors, 0, NUM_GROUPS), log2_of(factors, NUM_GROUPS, NUM_GROUPS)
+        w0, w2, top0, total0, rescale0 = update(s0, s2, log_upper, log_lower, top0, total0, scale0)
+        w1, w3, top1, total1, rescale1 = update(s1, s3, log_upper, log_lower, top1, total1, scale1)
+        accs = rescaled(accs, rescale0, rescale1)
+        accs = add_values(accs, w0, w1, w2, w3, codes, factors, CODES, BYTES, NIBBLES, NUM_GROUPS, SPLIT)
+        if page + 1 < stop:
+            in_codes, in_scales = find_page(
+                block_id, page + 1, last, num_blocks, stride_cache_block, stride_scale_block, stride_cache_token,
+                stride_scale_token, BLOCK_SIZE,
+            )  # fmt: skip
+            values = load_values(
+                v_rows + in_codes, v_scales + in_scales, None if v_zeros is None else v_zeros + in_scales,
+                stride_cache_token, stride_scale_token, BYTES, V_VECTOR, SCALE_WORDS,
+            )  # fmt: skip
+        block_id = next_id
+
     sums = ()
-    for i in tl.static_range(NIBBLES * PER_NIBBLE):
+    for i in tl.static_range(SUMS):
         acc = accs[i]
         if SPLIT:
             acc = acc + from_other(acc, 2)
-        acc = acc * 2.0 ** exponent_of(CODES, i // PER_NIBBLE)
+        acc = acc * 2.0 ** exponent_of(CODES, i * NIBBLES // SUMS)
         if k_zero_ptr is not None:
-            acc += sum_of(accs[NIBBLES * PER_NIBBLE + 2 * (i * NUM_GROUPS // (NIBBLES * PER_NIBBLE)) + i % 2])
+            acc += sum_of(accs[SUMS + 2 * (i * NUM_GROUPS // SUMS) + i % 2])
         sums = sums + (acc,)
     return sums, top0, top1, sum_of(total0), sum_of(total1)
 
 
-# ---- the kernel -------------------------------------------------------------------------------------------------
+# ---- parts of a cut segment -------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -578,8 +255,7 @@ def store_part(sums, top0, top1, total0, total1, place, parts_ptr, stats_ptr):
 
 @triton.jit
 def merge_parts(first, last, parts_ptr, stats_ptr, sums, top0, top1, total0, total1):
-    """Merge what the programs from ``first`` to ``last`` left of a segment, in order; the arguments say what shape it
-    has."""
+    """What the programs from ``first`` to ``last`` left of a segment, merged in order, in the place of one's own."""
     THREADS: tl.constexpr = top0.shape[0]
     COUNT: tl.constexpr = len(sums)
     thread = tl.arange(0, THREADS)
@@ -605,7 +281,12 @@ def merge_parts(first, last, parts_ptr, stats_ptr, sums, top0, top1, total0, tot
             new_top0, new_top1 = tl.maximum(top0, stats[0]), tl.maximum(top1, stats[1])
             old0, old1 = tl.exp2(top0 - new_top0), tl.exp2(top1 - new_top1)
             new0, new1 = tl.exp2(stats[0] - new_top0), tl.exp2(stats[1] - new_top1)
-            top0, top1, total0, total1 = new_top0, new_top1, total0 * old0 + stats[2] * new0, total1 * old1 + stats[3] * new1
+            top0, top1, total0, total1 = (
+                new_top0,
+                new_top1,
+                total0 * old0 + stats[2] * new0,
+                total1 * old1 + stats[3] * new1,
+            )
             added = rescaled(some(parts, (4 + COUNT) * i + 4, COUNT), new0, new1)
             sums, merged = rescaled(sums, old0, old1), ()
             for k in tl.static_range(COUNT):
@@ -615,9 +296,7 @@ def merge_parts(first, last, parts_ptr, stats_ptr, sums, top0, top1, total0, tot
 
 
 @triton.jit
-def store_column(
-    sums, COLUMN: tl.constexpr, top, total, out_row, there, sink, stride_out_dim, VECTOR: tl.constexpr
-):
+def store_column(sums, COLUMN: tl.constexpr, top, total, out_row, there, sink, stride_out_dim, VECTOR: tl.constexpr):
     """Divide one of a lane's two columns by its total, a sink counted in, and store it."""
     if sink is not None:
         new_top = tl.maximum(top, sink.to(tl.float32) * softmax.LOG2E)
@@ -626,10 +305,12 @@ def store_column(
     else:
         rescale = 1.0
     factor = rescale / tl.where(total > 0, total, 1.0)  # a query without keys: 0 / 1
-    g = tl.arange(0, top.shape[0]) % 32 // 4
-    for i in tl.static_range(len(sums) // 2):  # a lane's channels, four of a word
-        channel = 4 * VECTOR * g + (32 * VECTOR * (i // 4 // VECTOR) + 4 * (i // 4 % VECTOR) + i % 4)
+    for i in tl.static_range(len(sums) // 2):
+        channel = channel_of(i, VECTOR, top.shape[0])
         store(out_row + channel * stride_out_dim, sums[2 * i + COLUMN] * factor, there)
+
+
+# ---- the kernel -------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
@@ -675,50 +356,40 @@ def coded_decode_kernel(
     QUERIES: tl.constexpr,
     COLS: tl.constexpr,
     HEADS: tl.constexpr,
-    PAGES: tl.constexpr,
-    HINT: tl.constexpr,
-    BARRIER: tl.constexpr,
-    ABREAST: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    wait_for_predecessor(OVERLAP)
-    TILE_KV: tl.constexpr = PAGES * PAGE
     lane, warp = tl.arange(0, 32 * HEADS) % 32, tl.arange(0, 32 * HEADS) // 32
     c = lane % 4
-    program, num_programs, lines = tl.program_id(0), tl.num_programs(0), num_bundles
-    first_bundle = 0
-    if ABREAST:
-        lines = 1
-        first_bundle = program % num_bundles
-        num_programs = num_programs // num_bundles
-        program = program // num_bundles
-        parts_ptr += first_bundle.to(tl.int64) * num_programs * (2 * HEADS * COLUMNS * BYTES * NIBBLES)
-        stats_ptr += first_bundle * num_programs * (2 * 2 * HEADS * COLUMNS)
-        counters_ptr += first_bundle * num_programs
+    program = tl.program_id(0)
     capacity = max_blocks_per_seq * BLOCK_SIZE
     line, num_workers, begin, end, seq, seq_begin = paging.find_share(
-        program, num_programs, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, lines,
-        sliding_window, QUERIES, TILE_KV, WINDOWED,
+        program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_bundles,
+        sliding_window, QUERIES, PAGE, WINDOWED,
     )  # fmt: skip
     unit = begin
     while unit < end:
         first_row, num_queries, seq_len = paging.sequence(
             seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
         )
-        per_head, width = paging.units_per_head(num_queries, seq_len, sliding_window, QUERIES, TILE_KV, WINDOWED)
-        if unit >= seq_begin + per_head * lines:
-            seq_begin += per_head * lines
+        per_head, width = paging.units_per_head(num_queries, seq_len, sliding_window, QUERIES, PAGE, WINDOWED)
+        if unit >= seq_begin + per_head * num_bundles:
+            seq_begin += per_head * num_bundles
             seq += 1
         else:
             bundle, tile, first_tile, seg_begin, seg_end, following = paging.find_segment(
-                unit, seq_begin, per_head, width, num_queries, seq_len, sliding_window, QUERIES, TILE_KV, WINDOWED
+                unit, seq_begin, per_head, width, num_queries, seq_len, sliding_window, QUERIES, PAGE, WINDOWED
             )
             if unit < seg_end:
-                kv_head = (bundle + first_bundle) * HEADS + warp
+                kv_head = bundle * HEADS + warp
                 query, head, there = query_of(lane // 4, tile, QUERIES, GROUP, COLS)
                 there = there & (query < num_queries)
                 in_q = (first_row + query).to(tl.int64) * stride_q_token + (kv_head * GROUP + head) * stride_q_head
-                q_words = load_queries(q_ptr + tl.where(there, in_q, 0), there, BYTES, NIBBLES, K_VECTOR)
+                q, sums, column_unit = load_queries(
+                    q_ptr + tl.where(there, in_q, 0), there, DTYPE, CODES, BYTES, NIBBLES, K_VECTOR, NUM_GROUPS
+                )
+                sums0, sums1 = (), ()
+                for group in tl.static_range(NUM_GROUPS):
+                    sums0 = sums0 + (from_lane(sums[group], 8 * c),)
+                    sums1 = sums1 + (from_lane(sums[group], 8 * c + 4),)
                 context = seq_len - num_queries
                 last_key = context + tl.minimum((tile + 1) * QUERIES, num_queries)
                 query0, _, _ = query_of(2 * c, tile, QUERIES, GROUP, COLS)
@@ -730,7 +401,8 @@ def coded_decode_kernel(
                 head64 = kv_head.to(tl.int64)
                 in_cache, in_scales = head64 * stride_cache_head, head64 * stride_scale_head
                 sums, top0, top1, total0, total1 = attend_pages(
-                    q_words, context + query0, context + query1, first_tile + unit - seg_begin,
+                    q, sums0, sums1, from_lane(column_unit, 8 * c), from_lane(column_unit, 8 * c + 4),
+                    context + query0, context + query1, first_tile + unit - seg_begin,
                     first_tile + tl.minimum(end, seg_end) - seg_begin,
                     lowest, whole_from, context + tile * QUERIES + 1, last_key,
                     block_table_ptr + seq.to(tl.int64) * stride_table_seq, stride_table_block,
@@ -740,7 +412,7 @@ def coded_decode_kernel(
                     scale, logit_cap, sliding_window, stride_cache_block, stride_scale_block, num_blocks,
                     stride_cache_token, stride_scale_token,
                     WINDOWED, CAPPED, CODES, BYTES, NIBBLES, K_VECTOR, V_VECTOR, NUM_GROUPS, SCALE_WORDS, BLOCK_SIZE,
-                    COLS < COLUMNS, PAGES, DTYPE, HINT, BARRIER,
+                    COLS < COLUMNS,
                 )  # fmt: skip
 
                 complete = (seg_begin >= begin) & (seg_end <= end)
