@@ -79,6 +79,16 @@ def _memory_kernel(words_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + 8 * N + i, lanes.read_words(memory, lane % 8, 72, 1)[0])
 
 
+@triton.jit
+def _bytes_kernel(words_ptr, out_ptr, N: tl.constexpr):
+    """What takes a word for four bytes."""
+    i = tl.arange(0, N)
+    a, b = tl.load(words_ptr + i), tl.load(words_ptr + N - 1 - i)
+    for half in tl.static_range(2):
+        tl.store(out_ptr + half * N + i, lanes.interleaved(a, b, half))
+        tl.store(out_ptr + (2 + half) * N + i, lanes.float8s(a, half))
+
+
 @pytest.fixture
 def registers():
     """(six words of two halves each, four floats) a lane; the halves of the first word are subnormal float16s too."""
@@ -177,3 +187,19 @@ def test_memory(registers):
     }
     for (name, expected), got in zip(want.items(), out.cpu(), strict=True):
         assert torch.equal(got, expected.reshape(-1)), f"{name}: {got.tolist()} instead of {expected.tolist()}"
+
+
+def test_bytes():
+    """Every byte once: every float8 too."""
+    codes = torch.arange(256, dtype=torch.int16).to(torch.uint8)[torch.randperm(256)].view(SIZE, 4)
+    words = words_of(codes)
+    device = default_device()
+    out = torch.zeros(4, SIZE, dtype=torch.int32, device=device)
+    _bytes_kernel[(1,)](words.to(device), out, N=SIZE, num_warps=WARPS)
+    out = out.cpu()
+    by_turns = torch.stack([codes, codes.flip(0)], 2)  # [lane, byte, which]
+    for half, (first, last) in enumerate([(0, 2), (2, 4)]):
+        assert torch.equal(out[half], words_of(by_turns[:, first:last].reshape(SIZE, 4)))
+        got = out[2 + half].contiguous().view(torch.float16).reshape(SIZE, 2)
+        want = codes[:, first:last].contiguous().view(torch.float8_e4m3fn).half()
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)

@@ -108,6 +108,44 @@ def pair(a, b, HALF: tl.constexpr):
     return word
 
 
+@triton.jit
+def interleaved(a, b, HALF: tl.constexpr):
+    """The lower (0) or upper (1) two bytes of two words, by turns."""
+    if INTERPRETED:
+        a, b = (a >> (16 * HALF)) & 0xFFFF, (b >> (16 * HALF)) & 0xFFFF
+        word = (a & 0xFF) | ((b & 0xFF) << 8) | ((a >> 8) << 16) | ((b >> 8) << 24)
+    elif HALF == 0:
+        asm: tl.constexpr = "prmt.b32 $0, $1, $2, 0x5140;"
+        word = tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
+    else:
+        asm: tl.constexpr = "prmt.b32 $0, $1, $2, 0x7362;"
+        word = tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
+    return word
+
+
+@triton.jit
+def _float8(byte):
+    """A float8 (e4m3fn) as a float16 (for the interpreter)."""
+    bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)  # with another bias
+    x = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((byte & 0x7F) == 0x7F, float("nan"), x).to(tl.float16)
+
+
+@triton.jit
+def float8s(word, HALF: tl.constexpr):
+    """The lower (0) or upper (1) two float8s (e4m3fn) of a word, as float16s."""
+    if INTERPRETED:
+        word = word >> (16 * HALF)
+        word = _word_of(_float8(word & 0xFF), _float8((word >> 8) & 0xFF))
+    elif HALF == 0:
+        asm: tl.constexpr = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, l; }"
+        word = tl.inline_asm_elementwise(asm, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+    else:
+        asm: tl.constexpr = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, h; }"
+        word = tl.inline_asm_elementwise(asm, "=r,r", [word], tl.int32, is_pure=True, pack=1)
+    return word
+
+
 @triton.constexpr_function
 def _load_asm(count):
     names = ", ".join(f"${i}" for i in range(count))

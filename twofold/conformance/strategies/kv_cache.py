@@ -359,6 +359,27 @@ def decode_batch(format: str, seq_lens: tuple[int, ...], *, num_kv_heads: int, g
     return Batch(layout, "normal", lens, np.ones_like(lens), table, table, packed, 0, q)
 
 
+@st.composite
+def decodes(draw, format: str, **options) -> Batch:
+    """Decodes as models have them, and a few queries at once: large heads in two-byte floats, blocks of 16 and 32."""
+    head_dim = draw(one_of(64, 128), label="head_dim")
+    num_groups = draw(one_of(1, 2, 4) if head_dim == 128 else one_of(1, 2), label="num_groups")
+    layout = Layout(
+        format,
+        num_blocks=0,
+        num_window_blocks=0,
+        block_size=draw(one_of(16, 32), label="block_size"),
+        num_kv_heads=draw(one_of(1, 2, 3, 4), label="num_kv_heads"),
+        head_dim=head_dim,
+        num_groups=num_groups if format == "int4" else 1,
+        group_size=1,
+        bits=4,
+        dtype=draw(one_of("bfloat16", "float16"), label="dtype"),
+    )
+    most = draw(one_of(1, 1, 2), label="most queries")
+    return draw(batches(format, layout=layout, most_queries=most, **options))
+
+
 OPTIONS = ((), ("scale",), ("sliding_window",), ("sinks",), ("logit_cap", "scale"), ("sinks", "sliding_window"))
 
 
