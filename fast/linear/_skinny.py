@@ -252,10 +252,11 @@ def skinny_linear(
         )  # fmt: skip
         return out
     even = in_features % (tiles.columns * tiles.warps) == 0
+    early = grid[0] >= num_processors(x)  # fewer programs than processors are faster without the next kernel's
     _few_tokens_kernel[grid](
         x, weight, bias, residual, out, x.stride(0), weight.stride(0),
         0 if residual is None else residual.stride(0), out.stride(0), num_tokens, out_features, in_features,
-        **common, **{"TILE_M": tiles.tokens, "WARPS": tiles.warps, "EVEN": even, "EARLY": grid[0] >= num_processors(x)},
+        **common, **{"TILE_M": tiles.tokens, "WARPS": tiles.warps, "EVEN": even, "EARLY": early},
     )  # fmt: skip
     return out
 
