@@ -48,7 +48,7 @@ def _floats_kernel(words_ptr, floats_ptr, out_ptr, N: tl.constexpr, DTYPE: tl.co
     tl.store(out_ptr + 4 * N + i, lanes.largest_of(x))
     tl.store(out_ptr + 5 * N + i, lanes.sum_of(x))
     accs = (x, x, tl.load(floats_ptr + i), tl.load(floats_ptr + N + i))
-    accs = (*accs, tl.load(floats_ptr + 2 * N + i), tl.load(floats_ptr + 3 * N + i))
+    accs = accs + (tl.load(floats_ptr + 2 * N + i), tl.load(floats_ptr + 3 * N + i))
     a0, a1, a2 = tl.load(words_ptr + i), tl.load(words_ptr + N + i), tl.load(words_ptr + 2 * N + i)
     a3, b0, b1 = tl.load(words_ptr + 3 * N + i), tl.load(words_ptr + 4 * N + i), tl.load(words_ptr + 5 * N + i)
     sums = lanes.product_at(accs, 2, a0, a1, a2, a3, b0, b1, DTYPE)

@@ -203,7 +203,8 @@ def coded_attention_kernel(
                 in_cache, in_scales = first_head * stride_cache_head, first_head * stride_scale_head
                 accs, top, total = attend_coded_tiles(
                     planes, q_unit, positions, first_tile + unit - seg_begin,
-                    first_tile + tl.minimum(end, seg_end) - seg_begin, last_key,
+                    first_tile + tl.minimum(end, seg_end) - seg_begin,
+                    paging.oldest_key(context + tile * QUERIES, window, WINDOWED), last_key,
                     block_table_ptr + seq.to(tl.int64) * stride_table_seq, stride_table_block,
                     k_cache_ptr + in_cache, v_cache_ptr + in_cache,
                     k_scale_ptr + in_scales, None if k_zero_ptr is None else k_zero_ptr + in_scales,

@@ -24,11 +24,11 @@ def pages_of(tile_kv, block_size):
 
 @triton.jit
 def find_slots(
-    tile, end, row_ptr, stride_table_block, stride_cache_block, stride_scale_block, num_blocks,
-    BLOCK_SIZE: tl.constexpr, TILE_KV: tl.constexpr,
+    tile, oldest, end, row_ptr, stride_table_block, stride_cache_block, stride_scale_block, num_blocks,
+    BLOCK_SIZE: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """Of each key of a tile: whether it is one, where its block begins in the codes and in the scales, and its offset
-    in the block.
+    in the block. One before ``oldest`` is none: the window is past it, and its block may be another sequence's by now.
 
     Codes are numbers whatever they are, and weigh nothing where the mask is. So every key may read some block, and
     loads that need no mask are fewer instructions; only scales can be NaN, and are masked.
@@ -58,6 +58,8 @@ def find_slots(
         block = tl.where(owned, ids, 0).to(tl.int64)
         block_words, block_scales = block * stride_cache_block, block * stride_scale_block
         offset = keys % BLOCK_SIZE
+    if WINDOWED:
+        owned = owned & (keys >= oldest)
     return owned, block_words, block_scales, offset
 
 
@@ -183,7 +185,7 @@ def add_values(
 
 @triton.jit
 def attend_coded_tiles(
-    planes, q_unit, query_positions, start, stop, end, row_ptr, stride_table_block,
+    planes, q_unit, query_positions, start, stop, oldest, end, row_ptr, stride_table_block,
     k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, scale, logit_cap, window,
     stride_cache_block, stride_cache_token, stride_cache_head,
     stride_scale_block, stride_scale_token, stride_scale_head, stride_scale_group,
@@ -192,8 +194,8 @@ def attend_coded_tiles(
     PAIRED: tl.constexpr, BYTES: tl.constexpr, NIBBLES: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, TILE_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Let tiles ``start`` to ``stop`` of a sequence's keys, only up to the token ``end``, pass the queries of HEADS KV
-    heads; returns the planes' sums, and top and total of each query."""
+    """Let tiles ``start`` to ``stop`` of a sequence's keys, of those only tokens ``oldest`` to ``end``, pass the queries
+    of HEADS KV heads; returns the planes' sums, and top and total of each query."""
     PLANES: tl.constexpr = NIBBLES * BYTES
     HALF: tl.constexpr = HEAD_DIM // NIBBLES
     GROUP_SIZE: tl.constexpr = HEAD_DIM // NUM_GROUPS
@@ -225,8 +227,8 @@ def attend_coded_tiles(
     for tile in range(start, stop):
         keys = tile * TILE_KV + column
         owned, block_words, block_scales, offset = find_slots(
-            tile, end, row_ptr, stride_table_block, stride_cache_block, stride_scale_block, num_blocks,
-            BLOCK_SIZE, TILE_KV,
+            tile, oldest, end, row_ptr, stride_table_block, stride_cache_block, stride_scale_block, num_blocks,
+            BLOCK_SIZE, TILE_KV, WINDOWED,
         )  # fmt: skip
         words = block_words[None, :, None] + (offset.to(tl.int64)[None, :, None] * stride_cache_token + head_words)
         turned = tl.permute(words, (0, 2, 1))
