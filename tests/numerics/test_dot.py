@@ -1,5 +1,6 @@
 """Dot products of kernels: what is right on a GPU is right in the interpreter, too."""
 
+# pyright: reportArgumentType=false
 import numpy as np
 import pytest
 import torch
