@@ -94,6 +94,12 @@ def test_what_does_not_run_here_is_told_apart():
     assert not native & on_gpu
 
 
+def test_imports_of_a_file():
+    """What a child would import anyway, by the names of modules."""
+    text = "import a.b as c, d\nfrom e.f import g\n\ndef h():\n    import i\n    from . import j\n"
+    assert mutants.imports_of(text) == {"a.b", "d", "e.f", "i"}
+
+
 def test_verdicts(tmp_path, monkeypatch, capfd):
     """A fault that a test sees is killed, one that none sees survives, and tests that fail anyway judge nothing."""
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ It says nothing of faults that take two edits, and nothing of races: `twofold.co
 
 import argparse
 import ast
+import contextlib
 import copy
 import importlib.machinery
 import importlib.util
@@ -326,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
         if unknown:
             parser.error(f"{options.deck}: does not say which tests judge {', '.join(unknown)}")
         chosen = {str(file): chosen[str(file)] for file in options.file}
-    import_what_is_not_mutated()
+    import_what_is_not_mutated({Path(test) for tests in chosen.values() for test in tests if Path(test).is_file()})
     reports = []
     for file, tests in chosen.items():
         report = judge_file(Path(file), tests, options)
@@ -361,8 +362,8 @@ def judge_file(file: Path, tests: list[str], options: argparse.Namespace) -> Rep
     return Report(str(file), made, elsewhere, verdicts)
 
 
-def import_what_is_not_mutated() -> None:
-    """Once, for every child to share: what takes seconds to import."""
+def import_what_is_not_mutated(tests: set[Path]) -> None:
+    """Once, for every child to share: what takes seconds to import. Of what the tests want, all that lies elsewhere."""
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import torch
@@ -371,7 +372,19 @@ def import_what_is_not_mutated() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's own helpers are decorated when it is imported
     import triton  # noqa: F401
 
+    wanted = {name for test in tests for name in imports_of(test.read_text())}
+    for name in sorted(wanted):
+        if importlib.machinery.PathFinder.find_spec(name.split(".")[0], [os.getcwd()]) is None:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
+
+
+def imports_of(source: str) -> set[str]:
+    """The modules that a file names in its imports."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
 
 
 if __name__ == "__main__":
