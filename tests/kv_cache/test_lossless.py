@@ -1,5 +1,6 @@
 """Lossless coding of blocks."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -47,6 +48,14 @@ def test_escapes_are_added_up_over_any_number_of_tiles(monkeypatch):
     words = values.astype(FLOATS["bfloat16"]).view(np.uint16)
     properties.lossless_codes_are_the_oracles(fast, reference, words, "bfloat16")
     properties.lossless_is_lossless(fast, words, "bfloat16")
+
+
+@pytest.mark.parametrize("coder", [plain_torch, fast], ids=["plain_torch", "fast"])
+@formats
+def test_the_last_exponent_is_one_like_the_others(coder, format):
+    """Infinities and NaN alone, and beside the largest numbers: the base may be the last, or the last but one."""
+    numbers = np.array([[np.inf] * 40, [-np.inf, np.nan] * 20, [np.inf, ml_dtypes.finfo(FLOATS[format]).max] * 20])
+    properties.lossless_codes_are_the_oracles(coder, reference, numbers.astype(FLOATS[format]).view(np.uint16), format)
 
 
 @formats
