@@ -14,10 +14,12 @@ import triton.language as tl
 
 from fast._triton import softmax
 from fast._triton.paging import worker_of
-from fast._triton.platform import COMPILE_ONLY
 from fast._triton.rounding import store
 
-_counters: dict[tuple[int, int], torch.Tensor] = {}
+FEWEST_COUNTERS = 1024  # more than the programs that any GPU is given
+
+_counters: dict[tuple[int, int], torch.Tensor] = {}  # by device and stream
+_spare: dict[int, torch.Tensor] = {}  # by device
 
 
 class Scratch(NamedTuple):
@@ -38,17 +40,22 @@ def make_scratch(like: torch.Tensor, num_programs: int, tile_q: int, tile_d: int
 def zero_counters(like: torch.Tensor, count: int) -> torch.Tensor:
     """At least ``count`` int32 zeros on that device, which every launch must leave as zeros.
 
-    A graph captured before any ordinary launch gets its own, zeroed in the graph: what is allocated during a capture
-    holds nothing until the graph runs.
+    What is allocated during a capture holds nothing until the graph runs, and would have to be zeroed in it, launch by
+    launch. So an ordinary launch leaves a set behind for the next stream that captures one.
     """
-    on_gpu = like.is_cuda
-    stream = torch.cuda.current_stream(like.device).cuda_stream if on_gpu else 0
-    key = like.device.index or 0, stream
-    counters = _counters.get(key)
-    if counters is None or counters.numel() < count:
-        counters = torch.zeros(max(count, 1024), dtype=torch.int32, device=like.device)
-        if not (on_gpu and torch.cuda.is_current_stream_capturing()) and not COMPILE_ONLY:
-            _counters[key] = counters
+    device = like.device.index or 0
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    counters = _counters.get((device, stream))
+    if counters is None or len(counters) < count:
+        counters = _spare.pop(device, None) if capturing else None
+        if counters is None or len(counters) < count:
+            counters = torch.zeros(max(count, FEWEST_COUNTERS), dtype=torch.int32, device=like.device)
+            if capturing:
+                return counters
+        _counters[device, stream] = counters
+    if like.is_cuda and not capturing and device not in _spare:
+        _spare[device] = torch.zeros_like(counters)
     return counters
 
 
@@ -87,8 +94,8 @@ def finish_segment(
         )  # fmt: skip
     else:
         store_part(
-            acc, top, total, program * 2 + (seg_begin >= begin).to(tl.int32), parts_ptr, stats_ptr, there, dim,
-            HEAD_DIM, TILE_Q, TILE_D,
+            acc, top, total, tl.arange(0, TILE_Q), tl.arange(0, TILE_D), place_of_part(program, seg_begin, begin),
+            parts_ptr, stats_ptr, there, dim, HEAD_DIM, TILE_Q, TILE_D,
         )  # fmt: skip
         if is_last(seg_begin, seg_end, line, num_workers, counters_ptr):
             first = worker_of(seg_begin, num_workers, line)
@@ -100,14 +107,20 @@ def finish_segment(
 
 
 @triton.jit
+def place_of_part(program, seg_begin, begin):
+    """Of a program's two places, the first is for a segment that began before its share."""
+    return program * 2 + (seg_begin >= begin).to(tl.int32)
+
+
+@triton.jit
 def store_part(
-    acc, top, total, place, parts_ptr, stats_ptr, there, dim,
+    acc, top, total, row, column, place, parts_ptr, stats_ptr, there, dim,
     HEAD_DIM: tl.constexpr, TILE_Q: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """Leave a part at its place in the scratch, the rows that are there."""
-    row, place = tl.arange(0, TILE_Q), place.to(tl.int64)
-    offset = row[:, None] * TILE_D + tl.arange(0, TILE_D)[None, :]
+    place = place.to(tl.int64)
     stored = there[:, None] & (dim < HEAD_DIM)[None, :]
+    offset = row[:, None] * TILE_D + column[None, :]
     tl.store(parts_ptr + place * (TILE_Q * TILE_D) + offset, acc, mask=stored)
     tl.store(stats_ptr + place * (2 * TILE_Q) + row, top, mask=there)
     tl.store(stats_ptr + place * (2 * TILE_Q) + TILE_Q + row, total, mask=there)

@@ -43,14 +43,21 @@ def sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
 
 
 @triton.jit
+def oldest_key(position, window, WINDOWED: tl.constexpr):
+    """The first key that a query at this position sees."""
+    oldest = position * 0
+    if WINDOWED:
+        oldest = tl.maximum(position + 1 - window, 0)
+    return oldest
+
+
+@triton.jit
 def key_tiles(tile, num_queries, seq_len, window, QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr):
     """(first, number of) the tiles of keys that some query of a tile sees; at least one, to have a result written."""
     context = seq_len - num_queries
     end = context + tl.minimum((tile + 1) * QUERIES, num_queries)
     stop = (tl.maximum(end, 0) + TILE_KV - 1) // TILE_KV
-    start = tile * 0
-    if WINDOWED:
-        start = tl.maximum(context + tile * QUERIES + 1 - window, 0) // TILE_KV
+    start = oldest_key(context + tile * QUERIES, window, WINDOWED) // TILE_KV
     return start, tl.maximum(stop - start, 1)
 
 
@@ -76,14 +83,24 @@ def units_per_head(
 
 
 @triton.jit
+def sequences_from(first, look):
+    """The next sequences to look through. ``look``: 0 to ``SEARCH`` in the layout of a kernel that has some (Gluon)."""
+    if look is None:
+        seq = tl.arange(0, SEARCH)
+    else:
+        seq = look
+    return first + seq
+
+
+@triton.jit
 def total_units(
     seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
-    QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr, FEW: tl.constexpr = False,
+    QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr, FEW: tl.constexpr = False, look=None,
 ):  # fmt: skip
     """The length of the line."""
     total = 0
     for first in range(0, num_seqs, SEARCH):
-        seq = first + tl.arange(0, SEARCH)
+        seq = sequences_from(first, look)
         _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
         per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
         total += tl.sum(per_head, 0) * num_kv_heads
@@ -111,12 +128,12 @@ def worker_of(unit, num_workers, total):
 @triton.jit
 def find_sequence(
     unit, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
-    QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr, FEW: tl.constexpr = False,
+    QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr, FEW: tl.constexpr = False, look=None,
 ):  # fmt: skip
     """(the sequence that holds a unit of the line, that sequence's first unit)."""
     found, found_begin, before = 0, 0, 0
     for first in range(0, num_seqs, SEARCH):
-        seq = first + tl.arange(0, SEARCH)
+        seq = sequences_from(first, look)
         _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
         per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
         ends = before + tl.cumsum(per_head * num_kv_heads, 0)
@@ -131,14 +148,14 @@ def find_sequence(
 def find_share(
     program, num_programs, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
     QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr, FEWEST: tl.constexpr = MIN_UNITS,
-    FEW: tl.constexpr = False,
+    FEW: tl.constexpr = False, look=None,
 ):  # fmt: skip
     """``total_units``, ``share_of`` and ``find_sequence`` at once, for up to ``SEARCH`` sequences in one look.
 
     Returns (units of the line, programs that have any, first unit of the share, last + 1, sequence, its first unit).
     """
     if num_seqs <= SEARCH:
-        seq = tl.arange(0, SEARCH)
+        seq = sequences_from(0, look)
         _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
         per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
         ends = tl.cumsum(per_head * num_kv_heads, 0)
@@ -150,12 +167,12 @@ def find_share(
     else:
         line = total_units(
             seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
-            QUERIES, TILE_KV, WINDOWED, FEW,
+            QUERIES, TILE_KV, WINDOWED, FEW, look,
         )  # fmt: skip
         begin, end, num_workers = share_of(program, num_programs, line, FEWEST)
         found, found_begin = find_sequence(
             begin, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
-            QUERIES, TILE_KV, WINDOWED, FEW,
+            QUERIES, TILE_KV, WINDOWED, FEW, look,
         )  # fmt: skip
     return line, num_workers, begin, end, found, found_begin
 
@@ -207,7 +224,12 @@ def find_tile(slot, cu_seqlens_q_ptr, num_seqs, QUERIES: tl.constexpr):
 @triton.jit
 def rows_of_tile(tile, kv_head, first_row, num_queries, GROUP: tl.constexpr, TILE_Q: tl.constexpr):
     """(query within the sequence, row of q, head, whether there is such a row) of each row of a tile."""
-    row = tl.arange(0, TILE_Q)
+    return place_of(tl.arange(0, TILE_Q), tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
+
+
+@triton.jit
+def place_of(row, tile, kv_head, first_row, num_queries, GROUP: tl.constexpr, TILE_Q: tl.constexpr):
+    """``rows_of_tile`` of some rows of it."""
     query = tile * (TILE_Q // GROUP) + row // GROUP
     there = (row < TILE_Q // GROUP * GROUP) & (query < num_queries)
     return query, (first_row + query).to(tl.int64), kv_head * GROUP + row % GROUP, there

@@ -36,20 +36,26 @@ def load_queries(
 
 
 @triton.jit
-def tile_ids(origin, tile, end, table, BLOCK_SIZE: tl.constexpr, TILE_KV: tl.constexpr):
-    """The block of each key of a tile, -1 for none; load them as soon as they are known: all else waits for them."""
+def tile_ids(span, tile, table, BLOCK_SIZE: tl.constexpr, TILE_KV: tl.constexpr):
+    """The block of each key of a tile, -1 for none; load them as soon as they are known: all else waits for them.
+
+    ``span``: the token that tiles are counted from, and the first and last + 1 that may be read. What lies before, the
+    window is past, and its block may be another sequence's by now.
+    """
+    origin, first, end = span
     row_ptr, stride_table_block, num_blocks, max_blocks_per_seq = table
     keys = origin + tile * TILE_KV + tl.arange(0, TILE_KV)
-    return paging.load_block_ids(row_ptr, stride_table_block, keys, end, num_blocks, max_blocks_per_seq, BLOCK_SIZE)
+    ids = paging.load_block_ids(row_ptr, stride_table_block, keys, end, num_blocks, max_blocks_per_seq, BLOCK_SIZE)
+    return tl.where(keys >= first, ids, -1)
 
 
 @triton.jit
 def attend_cached_tiles(
-    q, ids, acc, top, total, query_positions, origin, start, stop, end, table, cache, kv_head, options,
+    q, ids, acc, top, total, query_positions, span, start, stop, table, cache, kv_head, options,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_KV: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """Let tiles ``start`` to ``stop`` of keys pass, counted from the token ``origin`` and only up to the token ``end``.
+    """Let tiles ``start`` to ``stop`` of keys pass, those of ``tile_ids``.
 
     A tile gathers from as many blocks as it covers. Their ids are loaded one tile ahead (``ids``: those of the first),
     so that the loads of keys never wait for them. MASKED: some query may not see some key; a key in no block of the
@@ -68,7 +74,7 @@ def attend_cached_tiles(
     dim = tl.arange(0, TILE_D)
     column = tl.arange(0, TILE_KV)
     for tile in range(start, stop):
-        keys = origin + tile * TILE_KV + column
+        keys = span[0] + tile * TILE_KV + column
         owned = (ids >= 0)[:, None]
         if TILE_D > HEAD_DIM:
             owned = owned & (dim < HEAD_DIM)[None, :]
@@ -90,7 +96,7 @@ def attend_cached_tiles(
             scores = tl.where(seen, scores, float("-inf"))
         top, total, rescale, weights = softmax.update(scores, top, total, scale_log2)
         acc = dot(to_dtype(weights, v.dtype), v, acc * rescale[:, None])
-        ids = tile_ids(origin, tile + 1, end, table, BLOCK_SIZE, TILE_KV)
+        ids = tile_ids(span, tile + 1, table, BLOCK_SIZE, TILE_KV)
     return acc, top, total
 
 

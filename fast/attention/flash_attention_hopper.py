@@ -6,7 +6,9 @@ and two *consumers*, four warps each, own 64 queries each. A consumer starts the
 of the last one together, and does the softmax of the next tile while the tensor cores work on the values; and where it
 waits, the other consumer fills in. Keys pass from the last to the first: the tiles that the mask cuts come first.
 
-Programs are as many as the GPU has processors. Each takes one item after another, a tile of queries of one head.
+Programs are as many as the GPU has processors. Each takes one item after another, a tile of queries of one head: which,
+its producer draws from a counter, so that a program whose items are short takes more of them. It looks the item up and
+writes to the consumers what they need to know. They start the scores of the next item before they store this one.
 
 What it does not do: windows, caps, float32, head sizes other than 128; the portable kernel does, and with 64, where the
 softmax weighs twice as much, it was the faster one.
@@ -27,14 +29,15 @@ from fast.attention._hopper import (
     TILE_KV,
     TILE_Q,
     add_sink,
+    ask_for_scores,
+    ask_for_values,
     attend,
+    await_scores,
+    await_values,
     barriers,
-    empty_state,
-    item_of,
     store_rows,
 )
 
-DRAWN = False  # each next item is drawn from a counter by who is ready for it, not dealt beforehand
 CACHED_BYTES = 20 * 2**20  # of K and V side by side, of 50 MB of L2 cache: several sequences may be on their way
 COUNTS = ("num_seqs", "num_tokens", "total_keys", "num_heads", "group", "section", "num_slots", "num_halvings")
 
@@ -81,10 +84,8 @@ def find_item(
     first_key = gl.minimum(gl.maximum(gl.load(cu_seqlens_k_ptr + seq), 0), total_keys)
     num_keys = gl.minimum(gl.maximum(gl.load(cu_seqlens_k_ptr + seq + 1), first_key), total_keys) - first_key
 
-    there = (
-        (head < num_heads) & (tile >= 0) & (tile < num_slots)
-    )  # an item is left, and the offsets are what they should be
-    rows_left = gl.where(there, num_queries - tile * TILE_Q, 0)
+    sound = (tile >= 0) & (tile < num_slots)  # the offsets are what they should be
+    rows_left = gl.where(sound, num_queries - tile * TILE_Q, 0)
     position = tile * TILE_Q + num_keys - num_queries  # of the first query
     seen_tiles = num_keys // TILE_KV  # those that every query sees whole
     num_tiles = (num_keys + TILE_KV - 1) // TILE_KV
@@ -92,7 +93,7 @@ def find_item(
         last_position = position + gl.minimum(rows_left, TILE_Q) - 1
         num_tiles = gl.minimum(num_tiles, (gl.maximum(last_position + 1, 0) + TILE_KV - 1) // TILE_KV)
         seen_tiles = gl.minimum(seen_tiles, gl.maximum(position + 1, 0) // TILE_KV)
-    num_tiles = gl.where(rows_left > 0, num_tiles, 0)
+    num_tiles = gl.maximum(num_tiles, 1)  # one, all hidden, where there are no keys
     return head, first_query + tile * TILE_Q, rows_left, position, first_key, num_keys, num_tiles, seen_tiles
 
 
@@ -126,26 +127,6 @@ def fetch_item(
 
 
 @gluon.jit
-def produce(
-    q_desc, k_desc, v_desc, tiles, batch, group, num_turns,
-    CAUSAL: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The producer of items that were dealt."""
-    passed = 0  # tiles of keys, of all items
-    items = 0
-    for turn in range(num_turns):
-        head, token, _rows, _position, first_key, _keys, num_tiles, _seen = find_item(
-            item_of(turn), *batch, CAUSAL, TILE_Q, TILE_KV
-        )
-        if num_tiles > 0:
-            passed = fetch_item(
-                q_desc, k_desc, v_desc, tiles, head, token, first_key, num_tiles, group, items, passed,
-                TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-            )  # fmt: skip
-            items += 1
-
-
-@gluon.jit
 def draw(counter_ptr):
     """The counter before one is added, in lane 0: it may still be under way when this returns."""
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
@@ -173,7 +154,7 @@ def read_field(letter, INDEX: gl.constexpr):
 
 
 @gluon.jit
-def produce_drawn(
+def produce(
     q_desc, k_desc, v_desc, tiles, mail, counter_ptr, batch, group, num_items,
     CAUSAL: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -183,7 +164,6 @@ def produce_drawn(
     """
     passed = 0  # tiles of keys, of all items
     items = 0
-    letters = 0
     item = gl.program_id(0)
     while item < num_items:
         drawn = draw(counter_ptr)
@@ -191,9 +171,7 @@ def produce_drawn(
             item, *batch, CAUSAL, TILE_Q, TILE_KV
         )
         if rows_left > 0:
-            post(mail, letters, head, token, rows_left, position, num_keys, num_tiles, seen_tiles, 1)
-            letters += 1
-        if num_tiles > 0:
+            post(mail, items, head, token, rows_left, position, num_keys, num_tiles, seen_tiles, 1)
             passed = fetch_item(
                 q_desc, k_desc, v_desc, tiles, head, token, first_key, num_tiles, group, items, passed,
                 TILE_Q, TILE_KV, HEAD_DIM, STAGES,
@@ -203,13 +181,11 @@ def produce_drawn(
         before = gl.sum(gl.where(lane == 0, drawn, 0), 0)
         gl.store(counter_ptr, 0, mask=before == num_items - 1)
         item = gl.num_programs(0) + before
-    post(mail, letters, 0, 0, 0, 0, 0, 0, 0, 0)
+    post(mail, items, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 @gluon.jit
-def finish_item(
-    acc, top, total, results, head, token, rows_left, SINKS: gl.constexpr, dtype: gl.constexpr
-):  # fmt: skip
+def finish_item(acc, top, total, results, head, token, rows_left, SINKS: gl.constexpr, dtype: gl.constexpr):
     """Store a consumer's rows and their log-sum-exp."""
     out_ptr, lse_ptr, sinks_ptr, num_heads, _scale, stride_out_token, stride_out_head = results
     if SINKS:
@@ -218,91 +194,62 @@ def finish_item(
     lse = (top + gl.log2(total)) * LN2
     row = gl.arange(0, total.shape[0], total.type.layout)
     gl.store(lse_ptr + (token + row).to(gl.int64) * num_heads + head, lse, mask=row < rows_left)
-    store_rows(acc, total, out_ptr, token, head, rows_left, stride_out_token, stride_out_head, dtype)
+    store_rows(acc, total, out_ptr, token, head, rows_left, stride_out_token, stride_out_head, acc.shape[0], dtype)
+
+
+@gluon.jit
+def read_letter(mail, letters, FIRST_ROW: gl.constexpr):
+    """What ``post`` wrote, of a consumer whose rows begin at ``FIRST_ROW`` of the tile."""
+    boxes, full, empty = mail
+    box = letters % 2
+    mbarrier.wait(full.index(box), letters // 2 & 1)
+    letter = boxes.index(box).load(gl.BlockedLayout([8], [32], [4], [0]))
+    mbarrier.arrive(empty.index(box), count=1)
+    return (
+        read_field(letter, 0), read_field(letter, 1) + FIRST_ROW, read_field(letter, 2) - FIRST_ROW,
+        read_field(letter, 3) + FIRST_ROW, read_field(letter, 4), read_field(letter, 5), read_field(letter, 6),
+        read_field(letter, 7) != 0,
+    )  # fmt: skip
 
 
 @gluon.jit
 def consume(
-    tiles, results, batch, num_turns, WHICH: gl.constexpr, SINKS: gl.constexpr, CAUSAL: gl.constexpr,
-    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
+    tiles, mail, results, WHICH: gl.constexpr, SINKS: gl.constexpr, CAUSAL: gl.constexpr, ROWS: gl.constexpr
 ):  # fmt: skip
-    """A consumer: 64 of an item's queries, through all its tiles of keys."""
-    ROWS: gl.constexpr = TILE_Q // 2
+    """A consumer of items that the producer writes of: 64 of an item's queries, through all its tiles of keys.
+
+    The first scores of an item are computed while the one before it is stored.
+    """
     q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
     keys = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
+    TILE_KV: gl.constexpr = k_smem.shape[1]
     scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16]))
 
     passed = 0
     items = 0
-    turns = 0
-    next_head, next_token, next_rows, next_position, _key, next_keys, next_tiles, next_seen = find_item(
-        item_of(0), *batch, CAUSAL, TILE_Q, TILE_KV
-    )
-    for turn in range(num_turns):
-        head, token, rows_left, position = next_head, next_token, next_rows, next_position
-        num_keys, num_tiles, seen_tiles = next_keys, next_tiles, next_seen
-        # What comes next is looked up now, while the first keys are on their way.
-        next_head, next_token, next_rows, next_position, _key, next_keys, next_tiles, next_seen = find_item(
-            item_of(turn + 1), *batch, CAUSAL, TILE_Q, TILE_KV
+    head, token, rows_left, position, num_keys, num_tiles, seen_tiles, there = read_letter(mail, 0, WHICH * ROWS)
+    mbarrier.wait(q_full.index(WHICH), 0, pred=there)
+    scores = ask_for_scores(scores_of, q_smem.index(WHICH), keys, passed, there)
+    scores = await_scores(scores, keys, passed, there)
+    while there:
+        half = items % 2 * 2 + WHICH
+        acc, weights, top, total, passed, _turns = attend(
+            scores_of, scores, passed, 0, position, num_keys, 0, num_tiles, seen_tiles, results[4],
+            q_smem.index(half), keys, None, False, WHICH, CAUSAL, ROWS,
+        )  # fmt: skip
+        mbarrier.arrive(q_empty.index(half), count=1)
+        old_head, old_token, old_rows = head, token, rows_left
+        items += 1
+        head, token, rows_left, position, num_keys, num_tiles, seen_tiles, there = read_letter(
+            mail, items, WHICH * ROWS
         )
-        token += WHICH * ROWS
-        rows_left -= WHICH * ROWS
-        position += WHICH * ROWS
-
-        top, total, acc = empty_state(ROWS, TILE_KV, HEAD_DIM)
-        if num_tiles > 0:
-            half = items % 2 * 2 + WHICH
-            q_tile = q_smem.index(half)
-            mbarrier.wait(q_full.index(half), items // 2 & 1)
-            items += 1
-            acc, top, total, passed, turns = attend(
-                scores_of, acc, top, total, passed, turns, position, num_keys, num_tiles, seen_tiles, results[4],
-                q_tile, q_empty, half, keys, None, False, WHICH, CAUSAL,
-            )  # fmt: skip
-
-        if rows_left > 0:
-            finish_item(acc, top, total, results, head, token, rows_left, SINKS, k_smem.dtype)
-
-
-@gluon.jit
-def consume_drawn(
-    tiles, mail, results, WHICH: gl.constexpr, SINKS: gl.constexpr, CAUSAL: gl.constexpr,
-    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
-):  # fmt: skip
-    """A consumer of items that the producer writes of: 64 of an item's queries, through all its tiles of keys."""
-    ROWS: gl.constexpr = TILE_Q // 2
-    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tiles
-    keys = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
-    boxes, mail_full, mail_empty = mail
-    scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16]))
-
-    passed = 0
-    items = 0
-    turns = 0
-    letters = 0
-    more = 1
-    while more != 0:
-        box = letters % 2
-        mbarrier.wait(mail_full.index(box), letters // 2 & 1)
-        letter = boxes.index(box).load(gl.BlockedLayout([8], [32], [4], [0]))
-        mbarrier.arrive(mail_empty.index(box), count=1)
-        letters += 1
-        head, token = read_field(letter, 0), read_field(letter, 1) + WHICH * ROWS
-        rows_left, position = read_field(letter, 2) - WHICH * ROWS, read_field(letter, 3) + WHICH * ROWS
-        num_keys, num_tiles, seen_tiles = read_field(letter, 4), read_field(letter, 5), read_field(letter, 6)
-        more = read_field(letter, 7)
-
-        top, total, acc = empty_state(ROWS, TILE_KV, HEAD_DIM)
-        if num_tiles > 0:
-            half = items % 2 * 2 + WHICH
-            mbarrier.wait(q_full.index(half), items // 2 & 1)
-            items += 1
-            acc, top, total, passed, turns = attend(
-                scores_of, acc, top, total, passed, turns, position, num_keys, num_tiles, seen_tiles, results[4],
-                q_smem.index(half), q_empty, half, keys, None, False, WHICH, CAUSAL,
-            )  # fmt: skip
-        if rows_left > 0:
-            finish_item(acc, top, total, results, head, token, rows_left, SINKS, k_smem.dtype)
+        half = items % 2 * 2 + WHICH
+        acc = ask_for_values(acc, weights, keys, passed)
+        mbarrier.wait(q_full.index(half), items // 2 & 1, pred=there)
+        scores = ask_for_scores(scores_of, q_smem.index(half), keys, passed, there)
+        acc = await_values(acc, keys, passed, 1)
+        finish_item(acc, top, total, results, old_head, old_token, old_rows, SINKS, k_smem.dtype)
+        scores = await_scores(scores, keys, passed, there)
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -315,7 +262,7 @@ def flash_attention_hopper_kernel(
     sinks_ptr,  # [num_heads]
     cu_seqlens_q_ptr,  # [num_seqs + 1]
     cu_seqlens_k_ptr,  # [num_seqs + 1]
-    counter_ptr,  # one zero, or None
+    counter_ptr,  # [1], 0 between launches
     scale_log2,
     stride_out_token,
     stride_out_head,
@@ -327,7 +274,6 @@ def flash_attention_hopper_kernel(
     section,
     num_slots,
     num_halvings,
-    DRAWN: gl.constexpr,
     SINKS: gl.constexpr,
     CAUSAL: gl.constexpr,
     TILE_Q: gl.constexpr,
@@ -342,45 +288,28 @@ def flash_attention_hopper_kernel(
     q_full, q_empty = barriers(4, 1), barriers(4, 1)
     k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
     v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    boxes = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    mail = (boxes, barriers(2, 1), barriers(2, 2))
     fence_async_shared()
 
-    num_turns = (num_slots * num_heads + gl.num_programs(0) - 1) // gl.num_programs(0)
     tiles = (q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty)
     batch = (
         cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_seqs, num_tokens, total_keys, num_heads, section, num_slots,
         num_halvings,
     )  # fmt: skip
     results = (out_ptr, lse_ptr, sinks_ptr, num_heads, scale_log2, stride_out_token, stride_out_head)
-    if DRAWN:
-        boxes = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        mail = (boxes, barriers(2, 1), barriers(2, 2))
-        fence_async_shared()
-        num_items = num_slots * num_heads
-        gl.warp_specialize(
-            [
-                (consume_drawn, (tiles, mail, results, 0, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM)),
-                (consume_drawn, (tiles, mail, results, 1, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM)),
-                (produce_drawn, (
-                    q_desc, k_desc, v_desc, tiles, mail, counter_ptr, batch, group, num_items,
-                    CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-                )),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (consume, (tiles, results, batch, num_turns, 0, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM)),
-                (consume, (tiles, results, batch, num_turns, 1, SINKS, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM)),
-                (
-                    produce,
-                    (q_desc, k_desc, v_desc, tiles, batch, group, num_turns, CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES),
-                ),
-            ],
-            [4, 1],  # warps of the second consumer and of the producer
-            [240, 24],  # registers of a thread of theirs; the first consumer gets what is left, 240
-        )
+    gl.warp_specialize(
+        [
+            (consume, (tiles, mail, results, 0, SINKS, CAUSAL, TILE_Q // 2)),
+            (consume, (tiles, mail, results, 1, SINKS, CAUSAL, TILE_Q // 2)),
+            (produce, (
+                q_desc, k_desc, v_desc, tiles, mail, counter_ptr, batch, group, num_slots * num_heads,
+                CAUSAL, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
+            )),
+        ],
+        [4, 1],  # warps of the second consumer and of the producer
+        [240, 24],  # registers of a thread of theirs; the first consumer gets what is left, 240
+    )  # fmt: skip
 
 
 def attend_on_hopper(
@@ -413,7 +342,7 @@ def attend_on_hopper(
         lse if sinks is None else sinks,
         cu_seqlens_q,
         cu_seqlens_k,
-        zero_counters(q, 1) if DRAWN else None,
+        zero_counters(q, 1),
         scale * LOG2E.value,
         out.stride(0),
         out.stride(1),
@@ -425,7 +354,6 @@ def attend_on_hopper(
         heads_at_a_time(k, num_heads, num_seqs),
         num_slots,
         (num_seqs - 1).bit_length(),
-        DRAWN=DRAWN,
         SINKS=sinks is not None,
         CAUSAL=causal,
         TILE_Q=TILE_Q,

@@ -152,7 +152,7 @@ def merge_with_state(
         )  # fmt: skip
     else:
         merging.store_part(
-            acc, top, total, program * 2, state_ptr, state_stats_ptr, there, dim, HEAD_DIM, TILE_Q, TILE_D
+            acc, top, total, row, dim, program * 2, state_ptr, state_stats_ptr, there, dim, HEAD_DIM, TILE_Q, TILE_D
         )
     tl.debug_barrier()  # and the other way round
 

@@ -3,9 +3,9 @@
 One kernel serves decodes, chunks of prompts and any mix of them. A tile of its rows is one KV head's group of query
 heads times as many queries as fit; the tile's size is chosen by shape, so that decodes run on 16 rows and chunks on
 128. How the work is shared out, and how a sequence that several programs took is put together, all in one launch:
-`fast/_triton/paging.py` and `merging.py`. On a Hopper GPU chunks have a kernel of their own, where the layout and the
-options allow it: `paged_attention_hopper.py`. The decodes among them stay here, so that a long one is shared by all
-processors.
+`fast/_triton/paging.py` and `merging.py`. On a Hopper GPU, where the layout and the options allow it, chunks have a
+kernel of their own, `paged_attention_hopper.py`, and so have batches of decodes, `paged_decode_hopper.py`. Decodes
+among chunks stay here, so that a long one is shared by all processors.
 """
 
 from typing import NamedTuple
@@ -29,13 +29,8 @@ from fast.attention._cached_tiles import (
     tile_ids,
 )
 from fast.attention.invariant_attention import paged_attention_invariant as paged_attention_invariant
-from fast.attention.paged_attention_hopper import TILE_Q, attend_chunks_on_hopper, hopper_fits
-
-# Both as measured so far; a chunk on few processors, and the cost of the second launch, are still to be measured.
-LEAST_FILLED = (
-    0.0  # of the processors, that chunks on the Hopper kernel keep busy; with fewer, keys are shared out here
-)
-ONE_LAUNCH = False  # one sequence of many rows is a chunk, which leaves nothing for the kernel of decodes
+from fast.attention.paged_attention_hopper import attend_chunks_on_hopper, hopper_fits
+from fast.attention.paged_decode_hopper import MOST_ROWS, attend_decodes_on_hopper
 
 FEWEST_UNITS = 4  # that a program takes: a shorter share costs more to merge than it saves
 
@@ -61,9 +56,9 @@ def choose_tiles(num_tokens: int, num_seqs: int, group: int, head_dim: int, item
     return Tiles(max(128, triton.next_power_of_2(group)), 32 if wide else 64, 8, 3, 1)
 
 
-def chunks_fill(num_tokens: int, num_heads: int, processors: int) -> bool:
-    """Whether there are tiles of queries enough for the Hopper kernel, which gives each to one processor."""
-    return triton.cdiv(num_tokens, TILE_Q) * num_heads >= LEAST_FILLED * processors
+def decodes_on_hopper(tile_q: int, q: Array, k_cache: Array, v_cache: Array, block_table: Array) -> bool:
+    """Whether tiles of so many rows are for the kernel whose loads never stop; it knows neither windows nor caps."""
+    return tile_q <= MOST_ROWS and is_hopper(q) and hopper_fits(q, k_cache, v_cache, block_table)
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
@@ -148,11 +143,12 @@ def paged_attention_kernel(
                 context = seq_len - num_queries
                 positions = query + context
                 last_key = context + tl.minimum((tile + 1) * QUERIES, num_queries)
+                span = (0, paging.oldest_key(context + tile * QUERIES, window, WINDOWED), last_key)
                 start = first_tile + unit - seg_begin
                 stop = first_tile + tl.minimum(end, seg_end) - seg_begin
                 row_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_seq
                 table = (row_ptr, stride_table_block, num_blocks, max_blocks_per_seq)
-                ids = tile_ids(0, start, last_key, table, BLOCK_SIZE, TILE_KV)
+                ids = tile_ids(span, start, table, BLOCK_SIZE, TILE_KV)
                 q = load_queries(
                     q_ptr, token, head, there, stride_q_token, stride_q_head, stride_q_dim, WIDE, HEAD_DIM, TILE_D
                 )
@@ -161,22 +157,22 @@ def paged_attention_kernel(
                 if TILE_Q >= 64:  # arithmetic counts: tiles that every query sees pass without a mask
                     whole = tl.minimum(tl.maximum((context + tile * QUERIES + 1) // TILE_KV, start), stop)
                     if WINDOWED:
-                        oldest = tl.maximum(last_key - window, 0)
-                        cut = tl.minimum(tl.maximum((oldest + TILE_KV - 1) // TILE_KV, start), whole)
+                        seen_by_all = tl.maximum(last_key - window, 0)
+                        cut = tl.minimum(tl.maximum((seen_by_all + TILE_KV - 1) // TILE_KV, start), whole)
                         acc, top, total = attend_cached_tiles(
-                            q, ids, acc, top, total, positions, 0, start, cut, last_key, table, cache, kv_head, options,
+                            q, ids, acc, top, total, positions, span, start, cut, table, cache, kv_head, options,
                             True, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
                         )  # fmt: skip
                         start = cut
-                        ids = tile_ids(0, start, last_key, table, BLOCK_SIZE, TILE_KV)
+                        ids = tile_ids(span, start, table, BLOCK_SIZE, TILE_KV)
                     acc, top, total = attend_cached_tiles(
-                        q, ids, acc, top, total, positions, 0, start, whole, last_key, table, cache, kv_head, options,
+                        q, ids, acc, top, total, positions, span, start, whole, table, cache, kv_head, options,
                         False, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
                     )  # fmt: skip
                     start = whole
-                    ids = tile_ids(0, start, last_key, table, BLOCK_SIZE, TILE_KV)
+                    ids = tile_ids(span, start, table, BLOCK_SIZE, TILE_KV)
                 acc, top, total = attend_cached_tiles(
-                    q, ids, acc, top, total, positions, 0, start, stop, last_key, table, cache, kv_head, options,
+                    q, ids, acc, top, total, positions, span, start, stop, table, cache, kv_head, options,
                     True, WINDOWED, CAPPED, WIDE, BLOCK_SIZE, HEAD_DIM, TILE_KV, TILE_D,
                 )  # fmt: skip
                 merging.finish_segment(
@@ -205,8 +201,9 @@ def paged_attention(
 
     Grid: ``programs_per_processor`` programs for each processor, whatever the batch. A program owns an equal share of
     all (tile of rows, KV head, tile of keys) of the batch, found from the lengths on the device, and the last of the
-    programs that share a tile of rows merges its parts and owns it in ``out``. In batches with chunks, on a Hopper
-    GPU, a second launch has the chunks: a program for a head and 128 queries, or that many by turns.
+    programs that share a tile of rows merges its parts and owns it in ``out``. On a Hopper GPU chunks have a
+    launch of their own, before the decodes among them: a program for 128 queries of a head, or for a part of their keys
+    where such tiles are few.
     Moves: each sequence's keys and values once for each of its tiles of rows (a decode has one); queries and result
     once; at most two parts a program, in float32, out to the L2 cache and back.
     Limits: float32, float16 or bfloat16, and where q and the caches differ, or for float32, products without tensor
@@ -227,15 +224,17 @@ def paged_attention(
     group = num_heads // num_kv_heads
     itemsize = 4 if wide else q.element_size()
     tiles = choose_tiles(num_tokens, num_seqs, group, head_dim, itemsize)
-    plain = sliding_window is None and logit_cap is None
+    plain = sliding_window is None and logit_cap is None and out.stride(2) == 1
     chunks_apart = tiles.tile_q >= 64 and plain and is_hopper(q) and hopper_fits(q, k_cache, v_cache, block_table)
-    chunks_apart = chunks_apart and chunks_fill(num_tokens, num_heads, num_processors(q))
-    if chunks_apart and ONE_LAUNCH and num_seqs == 1:
+    if chunks_apart and num_seqs == 1:  # no decode is left for this kernel
         attend_chunks_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out)
         return out
     if chunks_apart:  # and the decodes among them here
         tiles = choose_tiles(num_seqs, num_seqs, group, head_dim, itemsize)
         attend_chunks_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out, tiles.tile_q // group)
+    if plain and not chunks_apart and decodes_on_hopper(tiles.tile_q, q, k_cache, v_cache, block_table):
+        attend_decodes_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out, tiles.tile_q)
+        return out
     tile_d = max(16, triton.next_power_of_2(head_dim))
     num_programs = num_processors(q) * tiles.programs_per_processor
     scratch = merging.make_scratch(q, num_programs, tiles.tile_q, tile_d)
@@ -306,18 +305,18 @@ def split_paged_attention_kernel(
     context = seq_len - num_queries
     origin = (part * split_size).to(tl.int32)
     end = tl.minimum(context + tl.minimum((tile + 1) * QUERIES, num_queries), origin + split_size)
-    start = 0
-    if WINDOWED:
-        start = tl.maximum(context + tile * QUERIES + 1 - window - origin, 0) // TILE_KV
+    oldest = paging.oldest_key(context + tile * QUERIES, window, WINDOWED)
+    span = (origin, oldest, end)
+    start = tl.maximum(oldest - origin, 0) // TILE_KV
     stop = (tl.maximum(end - origin, 0) + TILE_KV - 1) // TILE_KV
     row_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_seq
     table = (row_ptr, stride_table_block, num_blocks, max_blocks_per_seq)
-    ids = tile_ids(origin, start, end, table, BLOCK_SIZE, TILE_KV)
+    ids = tile_ids(span, start, table, BLOCK_SIZE, TILE_KV)
     q = load_queries(q_ptr, token, head, there, stride_q_token, stride_q_head, stride_q_dim, WIDE, HEAD_DIM, TILE_D)
     top, total = softmax.empty(TILE_Q)
     acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
     acc, top, total = attend_cached_tiles(
-        q, ids, acc, top, total, query + context, origin, start, stop, end, table,
+        q, ids, acc, top, total, query + context, span, start, stop, table,
         (k_cache_ptr, stride_k_block, stride_k_token, stride_k_head, stride_k_dim,
          v_cache_ptr, stride_v_block, stride_v_token, stride_v_head, stride_v_dim),
         kv_head, (scale, logit_cap, window),

@@ -1,8 +1,13 @@
 """Chunks of prompts over a paged cache on a Hopper GPU, in Gluon: `flash_attention_hopper.py`, its keys in blocks.
 
-The copy engine (TMA) sees the cache as rows of slots. The producer reads the ids of a tile's blocks from the block
+The copy engine (TMA) sees the cache as rows of slots. A producer reads the ids of a tile's blocks from the block
 table and asks for one block after the other; each lands in its rows of the tile, and the consumers see no difference.
+Keys and values have a producer warp each, because small blocks are many copies.
 A block id of -1, or one that the cache does not have, is a place outside the array, for which the engine gives zeros.
+
+A program has a tile of rows: 128 queries of a head, or fewer of several heads that share their keys. Where tiles are
+fewer than processors, as with a short chunk over a long context, the keys of a tile pass in parts, each in a program of
+its own; who is the last to be done puts the parts together.
 
 What it does not do: windows, caps, float32, head sizes other than 64 and 128, blocks that do not divide a tile or whose
 tokens do not lie one behind another; and one sequence's decode is one program's. `paged_attention.py` does all that.
@@ -15,74 +20,83 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fast._triton.platform import num_processors
+from fast._triton.merging import zero_counters
+from fast._triton.platform import cdiv, num_processors
 from fast.attention._hopper import (
     LOG2E,
     NUM_STAGES,
     TILE_KV,
     TILE_Q,
     add_sink,
+    ask_for_scores,
+    ask_for_values,
     attend,
-    empty_state,
-    item_of,
+    await_scores,
+    await_values,
+    barriers,
     store_rows,
 )
 
-# How block ids reach the copies: 0 = each is loaded when its block is asked for; 1 = those of the next tile are loaded
-# together, once for K and V, while this tile is asked for; 2 = the same, and K and V have a producer warp each.
-AHEAD = 0
-IN_TURN = True  # the consumers start their products in turn, so that one's softmax falls beside the other's products
+LEAST_TILES = gl.constexpr(4)  # of keys in a part: a shorter one costs more to merge than it saves
 PER_BATCH = [
-    "stride_table_seq", "num_seqs", "num_tokens", "num_heads", "group", "num_slots", "num_halvings", "num_blocks",
-    "max_blocks_per_seq", "k_rows_per_block", "v_rows_per_block", "fewest_queries",
+    "stride_table_seq", "num_items", "num_seqs", "num_tokens", "num_heads", "group", "num_slots", "num_halvings",
+    "num_blocks", "max_blocks_per_seq", "k_rows_per_block", "v_rows_per_block", "fewest_queries", "most_parts",
 ]  # fmt: skip
 
 
 @gluon.jit
-def find_item(
-    item, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity,
-    fewest_queries, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr,
-):  # fmt: skip
-    """What a program has to do next: head, tile of queries, their sequence, and which tiles of keys.
+def item_of(turn):
+    """The item a program takes in its ``turn``: to and fro, because items get shorter and the first is the longest."""
+    place = gl.where(turn % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+    return turn * gl.num_programs(0) + place
 
+
+@gluon.jit
+def num_turns(batch):
+    """How many items a program has at most."""
+    return (batch[0] + gl.num_programs(0) - 1) // gl.num_programs(0)
+
+
+@gluon.jit
+def find_item(item, batch, HEADS: gl.constexpr, QUERIES: gl.constexpr, TILE_KV: gl.constexpr):
+    """What a program has to do next: its first head and query, their sequence, and which tiles of keys.
+
+    The last value is the number of parts in which the keys of these queries pass, here and in other programs.
     Nothing for a sequence of up to ``fewest_queries``: the kernel of decodes has it.
-    Sequence s has the slots from ``cu_seqlens_q[s] // TILE_Q + s``, and is found by bisection.
+    Sequence s has the slots from ``cu_seqlens_q[s] // QUERIES + s``, and is found by bisection.
     """
-    head = item % num_heads
-    slot = num_slots - 1 - item // num_heads  # below 0: no item is left
+    (
+        _num_items, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity,
+        fewest_queries, most_parts,
+    ) = batch  # fmt: skip
+    part = item % most_parts
+    head = item // most_parts % (num_heads // HEADS) * HEADS
+    slot = num_slots - 1 - item // most_parts // (num_heads // HEADS)
     seq = 0
     end = num_seqs
     for _ in range(num_halvings):
         middle = (seq + end) // 2
-        below = gl.load(cu_seqlens_q_ptr + middle) // TILE_Q + middle <= slot
+        below = gl.load(cu_seqlens_q_ptr + middle) // QUERIES + middle <= slot
         seq = gl.where(below, middle, seq)
         end = gl.where(below, end, middle)
     begin_q = gl.load(cu_seqlens_q_ptr + seq)
-    tile = slot - (begin_q // TILE_Q + seq)
+    tile = slot - (begin_q // QUERIES + seq)
     first_query = gl.minimum(gl.maximum(begin_q, 0), num_tokens)
     num_queries = gl.minimum(gl.maximum(gl.load(cu_seqlens_q_ptr + seq + 1), first_query), num_tokens) - first_query
     seq_len = gl.minimum(gl.maximum(gl.load(seq_lens_ptr + seq), 0), capacity)
 
-    rows_left = gl.where((slot >= 0) & (num_queries > fewest_queries), num_queries - tile * TILE_Q, 0)
-    position = tile * TILE_Q + seq_len - num_queries  # of the first query
-    num_keys = gl.maximum(position + gl.minimum(rows_left, TILE_Q), 0)
-    num_tiles = gl.where(rows_left > 0, (num_keys + TILE_KV - 1) // TILE_KV, 0)
+    sound = (slot >= 0) & (tile >= 0)  # an item is left, and the offsets are what they should be
+    queries_left = gl.where(sound & (num_queries > fewest_queries), num_queries - tile * QUERIES, 0)
+    position = tile * QUERIES + seq_len - num_queries  # of the first query
+    num_keys = gl.maximum(position + gl.minimum(queries_left, QUERIES), 0)
+    num_tiles = gl.maximum((num_keys + TILE_KV - 1) // TILE_KV, 1)  # one, all hidden, where there are no keys
+    num_parts = gl.minimum(gl.maximum(num_tiles // LEAST_TILES, 1), most_parts)
+    queries_left = gl.where(part < num_parts, queries_left, 0)
+    first_tile = num_tiles * part // num_parts
+    end_tile = gl.where(queries_left > 0, num_tiles * (part + 1) // num_parts, first_tile)
     seen_tiles = gl.maximum(position + 1, 0) // TILE_KV
-    return head, seq, first_query + tile * TILE_Q, rows_left, position, seq_len, num_tiles, seen_tiles
-
-
-@gluon.jit
-def load_blocks(
-    desc, row_ptr, first_block, num_blocks, max_blocks_per_seq, rows_per_block, column, full, tile,
-    BLOCK_SIZE: gl.constexpr, TILE_KV: gl.constexpr,
-):  # fmt: skip
-    """Ask for the blocks of a tile of keys or values, each to its own rows of the tile."""
-    for index in gl.static_range(TILE_KV // BLOCK_SIZE):
-        known = first_block + index < max_blocks_per_seq
-        block = gl.load(row_ptr + gl.minimum(first_block + index, max_blocks_per_seq - 1))
-        block = gl.where(known & (block >= 0) & (block < num_blocks), block, -1)
-        rows = tile.slice(index * BLOCK_SIZE, BLOCK_SIZE)
-        tma.async_copy_global_to_shared(desc, [block * rows_per_block, column], full, rows)
+    token = first_query + tile * QUERIES
+    return head, seq, token, queries_left, position, seq_len, first_tile, end_tile, seen_tiles, num_parts
 
 
 @gluon.jit
@@ -94,158 +108,180 @@ def load_ids(row_ptr, tile, max_blocks_per_seq, BLOCKS: gl.constexpr):
 
 
 @gluon.jit
-def copy_blocks(
-    desc, ids, num_blocks, rows_per_block, column, full, tile, BLOCK_SIZE: gl.constexpr, TILE_KV: gl.constexpr
-):
-    """``load_blocks`` of ids that are there."""
+def copy_tile(desc, ids, num_blocks, rows_per_block, column, full, tile, BLOCK_SIZE: gl.constexpr):
+    """Ask for the blocks of a tile of keys or values, each to its own rows of the tile."""
     lane = gl.arange(0, 32, ids.type.layout)
     first_rows = gl.where((ids >= 0) & (ids < num_blocks), ids * rows_per_block, -rows_per_block)
-    for index in gl.static_range(TILE_KV // BLOCK_SIZE):
+    mbarrier.expect(full, tile.shape[0] * tile.shape[1] * 2)
+    for index in gl.static_range(tile.shape[0] // BLOCK_SIZE):
         first_row = gl.sum(gl.where(lane == index, first_rows, 0), 0)
         tma.async_copy_global_to_shared(desc, [first_row, column], full, tile.slice(index * BLOCK_SIZE, BLOCK_SIZE))
 
 
 @gluon.jit
-def produce_ahead(
-    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads, group,
-    num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block, fewest_queries,
-    KEYS: gl.constexpr, VALUES: gl.constexpr, BLOCK_SIZE: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr,
-    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """A producer, of keys and queries, values or all, that knows a tile's blocks before there is a place for it."""
-    TILE_BYTES: gl.constexpr = TILE_KV * HEAD_DIM * 2
-    BLOCKS: gl.constexpr = TILE_KV // BLOCK_SIZE
-    passed = 0  # tiles of keys, of all items
-    items = 0
-    num_items = num_slots * num_heads
-    for round in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        head, seq, token, _, _, _, num_tiles, _ = find_item(
-            item_of(round), cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings,
-            max_blocks_per_seq * BLOCK_SIZE, fewest_queries, TILE_Q, TILE_KV,
-        )  # fmt: skip
-        kv_column = head // group * HEAD_DIM
-        row_ptr = block_table_ptr + seq.to(gl.int64) * stride_table_seq
-        if num_tiles > 0:
-            next_ids = load_ids(row_ptr, num_tiles - 1, max_blocks_per_seq, BLOCKS)
-            if KEYS:
-                for which in gl.static_range(2):
-                    mbarrier.wait(q_empty.index(which), (items & 1) ^ 1)
-                    mbarrier.expect(q_full.index(which), q_desc.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        q_desc, [token + which * (TILE_Q // 2), head * HEAD_DIM], q_full.index(which),
-                        q_smem.index(which),
-                    )  # fmt: skip
-            items += 1
-            for step in range(num_tiles):
-                ids = next_ids
-                next_ids = load_ids(row_ptr, num_tiles - 2 - step, max_blocks_per_seq, BLOCKS)
-                stage = passed % STAGES
-                phase = (passed // STAGES & 1) ^ 1
-                if KEYS:
-                    mbarrier.wait(k_empty.index(stage), phase)
-                    mbarrier.expect(k_full.index(stage), TILE_BYTES)
-                    copy_blocks(
-                        k_desc, ids, num_blocks, k_rows_per_block, kv_column, k_full.index(stage), k_smem.index(stage),
-                        BLOCK_SIZE, TILE_KV,
-                    )  # fmt: skip
-                if VALUES:
-                    mbarrier.wait(v_empty.index(stage), phase)
-                    mbarrier.expect(v_full.index(stage), TILE_BYTES)
-                    copy_blocks(
-                        v_desc, ids, num_blocks, v_rows_per_block, kv_column, v_full.index(stage), v_smem.index(stage),
-                        BLOCK_SIZE, TILE_KV,
-                    )  # fmt: skip
-                passed += 1
+def ask_for_queries(queries, token, head, items, HEADS: gl.constexpr):
+    """Ask for a tile of queries, one head below the other, once the consumers have no more use for the last one."""
+    q_desc, q_smem, q_full, q_empty = queries
+    ROWS: gl.constexpr = q_smem.shape[1]  # of a consumer
+    HEAD_DIM: gl.constexpr = q_smem.shape[2]
+    QUERIES: gl.constexpr = 2 * ROWS // HEADS
+    COPIED: gl.constexpr = q_desc.block_type.shape[0]
+    for which in gl.static_range(2):
+        mbarrier.wait(q_empty.index(which), (items & 1) ^ 1)
+        mbarrier.expect(q_full.index(which), ROWS * HEAD_DIM * 2)
+        for first in gl.static_range(0, ROWS, COPIED):
+            row = which * ROWS + first
+            tma.async_copy_global_to_shared(
+                q_desc, [token + row % QUERIES, (head + row // QUERIES) * HEAD_DIM], q_full.index(which),
+                q_smem.index(which).slice(first, COPIED),
+            )  # fmt: skip
 
 
 @gluon.jit
 def produce(
-    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads, group,
-    num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block, fewest_queries,
-    BLOCK_SIZE: gl.constexpr, TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr,
+    desc, smem, full, empty, queries, batch, block_table_ptr, stride_table_seq, num_blocks, rows_per_block,
+    max_blocks_per_seq, group, HEADS: gl.constexpr, QUERIES: gl.constexpr, BLOCK_SIZE: gl.constexpr,
 ):  # fmt: skip
-    """The producer: for each item, its queries once and its keys and values from the last tile to the first."""
-    TILE_BYTES: gl.constexpr = TILE_KV * HEAD_DIM * 2
-    passed = 0  # tiles of keys, of all items
+    """A producer, of keys or values, and of the queries if it is given any.
+
+    For each item, the queries once and the tiles from the last to the first. It knows a tile's blocks before there is
+    a place for the tile: looking them up one by one, each behind the copy of the one before, takes longer than the
+    products of a tile do.
+    """
+    STAGES: gl.constexpr = smem.shape[0]
+    TILE_KV: gl.constexpr = smem.shape[1]
+    HEAD_DIM: gl.constexpr = smem.shape[2]
+    BLOCKS: gl.constexpr = TILE_KV // BLOCK_SIZE
+    passed = 0  # tiles, of all items
     items = 0
-    num_items = num_slots * num_heads
-    for round in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
-        item = item_of(round)
-        head, seq, token, _, _, _, num_tiles, _ = find_item(
-            item, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings,
-            max_blocks_per_seq * BLOCK_SIZE, fewest_queries, TILE_Q, TILE_KV,
-        )  # fmt: skip
-        kv_column = head // group * HEAD_DIM
+    for turn in range(num_turns(batch)):
+        head, seq, token, _queries, _position, _keys, first_tile, end_tile, _seen, _parts = find_item(
+            item_of(turn), batch, HEADS, QUERIES, TILE_KV
+        )
         row_ptr = block_table_ptr + seq.to(gl.int64) * stride_table_seq
-        if num_tiles > 0:
-            for which in gl.static_range(2):
-                mbarrier.wait(q_empty.index(which), (items & 1) ^ 1)
-                mbarrier.expect(q_full.index(which), q_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    q_desc, [token + which * (TILE_Q // 2), head * HEAD_DIM], q_full.index(which), q_smem.index(which)
-                )
+        if end_tile > first_tile:
+            next_ids = load_ids(row_ptr, end_tile - 1, max_blocks_per_seq, BLOCKS)
+            if queries is not None:
+                ask_for_queries(queries, token, head, items, HEADS)
             items += 1
-            for step in range(num_tiles):
-                first_block = (num_tiles - 1 - step) * (TILE_KV // BLOCK_SIZE)
+            for step in range(end_tile - first_tile):
+                ids = next_ids
+                next_ids = load_ids(row_ptr, end_tile - 2 - step, max_blocks_per_seq, BLOCKS)
                 stage = passed % STAGES
-                phase = (passed // STAGES & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), phase)
-                mbarrier.expect(k_full.index(stage), TILE_BYTES)
-                load_blocks(
-                    k_desc, row_ptr, first_block, num_blocks, max_blocks_per_seq, k_rows_per_block, kv_column,
-                    k_full.index(stage), k_smem.index(stage), BLOCK_SIZE, TILE_KV,
-                )  # fmt: skip
-                mbarrier.wait(v_empty.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), TILE_BYTES)
-                load_blocks(
-                    v_desc, row_ptr, first_block, num_blocks, max_blocks_per_seq, v_rows_per_block, kv_column,
-                    v_full.index(stage), v_smem.index(stage), BLOCK_SIZE, TILE_KV,
+                mbarrier.wait(empty.index(stage), (passed // STAGES & 1) ^ 1)
+                copy_tile(
+                    desc, ids, num_blocks, rows_per_block, head // group * HEAD_DIM, full.index(stage),
+                    smem.index(stage), BLOCK_SIZE,
                 )  # fmt: skip
                 passed += 1
 
 
 @gluon.jit
+def offsets_like(acc):
+    """Where in a part each of the sums of values lies."""
+    LAYOUT: gl.constexpr = acc.type.layout
+    row = gl.arange(0, acc.shape[0], gl.SliceLayout(1, LAYOUT))[:, None]
+    return row * acc.shape[1] + gl.arange(0, acc.shape[1], gl.SliceLayout(0, LAYOUT))[None, :]
+
+
+@gluon.jit
+def leave_part(acc, top, total, place, scratch):
+    """Store a part at its place in the scratch."""
+    parts_ptr, stats_ptr, _counters_ptr = scratch
+    ROWS: gl.constexpr = acc.shape[0]
+    gl.store(parts_ptr + place * (ROWS * acc.shape[1]) + offsets_like(acc), acc)
+    row = gl.arange(0, ROWS, top.type.layout)
+    gl.store(stats_ptr + place * 2 * ROWS + row, top)
+    gl.store(stats_ptr + (place * 2 + 1) * ROWS + row, total)
+
+
+@gluon.jit
+def is_last(counter_ptr, num_parts):
+    """Count a part in that has been left; whether the others were all there already. As ``is_last`` of merging.py."""
+    gl.thread_barrier()  # the stores of all threads come before the count
+    arrived = gl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    if arrived == num_parts - 1:
+        gl.store(counter_ptr, 0)
+    return arrived == num_parts - 1
+
+
+@gluon.jit
+def merge_parts(acc, top, total, first, num_parts, scratch):
+    """Put the parts from place ``first`` on together, in order, in place of the state of one of them."""
+    parts_ptr, stats_ptr, _counters_ptr = scratch
+    ROWS: gl.constexpr = acc.shape[0]
+    row = gl.arange(0, ROWS, top.type.layout)
+    offsets = offsets_like(acc)
+    top, total, acc = gl.full_like(top, float("-inf")), gl.zeros_like(total), gl.zeros_like(acc)
+    for part in range(num_parts):
+        place = first + 2 * part
+        part_acc = gl.load(parts_ptr + place * (ROWS * acc.shape[1]) + offsets, cache_modifier=".cg")
+        part_top = gl.load(stats_ptr + place * 2 * ROWS + row, cache_modifier=".cg")
+        part_total = gl.load(stats_ptr + (place * 2 + 1) * ROWS + row, cache_modifier=".cg")
+        new_top = gl.maximum(top, part_top)
+        shift = gl.where(new_top == float("-inf"), 0.0, new_top)
+        old, new = gl.exp2(top - shift), gl.exp2(part_top - shift)
+        total = total * old + part_total * new
+        acc = acc * gl.convert_layout(old, gl.SliceLayout(1, acc.type.layout))[:, None]
+        acc += part_acc * gl.convert_layout(new, gl.SliceLayout(1, acc.type.layout))[:, None]
+        top = new_top
+    return acc, top, total
+
+
+@gluon.jit
 def consume(
-    q_tile, q_full, q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head,
-    cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity, fewest_queries,
-    WHICH: gl.constexpr, IN_TURN: gl.constexpr, SINKS: gl.constexpr,
-    TILE_Q: gl.constexpr, TILE_KV: gl.constexpr, HEAD_DIM: gl.constexpr,
+    q_tile, q_full, q_empty, tiles, turn, results, scratch, batch, WHICH: gl.constexpr, SINKS: gl.constexpr,
+    HEADS: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
-    """A consumer: 64 of an item's queries, through all its tiles of keys."""
-    ROWS: gl.constexpr = TILE_Q // 2
+    """A consumer: 64 of an item's rows, through all its tiles of keys."""
+    ROWS: gl.constexpr = q_tile.shape[0]
+    TILE_KV: gl.constexpr = tiles[0].shape[1]
+    OWN: gl.constexpr = min(QUERIES, ROWS)  # queries, of each head it has
+    out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head = results
     scores_of = gl.zeros([ROWS, TILE_KV], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_KV, 16]))
 
     passed = 0
     items = 0
     turns = 0
-    num_items = num_slots * num_heads
-    for round in range((num_items + gl.num_programs(0) - 1) // gl.num_programs(0)):
+    for round in range(num_turns(batch)):
         item = item_of(round)
-        head, _, token, rows_left, position, num_keys, num_tiles, seen_tiles = find_item(
-            item, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings, capacity,
-            fewest_queries, TILE_Q, TILE_KV,
-        )  # fmt: skip
-        token += WHICH * ROWS
-        rows_left -= WHICH * ROWS
-        position += WHICH * ROWS
+        head, _seq, token, queries_left, position, num_keys, first_tile, end_tile, seen_tiles, num_parts = find_item(
+            item, batch, HEADS, QUERIES, TILE_KV
+        )
+        head += WHICH * ROWS // QUERIES
+        token += WHICH * ROWS % QUERIES
+        queries_left -= WHICH * ROWS % QUERIES
+        position += WHICH * ROWS % QUERIES
 
-        top, total, acc = empty_state(ROWS, TILE_KV, HEAD_DIM)
-        if num_tiles > 0:
+        if end_tile > first_tile:
             mbarrier.wait(q_full, items & 1)
             items += 1
-            acc, top, total, passed, turns = attend(
-                scores_of, acc, top, total, passed, turns, position, num_keys, num_tiles, seen_tiles, scale_log2,
-                q_tile, q_empty, WHICH, tiles, turn, IN_TURN, WHICH, True,
+            scores = ask_for_scores(scores_of, q_tile, tiles, passed, True)
+            scores = await_scores(scores, tiles, passed, True)
+            acc, weights, top, total, passed, turns = attend(
+                scores_of, scores, passed, turns, position, num_keys, first_tile, end_tile, seen_tiles, scale_log2,
+                q_tile, tiles, turn, True, WHICH, True, OWN,
             )  # fmt: skip
+            mbarrier.arrive(q_empty.index(WHICH), count=1)
+            acc = await_values(ask_for_values(acc, weights, tiles, passed), tiles, passed, 0)
 
-        if rows_left > 0:
-            if SINKS:
-                acc, top, total = add_sink(acc, top, total, sinks_ptr, head)
-            total = gl.where(total > 0, total, 1.0)
-            store_rows(acc, total, out_ptr, token, head, rows_left, stride_out_token, stride_out_head, q_tile.dtype)
+            whole = queries_left > 0
+            if scratch[0] is not None:  # noqa: SIM102 (known when compiled, unlike the next)
+                if whole & (num_parts > 1):
+                    first = (item - item % batch[-1]) * 2 + WHICH
+                    leave_part(acc, top, total, item * 2 + WHICH, scratch)
+                    whole = is_last(scratch[2] + first, num_parts)
+                    if whole:
+                        acc, top, total = merge_parts(acc, top, total, first, num_parts, scratch)
+            if whole:
+                if SINKS:
+                    row_head = head + gl.arange(0, ROWS, top.type.layout) // OWN
+                    acc, top, total = add_sink(acc, top, total, sinks_ptr, row_head)
+                total = gl.where(total > 0, total, 1.0)
+                store_rows(
+                    acc, total, out_ptr, token, head, queries_left, stride_out_token, stride_out_head, OWN,
+                    q_tile.dtype,
+                )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=PER_BATCH)
@@ -255,6 +291,9 @@ def paged_attention_hopper_kernel(
     v_desc,
     out_ptr,  # [num_tokens, num_heads, head_dim]
     sinks_ptr,  # [num_heads]
+    parts_ptr,  # [num_items * 2, 64, head_dim], sums of values; None: no item has parts
+    stats_ptr,  # [num_items * 2, 2, 64], the top and the total of each row
+    counters_ptr,  # [num_items * 2], 0 between launches
     block_table_ptr,  # [num_seqs, max_blocks_per_seq]
     seq_lens_ptr,  # [num_seqs]
     cu_seqlens_q_ptr,  # [num_seqs + 1]
@@ -262,6 +301,7 @@ def paged_attention_hopper_kernel(
     stride_table_seq,
     stride_out_token,
     stride_out_head,
+    num_items,
     num_seqs,
     num_tokens,
     num_heads,
@@ -273,9 +313,9 @@ def paged_attention_hopper_kernel(
     k_rows_per_block,
     v_rows_per_block,
     fewest_queries,
-    AHEAD: gl.constexpr,
-    IN_TURN: gl.constexpr,
+    most_parts,
     SINKS: gl.constexpr,
+    HEADS: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     TILE_Q: gl.constexpr,
     TILE_KV: gl.constexpr,
@@ -287,100 +327,41 @@ def paged_attention_hopper_kernel(
     q_smem = gl.allocate_shared_memory(dtype, [2, TILE_Q // 2, HEAD_DIM], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE_KV, HEAD_DIM], LAYOUT)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, TILE_KV, HEAD_DIM], LAYOUT)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for which in gl.static_range(2):
-        mbarrier.init(turn.index(which), count=1)
-        mbarrier.init(q_full.index(which), count=1)
-        mbarrier.init(q_empty.index(which), count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_empty.index(stage), count=2)
+    q_full, q_empty = barriers(2, 1), barriers(2, 1)
+    k_full, k_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    v_full, v_empty = barriers(STAGES, 1), barriers(STAGES, 2)
+    turn = barriers(2, 1)
     fence_async_shared()
-    capacity = max_blocks_per_seq * BLOCK_SIZE
+    batch = (
+        num_items, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads, num_slots, num_halvings,
+        max_blocks_per_seq * BLOCK_SIZE, fewest_queries, most_parts,
+    )  # fmt: skip
+    results = (out_ptr, sinks_ptr, scale_log2, stride_out_token, stride_out_head)
+    scratch = (parts_ptr, stats_ptr, counters_ptr)
     tiles = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
-    if AHEAD == 2:
-        gl.warp_specialize(
-            [
-                (consume, (
-                    q_smem.index(0), q_full.index(0), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
-                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
-                    num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
-                )),
-                (consume, (
-                    q_smem.index(1), q_full.index(1), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
-                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
-                    num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
-                )),
-                (produce_ahead, (
-                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
-                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
-                    fewest_queries, True, False, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-                )),
-                (produce_ahead, (
-                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
-                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
-                    fewest_queries, False, True, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-                )),
-            ],
-            [4, 1, 1],
-            [232, 40, 40],
-        )  # fmt: skip
-    elif AHEAD == 1:
-        gl.warp_specialize(
-            [
-                (consume, (
-                    q_smem.index(0), q_full.index(0), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
-                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
-                    num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
-                )),
-                (consume, (
-                    q_smem.index(1), q_full.index(1), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
-                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
-                    num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
-                )),
-                (produce_ahead, (
-                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
-                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
-                    fewest_queries, True, True, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-                )),
-            ],
-            [4, 1],
-            [232, 40],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (consume, (
-                    q_smem.index(0), q_full.index(0), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
-                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
-                    num_slots, num_halvings, capacity, fewest_queries, 0, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
-                )),
-                (consume, (
-                    q_smem.index(1), q_full.index(1), q_empty, tiles, turn, out_ptr, sinks_ptr, scale_log2,
-                    stride_out_token, stride_out_head, cu_seqlens_q_ptr, seq_lens_ptr, num_seqs, num_tokens, num_heads,
-                    num_slots, num_halvings, capacity, fewest_queries, 1, IN_TURN, SINKS, TILE_Q, TILE_KV, HEAD_DIM,
-                )),
-                (produce, (
-                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    cu_seqlens_q_ptr, seq_lens_ptr, block_table_ptr, stride_table_seq, num_seqs, num_tokens, num_heads,
-                    group, num_slots, num_halvings, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
-                    fewest_queries, BLOCK_SIZE, TILE_Q, TILE_KV, HEAD_DIM, STAGES,
-                )),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
+    QUERIES: gl.constexpr = TILE_Q // HEADS
+    gl.warp_specialize(
+        [
+            (consume, (
+                q_smem.index(0), q_full.index(0), q_empty, tiles, turn, results, scratch, batch, 0, SINKS,
+                HEADS, QUERIES,
+            )),
+            (consume, (
+                q_smem.index(1), q_full.index(1), q_empty, tiles, turn, results, scratch, batch, 1, SINKS,
+                HEADS, QUERIES,
+            )),
+            (produce, (
+                k_desc, k_smem, k_full, k_empty, (q_desc, q_smem, q_full, q_empty), batch, block_table_ptr,
+                stride_table_seq, num_blocks, k_rows_per_block, max_blocks_per_seq, group, HEADS, QUERIES, BLOCK_SIZE,
+            )),
+            (produce, (
+                v_desc, v_smem, v_full, v_empty, None, batch, block_table_ptr,
+                stride_table_seq, num_blocks, v_rows_per_block, max_blocks_per_seq, group, HEADS, QUERIES, BLOCK_SIZE,
+            )),
+        ],
+        [4, 1, 1],  # warps of the second consumer and of the producers
+        [232, 40, 40],  # registers of a thread of theirs; the first consumer gets what is left, 232
+    )  # fmt: skip
 
 
 def hopper_fits(q: Array, k_cache: Array, v_cache: Array, block_table: Array) -> bool:
@@ -396,6 +377,16 @@ def hopper_fits(q: Array, k_cache: Array, v_cache: Array, block_table: Array) ->
         if not dense or cache.data_ptr() % 16 or block // token * num_blocks >= 2**31:
             return False
     return q.dtype == k_cache.dtype == v_cache.dtype != torch.float32 and q.data_ptr() % 16 == 0
+
+
+def heads_of_a_tile(group: int, queries_per_seq: float) -> int:
+    """How many heads of a group share a tile of rows: one, unless its queries would fill no more than half of it."""
+    return 1 if queries_per_seq > TILE_Q // 2 else min(group & -group, 16)
+
+
+def parts_of_an_item(num_items: int, processors: int) -> int:
+    """In how many parts the keys of an item pass at most, each in a program of its own, where items are few."""
+    return max(1, processors // num_items)
 
 
 def attend_chunks_on_hopper(
@@ -416,7 +407,9 @@ def attend_chunks_on_hopper(
     num_seqs, max_blocks_per_seq = block_table.shape
     dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([TILE_KV, head_dim], dtype)
-    q_desc = TensorDescriptor(q, [num_tokens, num_heads * head_dim], [q.stride(0), 1], [TILE_Q // 2, head_dim], layout)
+    heads = heads_of_a_tile(num_heads // num_kv_heads, num_tokens / num_seqs)
+    q_block = [min(TILE_Q // 2, TILE_Q // heads), head_dim]
+    q_desc = TensorDescriptor(q, [num_tokens, num_heads * head_dim], [q.stride(0), 1], q_block, layout)
     rows_per_block = [cache.stride(0) // cache.stride(1) for cache in (k_cache, v_cache)]
     k_desc, v_desc = (
         TensorDescriptor(
@@ -425,15 +418,22 @@ def attend_chunks_on_hopper(
         )
         for cache, rows in zip((k_cache, v_cache), rows_per_block)
     )  # fmt: skip
-    num_slots = num_tokens // TILE_Q + num_seqs
+    queries = TILE_Q // heads
+    num_slots = cdiv(num_tokens, queries) if num_seqs == 1 else num_tokens // queries + num_seqs
+    most_parts = parts_of_an_item(max(num_seqs, cdiv(num_tokens, queries)) * (num_heads // heads), num_processors(q))
     # A program each for so few items: one that has none, behind a sequence's last tile, makes room at once.
-    num_items = num_slots * num_heads
+    num_items = num_slots * (num_heads // heads) * most_parts
     num_programs = num_items if num_items <= 16 * num_processors(q) else num_processors(q)
+    scratch = None, None, None
+    if most_parts > 1:
+        parts = torch.empty((num_items * 2, TILE_Q // 2, head_dim), dtype=torch.float32, device=q.device)
+        stats = torch.empty((num_items * 2, 2, TILE_Q // 2), dtype=torch.float32, device=q.device)
+        scratch = parts, stats, zero_counters(q, num_items * 2)
     paged_attention_hopper_kernel[(num_programs,)](
-        q_desc, k_desc, v_desc, out, sinks, block_table, seq_lens, cu_seqlens_q, scale * LOG2E.value,
+        q_desc, k_desc, v_desc, out, sinks, *scratch, block_table, seq_lens, cu_seqlens_q, scale * LOG2E.value,
         block_table.stride(0), out.stride(0), out.stride(1),
-        num_seqs, num_tokens, num_heads, num_heads // num_kv_heads, num_slots, (num_seqs - 1).bit_length(),
-        num_blocks, max_blocks_per_seq, *rows_per_block, fewest_queries,
-        AHEAD=AHEAD, IN_TURN=IN_TURN, SINKS=sinks is not None, BLOCK_SIZE=block_size, TILE_Q=TILE_Q, TILE_KV=TILE_KV,
-        HEAD_DIM=head_dim, STAGES=NUM_STAGES, LAYOUT=layout, num_warps=4,
+        num_items, num_seqs, num_tokens, num_heads, num_heads // num_kv_heads, num_slots, (num_seqs - 1).bit_length(),
+        num_blocks, max_blocks_per_seq, *rows_per_block, fewest_queries, most_parts,
+        SINKS=sinks is not None, HEADS=heads, BLOCK_SIZE=block_size, TILE_Q=TILE_Q, TILE_KV=TILE_KV, HEAD_DIM=head_dim,
+        STAGES=NUM_STAGES, LAYOUT=layout, num_warps=4,
     )  # fmt: skip

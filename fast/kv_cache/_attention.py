@@ -1,7 +1,8 @@
 """Attention over a cache of small codes: int8, fp8, int4. The schedule is `fast/_triton/paging.py`'s.
 
-A decode over codes is bound by instructions before it is bound by memory, so as few as possible touch a code. How codes
-are multiplied as they are: `_planes.py`. How tiles of them pass: `_coded_tiles.py`. Here: the kernel, and its launch.
+A decode over codes is bound by instructions before it is bound by memory, so as few as possible touch a code. Decodes
+of ordinary shapes have a kernel of their own, `_coded_decode.py`. Here: the general one, and the launches. How that one
+multiplies codes as they are: `_planes.py`. How tiles of them pass: `_coded_tiles.py`.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
@@ -16,6 +17,8 @@ from fast._triton import merging, paging, softmax
 from fast._triton.platform import INTERPRETING, num_processors
 from fast.attention._cached_tiles import LONGEST_WINDOW
 from fast.attention._checks import require_attention, require_tables
+from fast.kv_cache._coded_decode import coded_decode_kernel
+from fast.kv_cache._coded_page import COLUMNS, PAGE
 from fast.kv_cache._coded_tiles import attend_coded_tiles
 from fast.kv_cache._planes import joined, joined_numbers, load_planes
 
@@ -42,10 +45,54 @@ def choose_tiles(num_tokens: int, num_seqs: int, group: int, num_kv_heads: int, 
     """
     rows = triton.next_power_of_2(-(-num_tokens // max(num_seqs, 1)) * group)
     tile_q = max(min(max(rows, 8), 16), triton.next_power_of_2(group))
-    heads = 4 if num_kv_heads % 4 == 0 else 2 if num_kv_heads % 2 == 0 else 1
+    heads = heads_together(num_kv_heads)
     queries = 1 if num_tokens <= num_seqs else tile_q // group
     tile_kv = 16 if head_dim > 128 or parts == 2 else 32
     return Tiles(heads, queries, tile_q, tile_kv, heads, 5, 8 // heads)
+
+
+class DecodeTiles(NamedTuple):
+    """How a launch of the kernel for decodes cuts its work."""
+
+    queries: int  # of a sequence that a warp takes together
+    columns: int  # for them and the heads of a group
+    heads: int  # KV heads of a program, a warp each
+    k_vector: int  # words of codes that a lane loads at a time
+    v_vector: int
+    warps_per_processor: int = 12
+    max_registers: int = 168  # of a thread
+
+
+def choose_decode(
+    num_tokens: int,
+    num_seqs: int,
+    group: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    codes: str,
+    num_groups: int,
+) -> DecodeTiles | None:
+    """How the kernel for decodes takes a batch; None if it does not.
+
+    It takes two-byte floats, blocks of whole pages, heads whose groups of scales fill loads of all lanes, and batches
+    in which the mean sequence has no more rows than a product has columns. (Where a zero may cancel most of a value,
+    and queries are float16, half of the columns hold what weights lose to rounding.)
+    """
+    columns = COLUMNS.value // 2 if codes == "int4" and dtype == torch.float16 else COLUMNS.value
+    group_bytes = min(head_dim // num_groups, head_dim // 2 if codes == "int4" else head_dim)
+    k_vector, v_vector = min(4, group_bytes // 16), min(4, group_bytes // 32)
+    whole = block_size % PAGE.value == 0 and head_dim in (64, 128) and num_groups in (1, 2, 4) and v_vector > 0
+    if not whole or PARTS[dtype] > 1 or num_tokens * group > columns * num_seqs:
+        return None
+    queries = 1 if num_tokens <= num_seqs else columns // group
+    return DecodeTiles(queries, columns, heads_together(num_kv_heads), k_vector, v_vector)
+
+
+def heads_together(num_kv_heads: int) -> int:
+    """KV heads that a program takes together, a warp each."""
+    return 4 if num_kv_heads % 4 == 0 else 2 if num_kv_heads % 2 == 0 else 1
 
 
 @triton.jit
@@ -227,6 +274,15 @@ def attend_codes(
     num_tokens, num_heads, _ = q.shape
     num_seqs, max_blocks_per_seq = block_table.shape
     num_groups, group = 1 if k_scale.ndim == 3 else k_scale.shape[3], num_heads // num_kv_heads
+    shape = num_tokens, num_seqs, group, num_kv_heads, q.dtype, head_dim, block_size, codes, num_groups
+    decode = choose_decode(*shape)
+    arrays = (k_cache, v_cache), (k_scale, k_zero, v_scale, v_zero)
+    if decode is not None and max_blocks_per_seq > 0 and lie_in_words(*arrays):
+        tables = block_table, seq_lens.contiguous(), cu_seqlens_q.contiguous()
+        options = {"codes": codes, "num_groups": num_groups, "sliding_window": sliding_window, "logit_cap": logit_cap}
+        sinks = None if sinks is None else sinks.contiguous()
+        _decode(q, *arrays, *tables, decode, scale=scale, sinks=sinks, out=out, **options)
+        return out
     tiles = choose_tiles(num_tokens, num_seqs, group, num_kv_heads, head_dim, PARTS[q.dtype])
     tile_words = max(16, triton.next_power_of_2(head_bytes // bytes_of_word))
     num_programs = 3 if INTERPRETING else num_processors(q) * tiles.programs_per_processor
@@ -256,6 +312,67 @@ def attend_codes(
         TILE_WORDS=tile_words, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out
+
+
+def in_words(x: Tensor, size: int) -> bool:
+    """Whether rows of an array begin where that many bytes can be loaded at once, and no stride is too large."""
+    places = x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3])
+    return all(place % size == 0 for place in places) and all(0 <= stride < 2**31 for stride in x.stride())
+
+
+def lie_in_words(caches: tuple[Tensor, Tensor], scales: tuple[Tensor | None, ...]) -> bool:
+    """Whether codes and scales lie as the kernel for decodes loads them, which is all of a token's scales at once."""
+    for x in scales:
+        if x is not None:
+            num_groups, stride_group = (x.shape[3], x.stride(3)) if x.ndim == 4 else (1, 1)
+            if not in_words(x, num_groups * x.element_size()) or (num_groups > 1 and stride_group != 1):
+                return False
+    return all(in_words(x, 16) for x in caches)
+
+
+def _decode(
+    q: Tensor,
+    caches: tuple[Tensor, Tensor],
+    scales: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    tiles: DecodeTiles,
+    *,
+    codes: str,
+    num_groups: int,
+    scale: float,
+    sliding_window: int | None,
+    sinks: Tensor | None,
+    logit_cap: float | None,
+    out: Tensor,
+) -> None:
+    """Launch the kernel for decodes."""
+    if q.stride(2) != 1 or not in_words(q, 16):
+        q = q.contiguous()
+    cache, scale_strides = caches[0], scales[0].stride()[:3]
+    num_tokens, num_heads, head_dim = q.shape
+    num_blocks, block_size, num_kv_heads, head_bytes = cache.shape
+    num_seqs, max_blocks_per_seq = block_table.shape
+    if num_groups > 1:  # float16s by twos
+        scales = tuple(None if x is None else triton.reinterpret(x, tl.int32) for x in scales)
+        scale_strides = tuple(stride // 2 for stride in scale_strides)
+    num_programs = 3 if INTERPRETING else num_processors(q) * (tiles.warps_per_processor // tiles.heads)
+    scratch = merging.make_scratch(q, num_programs, tiles.heads * COLUMNS.value, head_dim)
+    coded_decode_kernel[(num_programs,)](
+        *(triton.reinterpret(x, tl.int32) for x in (q, *caches)), *scales,
+        block_table, seq_lens, cu_seqlens_q, sinks, out, *scratch,
+        scale, logit_cap or 0.0, min(sliding_window or 0, LONGEST_WINDOW),
+        *(stride // 2 for stride in q.stride()[:2]), *(stride // 4 for stride in cache.stride()[:3]), *scale_strides,
+        *block_table.stride(), *out.stride(),
+        num_tokens, num_seqs, num_kv_heads // tiles.heads, num_blocks, max_blocks_per_seq,
+        WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None,
+        DTYPE=tl.bfloat16 if q.dtype == torch.bfloat16 else tl.float16, CODES=codes, BYTES=head_bytes,
+        NIBBLES=head_dim // head_bytes, K_VECTOR=tiles.k_vector, V_VECTOR=tiles.v_vector, NUM_GROUPS=num_groups,
+        SCALE_WORDS=max(1, num_groups // 2), GROUP=num_heads // num_kv_heads, BLOCK_SIZE=block_size,
+        QUERIES=tiles.queries, COLS=tiles.columns, HEADS=tiles.heads, num_warps=tiles.heads,
+        maxnreg=tiles.max_registers,
+    )  # fmt: skip
 
 
 def _alike(*arrays: Tensor, dense: bool = False) -> tuple[Tensor, ...]:

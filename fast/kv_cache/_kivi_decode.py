@@ -1,29 +1,18 @@
 """KIVI's attention for decodes, in float16 and bfloat16: a warp a KV head, lane by lane. The schedule is `paging.py`'s.
 
 A decode over codes of 2 bits is bound by instructions and by waiting, long before it is bound by memory. What costs
-most is not arithmetic but moving numbers between the layouts that products want. So here nothing is ever moved: a
-tensor is one register of every lane (32 to a warp), a product is the GPU's own ``mma.m16n8k16``, and every load
-brings a lane exactly what that lane's registers hold of an operand. (In such a product lane 4 g + c holds of the left
-operand, 16 x 16, rows g and g + 8, of the right one, 16 x 8, column g, each at the steps 2 c, 2 c + 1 and those plus 8;
-of the result rows g and g + 8 at columns 2 c and 2 c + 1.) Which step of a product is which channel, or which token, is
-free: it only has to be the same on both sides. So a lane takes the channels whose codes lie side by side.
+most is not arithmetic but moving numbers between the layouts that products want. So here nothing is ever moved: `lanes`
+says what a lane holds of a product's operands, and a lane takes the channels, and the tokens, whose codes lie side by
+side.
 
 - A product takes a page of 16 keys of one group. Keys times queries: the keys are rows, and 8 queries are columns.
-- Codes stay where they are in their words. An AND leaves two of them, at the bottom of the fractions of two float16s:
-  the subnormal numbers code * 2^(bits * part - 24), which tensor cores multiply exactly.
-- Nothing is dequantized. A channel's scale multiplies the query (in float16: for float16 queries as the sum of two, in
-  the other four columns), a token's scale its weight, and zeros are one more product: queries with zeros, weights with
-  zeros.
-- A query is made smaller than 1 by a power of two, so that it is a float16 whatever scale it is multiplied with.
+  `_kivi_products.py` has the products with codes.
 - Weights are the transpose of scores; that is one instruction, ``movmatrix``.
-
-A *piece* is 32 channels side by side: channel 32 j + 8 c + i of the keys is lane c's, channel 32 j + 4 g + i of the
-values is lane g's. Pieces in the same bytes (2 bits: all four) are the bytes' *parts*, of other bits.
+- Tiles of two pages pass through the memory of the warp, `_kivi_tile.py`: a register that waits for memory is one less
+  for another warp, and only other warps hide how long everything here waits for everything else.
 
 A program is a few warps, with neighbouring KV heads: none waits for another, but what lies side by side in memory is
 read at about the same time.
-
-The interpreter knows no such instructions; there each is computed from the numbers in every lane's registers instead.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
@@ -31,233 +20,41 @@ import triton
 import triton.language as tl
 
 from fast._triton import merging, paging, softmax
-from fast._triton.platform import INTERPRETED
-from fast._triton.rounding import dot, to_dtype
+from fast._triton.lanes import (
+    commit_copies,
+    from_lane,
+    from_other,
+    largest_of,
+    load_words,
+    packed,
+    pair,
+    product,
+    product_at,
+    some,
+    sum_of,
+    transposed,
+    wait_for_copies,
+    warp_memory,
+)
+from fast.kv_cache._kivi_products import COLUMNS, add_values, below_one, code_scores, scaled_by, zero_scores
+from fast.kv_cache._kivi_tile import (
+    PAGE,
+    PAGES,
+    TILE,
+    TOKEN,
+    copy_tile,
+    load_ids,
+    places_of_lanes,
+    read_channels,
+    tile_groups,
+    tile_words,
+)
 
-PAGE = tl.constexpr(16)  # keys of a product
-COLUMNS = tl.constexpr(8)  # queries of a product
 FEW_PARTS = tl.constexpr(4)  # of a cut sequence, loaded at a time
 LOWEST = tl.constexpr(-3.0e38)  # a top before any key: finite, as its difference to a score must be a number
 
 
-# ---- one register of every lane ---------------------------------------------------------------------------------
-
-
-@triton.jit
-def halves_of(words, dtype: tl.constexpr):
-    """The two 16-bit floats in each word, the lower first, in float32."""
-    if dtype == tl.bfloat16:
-        low, high = (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
-    else:
-        low = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        high = ((words >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return low, high
-
-
-@triton.jit
-def word_of(low, high):
-    """A word of two 16-bit numbers."""
-    return (low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF) | (high.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-
-
-@triton.jit
-def packed(low, high, dtype: tl.constexpr):
-    """Two float32 numbers, rounded, in a word."""
-    if INTERPRETED:
-        word = word_of(to_dtype(low, dtype), to_dtype(high, dtype))
-    elif dtype == tl.bfloat16:
-        asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-        word = tl.inline_asm_elementwise(asm, "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1)
-    else:
-        asm: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
-        word = tl.inline_asm_elementwise(asm, "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1)
-    return word
-
-
-@triton.jit
-def multiply(a, b):
-    """Products of two float16s each."""
-    if INTERPRETED:
-        a0, a1 = halves_of(a, tl.float16)
-        b0, b1 = halves_of(b, tl.float16)
-        word = word_of((a0 * b0).to(tl.float16), (a1 * b1).to(tl.float16))
-    else:
-        asm: tl.constexpr = "mul.rn.f16x2 $0, $1, $2;"
-        word = tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
-    return word
-
-
-@triton.jit
-def multiply_add(a, b, c):
-    """a * b + c of two float16s each, rounded once."""
-    if INTERPRETED:
-        a0, a1 = halves_of(a, tl.float16)
-        b0, b1 = halves_of(b, tl.float16)
-        c0, c1 = halves_of(c, tl.float16)
-        word = word_of((a0 * b0 + c0).to(tl.float16), (a1 * b1 + c1).to(tl.float16))
-    else:
-        asm: tl.constexpr = "fma.rn.f16x2 $0, $1, $2, $3;"
-        word = tl.inline_asm_elementwise(asm, "=r,r,r,r", [a, b, c], tl.int32, is_pure=True, pack=1)
-    return word
-
-
-@triton.jit
-def bytes_0213(word):
-    """The two middle bytes of a word swapped."""
-    if INTERPRETED:
-        word = (word & -16776961) | ((word & 0xFF00) << 8) | ((word >> 8) & 0xFF00)
-    else:
-        asm: tl.constexpr = "prmt.b32 $0, $1, $1, 0x3120;"
-        word = tl.inline_asm_elementwise(asm, "=r,r", [word], tl.int32, is_pure=True, pack=1)
-    return word
-
-
-@triton.jit
-def pair(a, b, HALF: tl.constexpr):
-    """The lower (0) or upper (1) halves of two words, in one."""
-    if INTERPRETED:
-        if HALF == 0:
-            word = (a & 0xFFFF) | (b << 16)
-        else:
-            word = ((a >> 16) & 0xFFFF) | (b & -65536)
-    elif HALF == 0:
-        asm: tl.constexpr = "prmt.b32 $0, $1, $2, 0x5410;"
-        word = tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
-    else:
-        asm: tl.constexpr = "prmt.b32 $0, $1, $2, 0x7632;"
-        word = tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
-    return word
-
-
-@triton.constexpr_function
-def load_asm(count):
-    names = ", ".join(f"${i}" for i in range(count))
-    return f"ld.global.nc.v{count}.b32 {{{names}}}, [${count}];"
-
-
-@triton.jit
-def load_words(ptr, COUNT: tl.constexpr, AGAIN: tl.constexpr = False):
-    """COUNT (1, 2 or 4) words side by side, in one load. AGAIN: even if they were loaded before, because to keep them
-    takes registers."""
-    if COUNT == 1:
-        words = (tl.load(ptr),)
-    elif INTERPRETED:
-        words = ()
-        for i in tl.static_range(COUNT):
-            words = words + (tl.load(ptr + i),)
-    elif COUNT == 2:
-        asm: tl.constexpr = load_asm(COUNT)
-        address = ptr.to(tl.int64)
-        words = tl.inline_asm_elementwise(asm, "=r,=r,l", [address], (tl.int32, tl.int32), is_pure=not AGAIN, pack=1)
-    else:
-        asm: tl.constexpr = load_asm(COUNT)
-        address = ptr.to(tl.int64)
-        kinds: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
-        words = tl.inline_asm_elementwise(asm, "=r,=r,=r,=r,l", [address], kinds, is_pure=not AGAIN, pack=1)
-    return words
-
-
-# ---- lanes together ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def from_lane(x, lane):
-    """What another lane of the warp has."""
-    if INTERPRETED:
-        y = tl.gather(x, tl.arange(0, x.shape[0]) // 32 * 32 + lane, 0)
-    else:
-        asm: tl.constexpr = "shfl.sync.idx.b32 $0, $1, $2, 31, -1;"
-        y = tl.inline_asm_elementwise(asm, "=f,f,r", [x, lane], tl.float32, is_pure=True, pack=1)
-    return y
-
-
-@triton.constexpr_function
-def other_asm(distance):
-    return f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, -1;"
-
-
-@triton.jit
-def from_other(x, DISTANCE: tl.constexpr):
-    """What the lane has whose number differs in one bit."""
-    if INTERPRETED:
-        y = from_lane(x, tl.arange(0, x.shape[0]) % 32 ^ DISTANCE)
-    else:
-        asm: tl.constexpr = other_asm(DISTANCE)
-        y = tl.inline_asm_elementwise(asm, "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return y
-
-
-@triton.jit
-def transposed(words):
-    """8 x 8 numbers of 16 bits, lane 4 g + c having (g, 2 c) and (g, 2 c + 1): the transpose, held likewise."""
-    if INTERPRETED:
-        table = tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF).reshape(words.shape[0] // 32, 8, 8)
-        low, high = tl.split(tl.permute(table, (0, 2, 1)).reshape(words.shape[0], 2))
-        words = low | (high << 16)
-    else:
-        asm: tl.constexpr = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
-        words = tl.inline_asm_elementwise(asm, "=r,r", [words], tl.int32, is_pure=True, pack=1)
-    return words
-
-
-@triton.jit
-def table_of(words, dtype: tl.constexpr):
-    """8 x 8 floats of each warp from the registers of its lanes (for the interpreter)."""
-    low, high = halves_of(words, dtype)
-    return tl.join(low, high).reshape(words.shape[0] // 32, 8, 8)
-
-
-@triton.constexpr_function
-def product_asm(kind):
-    return (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    )
-
-
-@triton.jit
-def product(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, dtype: tl.constexpr = tl.float16):
-    """a @ b + c, [16, 16] @ [16, 8]: a's rows g and g + 8 at the first steps, then at the last; c's rows likewise."""
-    if INTERPRETED:
-        SIZE: tl.constexpr = a0.shape[0]
-        first, last = tl.permute(table_of(b0, dtype), (0, 2, 1)), tl.permute(table_of(b1, dtype), (0, 2, 1))
-        upper, lower = tl.join(c0, c1).reshape(SIZE // 32, 8, 8), tl.join(c2, c3).reshape(SIZE // 32, 8, 8)
-        upper = dot(table_of(a0, dtype), first, dot(table_of(a2, dtype), last, upper))
-        lower = dot(table_of(a1, dtype), first, dot(table_of(a3, dtype), last, lower))
-        c0, c1 = tl.split(upper.reshape(SIZE, 2))
-        c2, c3 = tl.split(lower.reshape(SIZE, 2))
-        c = (c0, c1, c2, c3)
-    else:
-        asm: tl.constexpr = product_asm("bf16" if dtype == tl.bfloat16 else "f16")
-        kinds: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
-        operands = [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3]
-        c = tl.inline_asm_elementwise(asm, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", operands, kinds, is_pure=True, pack=1)
-    return c
-
-
-@triton.jit
-def product_at(accs, AT: tl.constexpr, a0, a1, a2, a3, b0, b1, dtype: tl.constexpr = tl.float16):
-    """``product``, added to four registers among many."""
-    return product(a0, a1, a2, a3, b0, b1, accs[AT], accs[AT + 1], accs[AT + 2], accs[AT + 3], dtype)
-
-
-# ---- a page of keys ---------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def largest_of(x):
-    """The largest of the eight lanes that share their last two bits."""
-    x = tl.maximum(x, from_other(x, 4))
-    x = tl.maximum(x, from_other(x, 8))
-    return tl.maximum(x, from_other(x, 16))
-
-
-@triton.jit
-def sum_of(x):
-    """The sum of the eight lanes that share their last two bits."""
-    x = x + from_other(x, 4)
-    x = x + from_other(x, 8)
-    return x + from_other(x, 16)
+# ---- keys ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -270,167 +67,6 @@ def load_queries(q_rows, there, PIECES: tl.constexpr, AGAIN: tl.constexpr = Fals
         for i in tl.static_range(4):
             words = words + (tl.where(there, four[i], 0),)
     return words
-
-
-@triton.jit
-def below_one(words, dtype: tl.constexpr):
-    """(the numbers as float16s below 1, the power of two that each column was divided by)."""
-    largest = tl.zeros(words[0].shape, tl.float32)
-    for i in tl.static_range(len(words)):
-        low, high = halves_of(words[i], dtype)
-        largest = tl.maximum(largest, tl.maximum(tl.abs(low), tl.abs(high)))
-    largest = tl.maximum(largest, from_other(largest, 1))
-    largest = tl.maximum(largest, from_other(largest, 2))
-    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
-    exponent = tl.minimum(tl.maximum(exponent, 1), 250)
-    unit = ((exponent + 1) << 23).to(tl.float32, bitcast=True)
-    inverse = ((253 - exponent) << 23).to(tl.float32, bitcast=True)
-    small = ()
-    for i in tl.static_range(len(words)):
-        low, high = halves_of(words[i], dtype)
-        small = small + (packed(low * inverse, high * inverse, tl.float16),)
-    return small, unit
-
-
-@triton.jit
-def codes_of(word, BITS: tl.constexpr, PART: tl.constexpr):
-    """The codes in the lower bytes of both halves, times 2^(BITS * PART - 24), as float16s."""
-    return word & (((1 << BITS) - 1) * 65537 << (BITS * PART))
-
-
-@triton.jit
-def times_scale(x, scale, COLS: tl.constexpr):
-    """Products in float16: with four columns, in the other four what those lost to rounding."""
-    if COLS == COLUMNS:
-        y = multiply(x, scale)
-    else:
-        negative = tl.where(tl.arange(0, x.shape[0]) % 32 // 4 < COLS, 0, x ^ -2147450880)
-        y = multiply_add(x, scale, multiply(negative, scale))
-    return y
-
-
-@triton.jit
-def some(words, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT of them from the FIRST on."""
-    return words[FIRST : FIRST + COUNT]
-
-
-@triton.jit
-def times_stride(block, stride):
-    """Where a block begins, in one multiplication (neither is negative)."""
-    stride = stride + 0 * block  # a tensor, even if it is 1
-    return (block.to(tl.uint32).to(tl.uint64) * stride.to(tl.uint32).to(tl.uint64)).to(tl.int64)
-
-
-@triton.jit
-def place_of(tile, page, lowest, last, PAGES: tl.constexpr):
-    """The page (of 16 tokens of the sequence) that a tile reads as one of its pages."""
-    return tl.minimum(tl.maximum(tile * PAGES + page, lowest), last)
-
-
-@triton.jit
-def load_ids(row_ptr, stride_table_block, tile, lowest, last, PAGES: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """The blocks of a tile's pages, as the table has them."""
-    ids = ()
-    for i in tl.static_range(PAGES):
-        page = place_of(tile, i, lowest, last, PAGES)
-        ids = ids + (tl.load(row_ptr + page * PAGE // BLOCK_SIZE * stride_table_block),)
-    return ids
-
-
-@triton.jit
-def block_of(block_id, num_blocks):
-    """A block that exists, whatever the table says."""
-    return tl.minimum(tl.maximum(block_id, 0), num_blocks - 1)
-
-
-@triton.jit
-def load_keys(
-    ids, tile, lowest, last, k_rows, scales_at, zeros_at, stride_block, stride_scale_block, num_blocks,
-    stride_token: tl.constexpr, stride_group: tl.constexpr, PAGES: tl.constexpr, BITS: tl.constexpr,
-    PIECES: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Of each page the scales of a lane's channels, two rows of codes, and the zeros."""
-    words = ()
-    for i in tl.static_range(PAGES):
-        block, offset = block_of(ids[i], num_blocks), place_of(tile, i, lowest, last, PAGES) * PAGE % BLOCK_SIZE
-        rows = k_rows + (times_stride(block, stride_block) + offset * stride_token)
-        of_group = times_stride(block, stride_scale_block) + offset // GROUP_SIZE * stride_group
-        for j in tl.static_range(PIECES):
-            words = words + load_words(scales_at + of_group + 16 * j, 4)
-        for chunk in tl.static_range(PIECES * BITS // 8):
-            words = words + load_words(rows + 8 * chunk, 2) + load_words(rows + (8 * stride_token + 8 * chunk), 2)
-        for j in tl.static_range(PIECES):
-            words = words + load_words(zeros_at + of_group + 16 * j, 4)
-    return words
-
-
-@triton.jit
-def load_values(
-    ids, tile, lowest, last, v_rows, scales_at, zeros_at, stride_block, stride_scale_block, num_blocks,
-    stride_token: tl.constexpr, stride_scale_token: tl.constexpr, PAGES: tl.constexpr, BITS: tl.constexpr,
-    PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Of each page four tokens' codes, their scales, and the zeros of a group of channels."""
-    words = ()
-    for i in tl.static_range(PAGES):
-        block, offset = block_of(ids[i], num_blocks), place_of(tile, i, lowest, last, PAGES) * PAGE % BLOCK_SIZE
-        rows = v_rows + (times_stride(block, stride_block) + offset * stride_token)
-        of_tokens = times_stride(block, stride_scale_block) + offset * stride_scale_token
-        for chunk in tl.static_range(PIECES * BITS // 8):
-            for k in tl.static_range(4):
-                words = words + (tl.load(rows + (8 * chunk + (k % 2 + k // 2 * 8) * stride_token)),)
-        for k in tl.static_range(4):
-            scales = scales_at + of_tokens + (k % 2 + k // 2 * 8) * stride_scale_token
-            words = words + load_words(scales, NUM_GROUPS // 2)
-        for k in tl.static_range(4):
-            zeros = tl.load(zeros_at + 2 * of_tokens + (k % 2 + k // 2 * 8) * (2 * stride_scale_token))
-            words = words + (zeros.to(tl.int32),)
-    return words
-
-
-@triton.jit
-def scores_of(q, words, BITS: tl.constexpr, PIECES: tl.constexpr, COLS: tl.constexpr):
-    """The scores of a page, in 2^-24: rows g and g + 8, columns 2 c and 2 c + 1."""
-    PARTS: tl.constexpr = 8 // BITS
-    CHUNKS: tl.constexpr = PIECES // PARTS
-    none = tl.zeros(q[0].shape, tl.float32)
-    scaled, za, zb = (), (none, none, none, none), (none, none, none, none)
-    for i in tl.static_range(4 * PIECES):
-        scaled = scaled + (times_scale(q[i], words[i], COLS),)
-    for j in tl.static_range(PIECES):
-        # As four words lie in registers: rows g hold the zeros of the first and third, rows g + 8 of the others.
-        z0, z1, z2, z3 = some(words, 4 * PIECES + 4 * CHUNKS + 4 * j, 4)
-        za = product(z0, z1, z2, z3, q[4 * j], q[4 * j + 2], za[0], za[1], za[2], za[3])
-        zb = product(z0, z1, z2, z3, q[4 * j + 1], q[4 * j + 3], zb[0], zb[1], zb[2], zb[3])
-    parts = ()
-    for _ in tl.static_range(PARTS):
-        parts = parts + ((none, none, none, none),)
-    for chunk in tl.static_range(CHUNKS):
-        rows = some(words, 4 * PIECES + 4 * chunk, 4)
-        for x in tl.static_range(2):
-            a0, a1 = bytes_0213(rows[x]), bytes_0213(rows[x + 2])
-            a2, a3 = a0 >> 8, a1 >> 8
-            new_parts = ()
-            for part in tl.static_range(PARTS):
-                t = parts[part]
-                t = product(
-                    codes_of(a0, BITS, part), codes_of(a1, BITS, part), codes_of(a2, BITS, part),
-                    codes_of(a3, BITS, part), scaled[4 * (part * CHUNKS + chunk) + 2 * x],
-                    scaled[4 * (part * CHUNKS + chunk) + 2 * x + 1], t[0], t[1], t[2], t[3],
-                )  # fmt: skip
-                new_parts = new_parts + (t,)
-            parts = new_parts
-    zero0, zero1 = (za[0] + zb[2]) * 2.0**-24, (za[1] + zb[3]) * 2.0**-24
-    t0, t1, t2, t3 = parts[PARTS - 1]
-    for down in tl.static_range(1, PARTS):
-        t = parts[PARTS - 1 - down]
-        t0, t1 = t0 * 2.0**-BITS + t[0], t1 * 2.0**-BITS + t[1]
-        t2, t3 = t2 * 2.0**-BITS + t[2], t3 * 2.0**-BITS + t[3]
-    if COLS < COLUMNS:
-        t0, t1 = t0 + from_other(t0, 2), t1 + from_other(t1, 2)
-        t2, t3 = t2 + from_other(t2, 2), t3 + from_other(t3, 2)
-    return t0 + zero0, t1 + zero1, t2 + zero0, t3 + zero1
 
 
 @triton.jit
@@ -460,64 +96,34 @@ def rescaled(accs, rescale0, rescale1):
 
 
 @triton.jit
-def add_values(
-    accs, b0, b1, words, BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr, COLS: tl.constexpr
-):
-    """Weights times a page's codes and scales, piece by piece, and last weights times zeros, a row a group."""
-    PARTS: tl.constexpr = 8 // BITS
-    CHUNKS: tl.constexpr = PIECES // PARTS
-    PAIRS: tl.constexpr = NUM_GROUPS // 2
-    chunks = ()
-    for chunk in tl.static_range(CHUNKS):
-        w0, w1, w2, w3 = some(words, 4 * chunk, 4)
-        x0, x1, y0, y1 = pair(w0, w1, 0), pair(w2, w3, 0), pair(w0, w1, 1), pair(w2, w3, 1)
-        chunks = chunks + (((x0, x0 >> 8, x1, x1 >> 8), (y0, y0 >> 8, y1, y1 >> 8)),)
-    of_tokens = some(words, 4 * CHUNKS, 4 * PAIRS)
-    scaled = ()
-    for group in tl.static_range(NUM_GROUPS):
-        steps0 = pair(of_tokens[group // 2], of_tokens[PAIRS + group // 2], group % 2)
-        steps1 = pair(of_tokens[2 * PAIRS + group // 2], of_tokens[3 * PAIRS + group // 2], group % 2)
-        scaled = scaled + ((times_scale(b0, steps0, COLS), times_scale(b1, steps1, COLS)),)
-    new = ()
-    for j in tl.static_range(PIECES):
-        weights = scaled[j * NUM_GROUPS // PIECES]
-        for u in tl.static_range(2):
-            a = chunks[j % CHUNKS][u]
-            new = new + product_at(
-                accs, 8 * j + 4 * u, codes_of(a[0], BITS, j // CHUNKS), codes_of(a[1], BITS, j // CHUNKS),
-                codes_of(a[2], BITS, j // CHUNKS), codes_of(a[3], BITS, j // CHUNKS), weights[0], weights[1],
-            )  # fmt: skip
-    z0, z1, z2, z3 = some(words, 4 * CHUNKS + 4 * PAIRS, 4)
-    z0, z1 = pair(z0, z1, 0), pair(z2, z3, 0)
-    return new + product_at(accs, 8 * PIECES, z0, z0, z1, z1, b0, b1)
-
-
-@triton.jit
 def attend_old_pages(
-    q, unit0, unit1, boundary0, boundary1, position0, position1, start, stop, lowest, last,
+    q, memory, unit0, unit1, boundary0, boundary1, position0, position1, start, stop, lowest, last,
     row_ptr, stride_table_block, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr,
     scale, logit_cap, sliding_window, stride_cache_block, stride_k_scale_block, stride_v_scale_block, num_blocks,
     stride_cache_token: tl.constexpr, stride_k_scale_group: tl.constexpr, stride_v_scale_token: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr,
-    PAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Let tiles ``start`` to ``stop`` of PAGES pages pass; what is read of them are the pages ``lowest`` to ``last``.
+    """Let tiles ``start`` to ``stop`` pass; what is read of them are the pages ``lowest`` to ``last``.
 
     Pages that are not, at the end of a tile or before a sliding window, are another page with weights 0: whatever is
-    read was written. Returns the sums of values, all in one unit, and (top, total) of both columns.
+    read was written. Returns the memory, the sums of values, all in one unit, and (top, total) of both columns.
     """
     PARTS: tl.constexpr = 8 // BITS
+    ROW: tl.constexpr = PIECES * BITS
+    WORDS: tl.constexpr = tile_words(BITS, PIECES, GROUP_SIZE)
+    GROUPS: tl.constexpr = (2 * ROW + TOKEN) * TILE  # where their scales and zeros begin
     lane = tl.arange(0, unit0.shape[0]) % 32
     g, c = lane // 4, lane % 4
-    k_rows, v_rows = k_ptr + (g * stride_cache_token + 2 * c), v_ptr + (2 * c * stride_cache_token + g)
-    k_scales, k_zeros = k_scale_ptr + 4 * c, k_zero_ptr + 4 * c
-    v_scales = v_scale_ptr + 2 * c * stride_v_scale_token
-    v_zeros = v_zero_ptr + (4 * c * stride_v_scale_token + g % NUM_GROUPS)
+    sources, targets = places_of_lanes(
+        lane, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_cache_token,
+        stride_v_scale_token, ROW, PIECES,
+    )  # fmt: skip
     top0, total0 = tl.full(unit0.shape, LOWEST, tl.float32), tl.zeros(unit0.shape, tl.float32)
     top1, total1 = top0, total0
     accs = ()
-    for _ in tl.static_range(8 * PIECES + 4):
+    for _ in tl.static_range(8 * PIECES + 2):
         accs = accs + (tl.zeros(unit0.shape, tl.float32),)
     if CAPPED:
         scale0 = tl.full(unit0.shape, softmax.LOG2E, tl.float32)
@@ -525,31 +131,51 @@ def attend_old_pages(
     else:
         scale0, scale1 = unit0 * (2.0**24 * scale * softmax.LOG2E), unit1 * (2.0**24 * scale * softmax.LOG2E)
 
-    # Each is loaded as soon as what it replaces has been used, half a tile and more before it is used itself.
-    ids = load_ids(row_ptr, stride_table_block, start, lowest, last, PAGES, BLOCK_SIZE)
-    keys = load_keys(
-        ids, start, lowest, last, k_rows, k_scales, k_zeros, stride_cache_block, stride_k_scale_block, num_blocks,
-        stride_cache_token, stride_k_scale_group, PAGES, BITS, PIECES, BLOCK_SIZE, GROUP_SIZE,
-    )  # fmt: skip
-    values = load_values(
-        ids, start, lowest, last, v_rows, v_scales, v_zeros, stride_cache_block, stride_v_scale_block, num_blocks,
-        stride_cache_token, stride_v_scale_token, PAGES, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE,
-    )  # fmt: skip
-    ids = load_ids(row_ptr, stride_table_block, start + 1, lowest, last, PAGES, BLOCK_SIZE)
-    KEYS: tl.constexpr = PIECES * BITS // 2 + 8 * PIECES  # words of a page
-    VALUES: tl.constexpr = PIECES * BITS // 2 + 2 * NUM_GROUPS + 4
+    block_strides = (stride_cache_block, stride_k_scale_block, stride_v_scale_block)
+    wait_for_copies(0)  # whatever was read before is read
+    ids = load_ids(row_ptr, stride_table_block, start, lowest, last, BLOCK_SIZE)
+    for stage in tl.static_range(STAGES - 1):
+        next_ids = load_ids(row_ptr, stride_table_block, start + stage + 1, lowest, last, BLOCK_SIZE)
+        if start + stage < stop:
+            memory = copy_tile(
+                memory, stage * WORDS, ids, start + stage, lowest, last, num_blocks, sources, targets, block_strides,
+                stride_cache_token, stride_k_scale_group, stride_v_scale_token, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE,
+                GROUP_SIZE,
+            )  # fmt: skip
+        commit_copies()
+        ids = next_ids
+    at, into = start * 0, start * 0 + (STAGES - 1) * WORDS
     for tile in tl.range(start, stop, num_stages=1):
+        wait_for_copies(STAGES - 2)
+        ahead = tile + (STAGES - 1)
+        next_ids = load_ids(row_ptr, stride_table_block, ahead + 1, lowest, last, BLOCK_SIZE)
+        if ahead < stop:
+            memory = copy_tile(
+                memory, into, ids, ahead, lowest, last, num_blocks, sources, targets, block_strides,
+                stride_cache_token, stride_k_scale_group, stride_v_scale_token, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE,
+                GROUP_SIZE,
+            )  # fmt: skip
+        commit_copies()
+        ids = next_ids
+
+        at_channels, at_keys, at_values, at_tokens, at_rows = (
+            at + 4 * c, at + (g * ROW + 2 * c), at + (c * ROW + g), at + 2 * c * TOKEN, at + lane % 16 * TOKEN
+        )  # fmt: skip
         scores0, scores1 = (), ()
-        next_ids = load_ids(row_ptr, stride_table_block, tile + 2, lowest, last, PAGES, BLOCK_SIZE)
         for i in tl.static_range(PAGES):
-            s0, s1, s2, s3 = scores_of(q, some(keys, KEYS * i, KEYS), BITS, PIECES, COLS)
+            if i < tile_groups(GROUP_SIZE):
+                scaled = scaled_by(q, read_channels(memory, at_channels, GROUPS + i * 32 * PIECES, PIECES), COLS)
+                zeros = read_channels(memory, at_channels, GROUPS + i * 32 * PIECES + 16 * PIECES, PIECES)
+                zero0, zero1 = zero_scores(q, zeros)
+            s0, s1, s2, s3 = code_scores(memory, at_keys, i * PAGE * ROW, scaled, BITS, PIECES, COLS)
+            s0, s1, s2, s3 = s0 + zero0, s1 + zero1, s2 + zero0, s3 + zero1
             if CAPPED:
                 s0 = softmax.cap_scores(s0 * (unit0 * 2.0**24), scale, logit_cap)
                 s1 = softmax.cap_scores(s1 * (unit1 * 2.0**24), scale, logit_cap)
                 s2 = softmax.cap_scores(s2 * (unit0 * 2.0**24), scale, logit_cap)
                 s3 = softmax.cap_scores(s3 * (unit1 * 2.0**24), scale, logit_cap)
             if QUERIES > 1 or WINDOWED:
-                upper = (tile * PAGES + i) * PAGE + g
+                upper = g + (tile * PAGES + i) * PAGE
                 lower = upper + 8
                 see0, see1, see2, see3 = upper < boundary0, upper < boundary1, lower < boundary0, lower < boundary1
                 if WINDOWED:
@@ -558,15 +184,10 @@ def attend_old_pages(
                     see2, see3 = see2 & (lower > first0), see3 & (lower > first1)
                 s0, s1 = tl.where(see0, s0, float("-inf")), tl.where(see1, s1, float("-inf"))
                 s2, s3 = tl.where(see2, s2, float("-inf")), tl.where(see3, s3, float("-inf"))
-            elif PAGES > 1:
-                hidden = tl.where(tile * PAGES + i <= last, 0.0, float("-inf"))
+            elif i > 0 and tile_groups(GROUP_SIZE) > 1:
+                hidden = tl.where(last >= tile * PAGES + i, 0.0, float("-inf"))
                 s0, s1, s2, s3 = s0 + hidden, s1 + hidden, s2 + hidden, s3 + hidden
             scores0, scores1 = scores0 + (s0, s2), scores1 + (s1, s3)
-        if tile + 1 < stop:
-            keys = load_keys(
-                ids, tile + 1, lowest, last, k_rows, k_scales, k_zeros, stride_cache_block, stride_k_scale_block,
-                num_blocks, stride_cache_token, stride_k_scale_group, PAGES, BITS, PIECES, BLOCK_SIZE, GROUP_SIZE,
-            )  # fmt: skip
 
         weights0, top0, total0, rescale0 = update(scores0, top0, total0, scale0)
         weights1, top1, total1, rescale1 = update(scores1, top1, total1, scale1)
@@ -574,17 +195,15 @@ def attend_old_pages(
         for i in tl.static_range(PAGES):
             b0 = transposed(packed(weights0[2 * i], weights1[2 * i], tl.float16))
             b1 = transposed(packed(weights0[2 * i + 1], weights1[2 * i + 1], tl.float16))
-            accs = add_values(accs, b0, b1, some(values, VALUES * i, VALUES), BITS, PIECES, NUM_GROUPS, COLS)
-        if tile + 1 < stop:
-            values = load_values(
-                ids, tile + 1, lowest, last, v_rows, v_scales, v_zeros, stride_cache_block, stride_v_scale_block,
-                num_blocks, stride_cache_token, stride_v_scale_token, PAGES, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE,
+            accs = add_values(
+                accs, b0, b1, memory, at_values, at_tokens, at_rows, i * PAGE, BITS, PIECES, NUM_GROUPS, COLS
             )  # fmt: skip
-        ids = next_ids
+        at = tl.where(at < (STAGES - 1) * WORDS, at + WORDS, 0)
+        into = tl.where(into < (STAGES - 1) * WORDS, into + WORDS, 0)
 
     whole = ()
     for j in tl.static_range(PIECES):
-        of_group = j * NUM_GROUPS // PIECES * 4 + c  # the lane that has the zeros' sums
+        of_group = (4 + j * NUM_GROUPS // PIECES) * 4 + c  # the lane that has the zeros' sums
         zero0, zero1 = from_lane(accs[8 * PIECES], of_group), from_lane(accs[8 * PIECES + 1], of_group)
         for i in tl.static_range(4):
             acc0, acc1 = accs[8 * j + 2 * i], accs[8 * j + 2 * i + 1]
@@ -592,7 +211,30 @@ def attend_old_pages(
                 acc0, acc1 = acc0 + from_other(acc0, 2), acc1 + from_other(acc1, 2)
             unit = 2.0 ** (24 - BITS * (j // (PIECES // PARTS)))
             whole = whole + (acc0 * unit + zero0, acc1 * unit + zero1)
-    return whole, top0, top1, total0, total1
+    return memory, whole, top0, top1, total0, total1
+
+
+@triton.jit
+def load_young_page(
+    block, page, lowest, end, k_ptr, v_ptr, stride_block, stride_token, num_blocks, PIECES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """(keys, values): rows g and g + 8 of keys, and the four tokens 2 c, 2 c + 1 and those plus 8 of values."""
+    lane = tl.arange(0, k_ptr.shape[0]) % 32
+    g, c = lane // 4, lane % 4
+    in_block = tl.minimum(tl.maximum(block, 0), num_blocks - 1).to(tl.int64) * stride_block
+    keys, values = (), ()
+    for half in tl.static_range(2):
+        key = tl.minimum(tl.maximum(page * PAGE + 8 * half + g, lowest), end - 1)
+        row = k_ptr + in_block + (key % BLOCK_SIZE * stride_token + 4 * c)
+        for j in tl.static_range(PIECES):
+            keys = keys + load_words(row + 16 * j, 4)
+    for i in tl.static_range(4):
+        key = tl.minimum(tl.maximum(page * PAGE + 2 * c + (i % 2 + i // 2 * 8), lowest), end - 1)
+        row = v_ptr + in_block + (key % BLOCK_SIZE * stride_token + 2 * g)
+        for j in tl.static_range(PIECES):
+            values = values + load_words(row + 16 * j, 2)
+    return keys, values
 
 
 @triton.jit
@@ -604,32 +246,29 @@ def attend_young_pages(
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Let pages ``start`` to ``stop`` pass from the window; what is read of them are the keys ``lowest`` to ``end``."""
-    lane = tl.arange(0, top0.shape[0]) % 32
-    g, c = lane // 4, lane % 4
+    g = tl.arange(0, top0.shape[0]) % 32 // 4
     scale_log2 = scale * softmax.LOG2E
     if CAPPED:
         scale_log2 = softmax.LOG2E
     none = tl.zeros(top0.shape, tl.float32)
+    last_block = tl.maximum(end - 1, 0) // BLOCK_SIZE
+    block = tl.load(row_ptr + tl.minimum(start * PAGE // BLOCK_SIZE, last_block) * stride_table_block)
     for page in tl.range(start, stop, num_stages=1):
+        keys, values = load_young_page(
+            block, page, lowest, end, k_ptr, v_ptr, stride_window_block, stride_window_token, num_blocks, PIECES,
+            BLOCK_SIZE,
+        )  # fmt: skip
+        block = tl.load(row_ptr + tl.minimum((page + 1) * PAGE // BLOCK_SIZE, last_block) * stride_table_block)
         s0, s1, s2, s3 = none, none, none, none
-        k_rows = ()
-        for half in tl.static_range(2):
-            key = tl.minimum(tl.maximum(page * PAGE + 8 * half + g, lowest), end - 1)
-            block = tl.load(row_ptr + key // BLOCK_SIZE * stride_table_block)
-            block = tl.minimum(tl.maximum(block, 0), num_blocks - 1).to(tl.int64)
-            cells = block * stride_window_block + key % BLOCK_SIZE * stride_window_token
-            k_rows = k_rows + (k_ptr + cells + 4 * c,)
-        for j in tl.static_range(PIECES):
-            upper, lower = load_words(k_rows[0] + 16 * j, 4), load_words(k_rows[1] + 16 * j, 4)
-            for x in tl.static_range(2):
-                s0, s1, s2, s3 = product(
-                    upper[2 * x], lower[2 * x], upper[2 * x + 1], lower[2 * x + 1],
-                    q[4 * j + 2 * x], q[4 * j + 2 * x + 1], s0, s1, s2, s3, DTYPE,
-                )  # fmt: skip
+        for i in tl.static_range(2 * PIECES):
+            upper, lower = some(keys, 2 * i, 2), some(keys, 4 * PIECES + 2 * i, 2)
+            s0, s1, s2, s3 = product(
+                upper[0], lower[0], upper[1], lower[1], q[2 * i], q[2 * i + 1], s0, s1, s2, s3, DTYPE
+            )
         if CAPPED:
             s0, s1 = softmax.cap_scores(s0, scale, logit_cap), softmax.cap_scores(s1, scale, logit_cap)
             s2, s3 = softmax.cap_scores(s2, scale, logit_cap), softmax.cap_scores(s3, scale, logit_cap)
-        upper = page * PAGE + g
+        upper = g + page * PAGE
         lower = upper + 8
         see0, see1 = (upper >= boundary0) & (upper <= position0), (upper >= boundary1) & (upper <= position1)
         see2, see3 = (lower >= boundary0) & (lower <= position0), (lower >= boundary1) & (lower <= position1)
@@ -644,22 +283,12 @@ def attend_young_pages(
         accs = rescaled(accs, rescale0, rescale1)
         b0 = transposed(packed(weights0[0], weights1[0], DTYPE))
         b1 = transposed(packed(weights0[1], weights1[1], DTYPE))
-        v_rows = ()
-        for i in tl.static_range(4):
-            key = tl.minimum(tl.maximum(page * PAGE + 2 * c + (i % 2 + i // 2 * 8), lowest), end - 1)
-            block = tl.load(row_ptr + key // BLOCK_SIZE * stride_table_block)
-            block = tl.minimum(tl.maximum(block, 0), num_blocks - 1).to(tl.int64)
-            cells = block * stride_window_block + key % BLOCK_SIZE * stride_window_token
-            v_rows = v_rows + (v_ptr + cells + 2 * g,)
         new = ()
-        for j in tl.static_range(PIECES):
-            w0, w1 = load_words(v_rows[0] + 16 * j, 2), load_words(v_rows[1] + 16 * j, 2)
-            w2, w3 = load_words(v_rows[2] + 16 * j, 2), load_words(v_rows[3] + 16 * j, 2)
-            for u in tl.static_range(2):
-                new = new + product_at(
-                    accs, 8 * j + 4 * u, pair(w0[u], w1[u], 0), pair(w0[u], w1[u], 1),
-                    pair(w2[u], w3[u], 0), pair(w2[u], w3[u], 1), b0, b1, DTYPE,
-                )  # fmt: skip
+        for u in tl.static_range(2 * PIECES):
+            w0, w1, w2, w3 = values[u], values[2 * PIECES + u], values[4 * PIECES + u], values[6 * PIECES + u]
+            new = new + product_at(
+                accs, 4 * u, pair(w0, w1, 0), pair(w0, w1, 1), pair(w2, w3, 0), pair(w2, w3, 1), b0, b1, DTYPE
+            )
         accs = new
     return accs, top0, top1, total0, total1
 
@@ -732,7 +361,14 @@ def merge_parts(
     )  # fmt: skip
 
 
-@triton.jit
+# One compiled kernel for all batches of a model.
+PER_BATCH = [
+    "window", "sliding_window", "stride_window_table_seq", "stride_table_seq", "num_tokens", "num_seqs",
+    "num_window_blocks", "num_blocks", "max_blocks_per_seq",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=PER_BATCH)
 def decode_attention_kernel(
     q_ptr,  # [num_tokens, num_heads, head_dim / 2], words of two numbers
     k_window_ptr,  # [num_window_blocks, block_size, num_kv_heads, head_dim / 2], likewise
@@ -742,7 +378,7 @@ def decode_attention_kernel(
     k_scale_ptr,  # [num_blocks, groups_per_block, num_kv_heads, head_dim / 2], words of two numbers
     k_zero_ptr,
     v_scale_ptr,  # [num_blocks, block_size, num_kv_heads, num_groups / 2], likewise
-    v_zero_ptr,  # [num_blocks, block_size, num_kv_heads, num_groups], int16
+    v_zero_ptr,
     window_block_table_ptr,  # [num_seqs, max_blocks_per_seq]
     block_table_ptr,
     seq_lens_ptr,  # [num_seqs]
@@ -781,28 +417,28 @@ def decode_attention_kernel(
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
-    PAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    TILE_KV: tl.constexpr = PAGES * PAGE
     lane, warp = tl.arange(0, 32 * HEADS) % 32, tl.arange(0, 32 * HEADS) // 32
     c = lane % 4
     program = tl.program_id(0)
     line, num_workers, begin, end, seq, seq_begin = paging.find_share(
         program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens,
-        max_blocks_per_seq * BLOCK_SIZE, num_bundles, sliding_window, QUERIES, TILE_KV, WINDOWED,
+        max_blocks_per_seq * BLOCK_SIZE, num_bundles, sliding_window, QUERIES, TILE, WINDOWED,
     )  # fmt: skip
+    memory = warp_memory(STAGES * tile_words(BITS, PIECES, GROUP_SIZE), HEADS)
     unit = begin
     while unit < end:
         first_row, num_queries, seq_len = paging.sequence(
             seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, max_blocks_per_seq * BLOCK_SIZE
         )
-        per_head, width = paging.units_per_head(num_queries, seq_len, sliding_window, QUERIES, TILE_KV, WINDOWED)
+        per_head, width = paging.units_per_head(num_queries, seq_len, sliding_window, QUERIES, TILE, WINDOWED)
         if unit >= seq_begin + per_head * num_bundles:
             seq_begin += per_head * num_bundles
             seq += 1
         else:
             bundle, tile, first_tile, seg_begin, seg_end, following = paging.find_segment(
-                unit, seq_begin, per_head, width, num_queries, seq_len, sliding_window, QUERIES, TILE_KV, WINDOWED
+                unit, seq_begin, per_head, width, num_queries, seq_len, sliding_window, QUERIES, TILE, WINDOWED
             )
             if unit < seg_end:
                 kv_head = bundle * HEADS + warp
@@ -828,20 +464,20 @@ def decode_attention_kernel(
 
                 start = first_tile + unit - seg_begin
                 stop = first_tile + tl.minimum(end, seg_end) - seg_begin
-                stop_old = tl.minimum(stop, (end_old + TILE_KV - 1) // TILE_KV)
+                stop_old = tl.minimum(stop, (end_old + TILE - 1) // TILE)
                 stop_old = tl.where(lowest < end_old, stop_old, 0)
                 head64 = kv_head.to(tl.int64)
                 in_k_scales, in_v_scales = head64 * stride_k_scale_head, head64 * stride_v_scale_head
-                accs, top0, top1, total0, total1 = attend_old_pages(
-                    small, unit0, unit1, boundary0, boundary1, position0, position1,
+                memory, accs, top0, top1, total0, total1 = attend_old_pages(
+                    small, memory, unit0, unit1, boundary0, boundary1, position0, position1,
                     start, stop_old, lowest // PAGE, tl.maximum(end_old // PAGE - 1, 0),
                     block_table_ptr + seq.to(tl.int64) * stride_table_seq, stride_table_block,
                     k_cache_ptr + head64 * stride_cache_head, v_cache_ptr + head64 * stride_cache_head,
                     k_scale_ptr + in_k_scales, k_zero_ptr + in_k_scales,
-                    v_scale_ptr + in_v_scales, v_zero_ptr + 2 * in_v_scales, scale, logit_cap, sliding_window,
+                    v_scale_ptr + in_v_scales, v_zero_ptr + in_v_scales, scale, logit_cap, sliding_window,
                     stride_cache_block, stride_k_scale_block, stride_v_scale_block, num_blocks,
                     stride_cache_token, stride_k_scale_group, stride_v_scale_token,
-                    WINDOWED, CAPPED, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE, QUERIES, COLS, PAGES,
+                    WINDOWED, CAPPED, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE, QUERIES, COLS, STAGES,
                 )  # fmt: skip
                 accs, top0, top1, total0, total1 = attend_young_pages(
                     load_queries(q_rows, there, PIECES, AGAIN=True), accs, top0, top1, total0, total1,

@@ -25,16 +25,15 @@ from fast._checks import (
     require_values,
 )
 from fast._triton import merging, paging, softmax
-from fast._triton.platform import COMPILE_ONLY, INTERPRETING, next_power_of_2, num_processors
+from fast._triton.platform import INTERPRETING, next_power_of_2, num_processors
 from fast._triton.rounding import clamp, dot
 from fast.attention._cached_tiles import LONGEST_WINDOW
 from fast.attention._checks import require_attention, require_tables
 from fast.kv_cache._codes import FLOAT16_MAX, affine_codes, affine_range
-from fast.kv_cache._kivi_decode import COLUMNS, PAGE, decode_attention_kernel, quantized_before
+from fast.kv_cache._kivi_decode import decode_attention_kernel, quantized_before
+from fast.kv_cache._kivi_products import COLUMNS
+from fast.kv_cache._kivi_tile import PAGE, tile_words
 from fast.kv_cache.slots import launch_write_kv, require_slots, require_tokens
-
-# Whether a GPU may run the kernel for decodes. It has been compiled for one and interpreted, but never run on one.
-DECODES_ON_GPU = False
 
 
 class KiviArrays(NamedTuple):
@@ -68,7 +67,7 @@ class KiviArrays(NamedTuple):
 # ---- writing ----------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_window_slots", "num_slots"])
 def _seal_kernel(
     k_window_ptr,  # [num_window_blocks, block_size, num_kv_heads, head_dim]
     v_window_ptr,
@@ -434,15 +433,19 @@ def choose_tiles(num_tokens: int, num_seqs: int, group: int, head_dim: int) -> T
     return Tiles(max(16 if rows <= 16 else 32, next_power_of_2(group)), 16 if head_dim > 128 else 32, 4, 2)
 
 
+# Of the kernel for decodes: three warps on each scheduler, and as many registers as that leaves a thread; none spill.
+WARPS_PER_PROCESSOR = 12
+MAX_REGISTERS = 168
+STATIC_MEMORY = 48 * 1024 - 256  # bytes of shared memory that a kernel may declare, less what Triton adds
+
+
 class DecodeTiles(NamedTuple):
     """How a launch of the kernel for decodes cuts its work."""
 
     queries: int  # of a sequence that a program takes together
     columns: int  # for them and the heads of a group
     heads: int  # KV heads, a warp each
-    pages: int  # of keys that a warp takes together
-    warps_per_processor: int
-    max_registers: int | None = None  # of a thread
+    stages: int  # tiles of keys in a warp's memory, one of them being read
 
 
 def choose_decode(
@@ -459,19 +462,32 @@ def choose_decode(
     grouped = num_groups % 2 == 0 and head_dim % (32 * num_groups) == 0
     if not (whole and grouped and dtype in (torch.bfloat16, torch.float16) and dtype == cache.k_window.dtype):
         return None
-    columns = COLUMNS.value if dtype == torch.bfloat16 else COLUMNS.value // 2
-    if num_tokens * group > columns * num_seqs or q_stride_dim != 1:
+    if num_tokens * group > COLUMNS.value * num_seqs or q_stride_dim != 1:
         return None
+    most_queries = max(-(-num_tokens // num_seqs), 1)
+    columns = COLUMNS.value if most_queries * group > COLUMNS.value // 2 else COLUMNS.value // 2
     num_kv_heads = cache.k_cache.shape[2]
     heads = 4 if num_kv_heads % 4 == 0 else 2 if num_kv_heads % 2 == 0 else 1
-    return DecodeTiles(1 if num_tokens <= num_seqs else columns // group, columns, heads, 1, 12, 168)
+    tile = 4 * heads * tile_words(cache.bits, head_dim // 32, cache.group_size)
+    return DecodeTiles(1 if most_queries == 1 else columns // group, columns, heads, min(3, STATIC_MEMORY // tile))
+
+
+def seen_on_a_gpu(cache: KiviArrays, tiles: DecodeTiles, options: dict) -> bool:
+    """Whether a GPU has been seen to compute such decodes right; it is given no others.
+
+    The interpreter computes all that `choose_decode` names, but not the instructions that the kernel is made of.
+    """
+    _, block_size, _, head_dim = cache.k_window.shape
+    sizes = cache.bits, head_dim, cache.v_scale.shape[3], block_size, cache.group_size
+    plain = cache.k_window.dtype == torch.bfloat16 and all(value is None for value in options.values())
+    return plain and tiles == DecodeTiles(1, 4, 4, 3) and sizes in ((2, 128, 4, 16, 16), (2, 128, 4, 32, 32))
 
 
 def loads_whole_words(q: Array, cache: KiviArrays) -> bool:
     """Whether everything lies where the kernel for decodes loads it: many bytes at once, blocks not too far apart."""
     token_scales = 2 * cache.v_scale.shape[3]
-    aligned = (q, 16), (cache.k_window, 16), (cache.v_window, 16), (cache.k_cache, 8), (cache.v_cache, 4)
-    aligned += (cache.k_scale, 16), (cache.k_zero, 16), (cache.v_scale, token_scales), (cache.v_zero, 4)
+    aligned = (q, 16), (cache.k_window, 16), (cache.v_window, 16), (cache.k_cache, 16), (cache.v_cache, 16)
+    aligned += (cache.k_scale, 16), (cache.k_zero, 16), (cache.v_scale, token_scales), (cache.v_zero, token_scales)
     return all(
         x.data_ptr() % size == 0 and all(stride * x.element_size() % size == 0 for stride in x.stride()[:-1])
         for x, size in aligned
@@ -499,13 +515,13 @@ def _decode(
     num_blocks, block_size, num_kv_heads, _ = cache.k_cache.shape
     num_seqs, max_blocks_per_seq = block_table.shape
     group = num_heads // num_kv_heads
-    num_programs = 3 if INTERPRETING else num_processors(q) * (tiles.warps_per_processor // tiles.heads)
+    num_programs = 3 if INTERPRETING else num_processors(q) * (WARPS_PER_PROCESSOR // tiles.heads)
     scratch = merging.make_scratch(q, num_programs, tiles.heads * COLUMNS.value, head_dim)
-    words = [triton.reinterpret(x, tl.int32) for x in (q, *cache[:-1])]
+    words = [triton.reinterpret(x, tl.int32) for x in (q, *cache)]
     strided = q, cache.k_window, cache.k_cache, cache.k_scale, cache.v_scale
     strides = [stride * x.element_size() // 4 for x in strided for stride in x.stride()[:-1]]
     decode_attention_kernel[(num_programs,)](
-        *words, triton.reinterpret(cache.v_zero, tl.int16), window_block_table, block_table, seq_lens, cu_seqlens_q,
+        *words, window_block_table, block_table, seq_lens, cu_seqlens_q,
         sinks, out, *scratch, min(window, LONGEST_WINDOW), scale, logit_cap or 0.0,
         min(sliding_window or 0, LONGEST_WINDOW), *strides, *window_block_table.stride(), *block_table.stride(),
         *out.stride(), num_tokens, num_seqs, num_kv_heads // tiles.heads, len(cache.k_window), num_blocks,
@@ -514,7 +530,7 @@ def _decode(
         DTYPE=tl.bfloat16 if q.dtype == torch.bfloat16 else tl.float16, BITS=cache.bits, GROUP=group,
         PIECES=head_dim // 32, BLOCK_SIZE=block_size, GROUP_SIZE=cache.group_size, NUM_GROUPS=cache.v_scale.shape[3],
         QUERIES=tiles.queries, COLS=tiles.columns, ROWS=next_power_of_2(tiles.queries * group), HEADS=tiles.heads,
-        PAGES=tiles.pages, num_warps=tiles.heads, maxnreg=tiles.max_registers,
+        STAGES=tiles.stages, num_warps=tiles.heads, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
 
@@ -569,11 +585,12 @@ def paged_attention_kivi(
     num_seqs, max_blocks_per_seq = block_table.shape
     group = num_heads // num_kv_heads
     decode = choose_decode(num_tokens, num_seqs, group, q.dtype, q.stride(2), cache)
-    may_decode = DECODES_ON_GPU or INTERPRETING or COMPILE_ONLY
-    may_decode &= bool(num_blocks and len(k_window) and max_blocks_per_seq)  # it reads some block for every sequence
+    options = {"sliding_window": sliding_window, "sinks": sinks, "logit_cap": logit_cap}
+    may_decode = bool(num_blocks and len(k_window) and max_blocks_per_seq)  # it reads some block for every sequence
+    if decode is not None and q.is_cuda:
+        may_decode = may_decode and seen_on_a_gpu(cache, decode, options)
     if decode is not None and may_decode and loads_whole_words(q, cache):
-        options = {"sliding_window": sliding_window, "sinks": sinks, "logit_cap": logit_cap, "out": out}
-        _decode(q, cache, window_block_table, *tables, decode, window=window, scale=scale, **options)
+        _decode(q, cache, window_block_table, *tables, decode, window=window, scale=scale, out=out, **options)
         return out
     tiles = choose_tiles(num_tokens, num_seqs, group, head_dim)
     tile_d = max(16, next_power_of_2(head_dim))

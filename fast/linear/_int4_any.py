@@ -121,9 +121,10 @@ def dense(x: Array, weight: Array, scale: Array, least: Array | None, bias: None
 def dequantize(weight: Array, scale: Array, least: Array | None, group_size: int, dtype: torch.dtype) -> Array:
     out_features, num_groups = scale.shape
     floats = torch.empty(out_features, num_groups * group_size, dtype=dtype, device=weight.device)
-    tile_o, parts = 4, max(1, 1024 // group_size)
+    parts = min(8192 // group_size, num_groups & -num_groups)  # so many that they divide a row evenly
+    tile_o = max(1, 8192 // group_size // parts)  # 32 weights for each thread
     _dequantize_kernel[(cdiv(out_features, tile_o), cdiv(num_groups, parts))](
         weight, scale, least, floats, weight.stride(0), scale.stride(0), 0 if least is None else least.stride(0),
-        out_features, num_groups, TILE_O=tile_o, HALF=group_size // 2, PARTS=parts, num_warps=4,
+        out_features, num_groups, TILE_O=tile_o, HALF=group_size // 2, PARTS=parts, num_warps=8,
     )  # fmt: skip
     return floats

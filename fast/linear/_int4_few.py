@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor as Array
 
-from fast._triton.overlap import overlapped, wait_for_predecessor
+from fast._triton.overlap import let_successor_come, overlapped, wait_for_predecessor
 from fast._triton.platform import cdiv, next_power_of_2
 from fast._triton.rounding import dot
 from fast.linear._eight_bit import Tiles
@@ -15,9 +15,16 @@ PARTS = 4  # groups that one step takes, one for each warp
 
 
 def choose_few(num_tokens: int, out_features: int) -> Tiles:
-    """Enough programs for every processor, each with enough on its way from memory."""
+    """Enough programs for every processor, each with enough on its way from memory.
+
+    Example:
+        >>> [choose_few(n, 8192).rows for n in (1, 8, 16, 32)], choose_few(1, 4096).rows
+        ([32, 32, 64, 32], 16)
+    """
     tokens = next_power_of_2(min(num_tokens, FEW_TOKENS))
-    return Tiles(tokens, 16 if out_features <= 4096 else 32, PARTS, 4 if tokens <= 16 else 3)
+    if tokens == 16 and out_features >= 8192:
+        return Tiles(tokens, 64, PARTS, 4)  # every program reads all of the tokens: fewer programs
+    return Tiles(tokens, 16 if out_features <= 4096 else 32, PARTS, 4 if tokens == 1 else 3)
 
 
 @triton.jit
@@ -45,7 +52,7 @@ def _few_tokens_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Each warp has groups of its own, and a sum of its own for every row; they are added up at the end."""
-    wait_for_predecessor(OVERLAP)
+    wait_for_predecessor(OVERLAP, EARLY=False)
     o = tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
     token = tl.program_id(1) * TILE_T + tl.arange(0, TILE_T)
     in_batch = token < num_tokens
@@ -74,6 +81,7 @@ def _few_tokens_kernel(
             least = tl.load(min_ptrs, mask=in_row[:, None], other=0.0).to(tl.float32)
             total = tl.sum(low.to(tl.float32) + high.to(tl.float32), axis=2)
             acc += least[:, :, None] * total[:, None, :]
+    let_successor_come(OVERLAP)
     acc = tl.sum(acc, axis=0)
     store_tile(acc, bias_ptr, out_ptr, stride_out_t, stride_out_o, o, row, token, num_tokens, out_features)
 

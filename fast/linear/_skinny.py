@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor as Array
 
-from fast._triton.overlap import overlapped, wait_for_predecessor
-from fast._triton.platform import cdiv, next_power_of_2
+from fast._triton.overlap import let_successor_come, overlapped, wait_for_predecessor
+from fast._triton.platform import INTERPRETING, cdiv, next_power_of_2, num_processors
 from fast._triton.rounding import dot, store
 
 FEW_TOKENS = 32  # beyond, the tensor cores' own tiles are full and cuBLAS is at its best
@@ -32,8 +32,10 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def choose_tiles(num_tokens: int, out_features: int, in_features: int, itemsize: int) -> Tiles:
+def choose_tiles(num_tokens: int, out_features: int, in_features: int, itemsize: int, is_plain: bool = True) -> Tiles:
     """Enough programs for every processor to have some, each with as much in flight as fits.
+
+    A single token that is not ``is_plain`` is made from something else by every program: so they are fewer.
 
     Example:
         >>> choose_tiles(1, 4096, 1024, 2).tokens, choose_tiles(9, 4096, 1024, 2).tokens
@@ -45,14 +47,16 @@ def choose_tiles(num_tokens: int, out_features: int, in_features: int, itemsize:
             return Tiles(16, 128, tokens, 4, 4)
         return Tiles(16 if out_features <= 2048 else 32, 64, tokens, 4, 4 if tokens < 32 else 3)
     if out_features < 2048:  # few rows: narrow programs, so that there are enough
-        rows, vectors, warps = 4, 128, 4
+        rows, vectors, warps = 1 if is_plain else 4, 128, 4
     elif in_features >= 2048:
-        rows, vectors, warps = 8, 256, 8
+        rows, vectors, warps = 1 if is_plain else 8, 256, 8
     else:  # a row is one step
         rows, vectors, warps = 16, 128, 8
+    if INTERPRETING:  # a program takes milliseconds there
+        rows = max(rows, 4)
     size = 16 // itemsize
     columns = min(vectors * size, max(next_power_of_2(in_features), 32 * size))
-    return Tiles(rows, columns, 1, min(warps, max(1, rows * columns // (128 * size))), 1)
+    return Tiles(rows, columns, 1, min(warps, max(1, rows * columns // (32 * size))), 1)
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
@@ -77,9 +81,16 @@ def load_columns(pointers, in_columns, EVEN: tl.constexpr):
 
 @triton.jit
 def begin(
-    weight_ptr, row, stride_weight_n, in_features, NUM_LINES: tl.constexpr, LINE: tl.constexpr, OVERLAP: tl.constexpr
+    weight_ptr,
+    row,
+    stride_weight_n,
+    in_features,
+    NUM_LINES: tl.constexpr,
+    LINE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr = True,
 ):
-    """Ask for the head of the weight's rows, let the next kernel come, and wait for the one before to end.
+    """Ask for the head of the weight's rows, let the next kernel come if ``EARLY``, and wait for the one before to end.
 
     Only the L2 cache is told what will be needed, so nothing is wrong if the kernel before is what makes the weight.
     """
@@ -89,7 +100,7 @@ def begin(
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
         )
-    wait_for_predecessor(OVERLAP)
+    wait_for_predecessor(OVERLAP, EARLY)
 
 
 @triton.jit
@@ -169,12 +180,13 @@ def _few_tokens_kernel(
     NUM_LINES: tl.constexpr,
     LINE: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Each warp has columns of its own, and a sum of its own for every row; they are added up at the end."""
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
     row = tl.minimum(n, out_features - 1).to(tl.int64)
-    begin(weight_ptr, row, stride_weight_n, in_features, NUM_LINES, LINE, OVERLAP)
+    begin(weight_ptr, row, stride_weight_n, in_features, NUM_LINES, LINE, OVERLAP, EARLY)
     token = tl.arange(0, TILE_M)
     in_batch = token < num_tokens
     x_row = token.to(tl.int64) * stride_x_m
@@ -187,6 +199,8 @@ def _few_tokens_kernel(
         x_mask = in_batch[None, :, None] & in_columns
         x = tl.load(x_ptr + x_row[None, :, None] + k, mask=x_mask, other=0.0)
         acc = dot(w, tl.permute(x, (0, 2, 1)), acc)
+    if not EARLY:
+        let_successor_come(OVERLAP)
     y = tl.permute(tl.sum(acc, axis=0), (1, 0))  # [TILE_M, TILE_N]
     token = token[:, None].to(tl.int64)
     mask = in_batch[:, None] & (n < out_features)[None, :]
@@ -218,7 +232,7 @@ def skinny_linear(
     if not (num_tokens and out_features):
         return out
     itemsize = weight.element_size()
-    tiles = tiles or choose_tiles(num_tokens, out_features, in_features, itemsize)
+    tiles = tiles or choose_tiles(num_tokens, out_features, in_features, itemsize, read is read_plain)
     most = MAX_PREFETCH if tiles.tokens == 1 else MAX_PREFETCH_FEW
     grid = (cdiv(out_features, tiles.rows),)
     common: dict[str, Any] = {
@@ -238,10 +252,11 @@ def skinny_linear(
         )  # fmt: skip
         return out
     even = in_features % (tiles.columns * tiles.warps) == 0
+    early = grid[0] >= num_processors(x)  # fewer programs than processors are faster without the next kernel's
     _few_tokens_kernel[grid](
         x, weight, bias, residual, out, x.stride(0), weight.stride(0),
         0 if residual is None else residual.stride(0), out.stride(0), num_tokens, out_features, in_features,
-        **common, **{"TILE_M": tiles.tokens, "WARPS": tiles.warps, "EVEN": even},
+        **common, **{"TILE_M": tiles.tokens, "WARPS": tiles.warps, "EVEN": even, "EARLY": early},
     )  # fmt: skip
     return out
 

@@ -21,6 +21,7 @@ from fast.linear._matmul import IN_INTERPRETER
 from fast.linear._skinny import finish
 
 ROWS = 64  # of the weight, the least that the instruction takes
+MOST_SPLITS = 4
 CHUNKS = 2  # of 512 bytes of each row, that are asked for while the kernel before this one ends
 POOL = 2**20  # counters on each device
 MOST_TILES = 1024  # of a weight that is split: fewer than a GPU has processors
@@ -36,10 +37,16 @@ class Split(NamedTuple):
 
 
 def choose_split(num_tokens: int, out_features: int, in_features: int, processors: int) -> Split:
-    """As many programs as processors, none with less than four steps: to add up parts costs about two microseconds."""
-    tokens = max(16, next_power_of_2(num_tokens))
-    splits = max(1, min(processors // cdiv(out_features, ROWS), in_features // 512))
-    return Split(tokens, splits, 128, 8 if tokens == 16 else 5)
+    """Whole rows, unless three of four processors would have nothing to do: to add up parts costs two microseconds.
+
+    Example:
+        >>> [choose_split(16, n, 4096, 132).splits for n in (1024, 4096)]
+        [4, 1]
+    """
+    tokens, tiles = max(16, next_power_of_2(num_tokens)), cdiv(out_features, ROWS)
+    splits = max(1, min(MOST_SPLITS, in_features // 512)) if MOST_SPLITS * tiles <= processors else 1
+    alone = 2 * splits * tiles <= processors  # a program has a processor to itself, and more on its way
+    return Split(tokens, splits, 128, 8 if tokens == 16 or alone else 5)
 
 
 def unsplit(num_tokens: int) -> Split:

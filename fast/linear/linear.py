@@ -40,12 +40,12 @@ def linear(
 
 
 def choose_way(
-    num_tokens: int, out_features: int, in_features: int, x_dtype: torch.dtype, weight_dtype: torch.dtype, aligned: bool
+    num_tokens: int, out_features: int, x_dtype: torch.dtype, weight_dtype: torch.dtype, aligned: bool
 ) -> str:
     """Which kernel: by the number of tokens, and whether the tensor cores and the copy engine take the operands.
 
-    Up to eight tokens, narrow tiles are better where a row is short, or where there are fewer wide tiles than
-    processors and yet too many to be split.
+    Up to eight tokens, narrow tiles are better where wide ones are few, or fill more than half of the processors, but
+    not all.
     """
     if num_tokens == 1:
         return "one"
@@ -53,8 +53,8 @@ def choose_way(
         return "tiles"
     if num_tokens > FEW_TOKENS or x_dtype == torch.float32:
         return "cublas"
-    uneven = 66 < out_features / 64 < 132
-    return "split" if aligned and not (num_tokens <= 8 and (in_features <= 1024 or uneven)) else "few"
+    uneven = out_features <= 2048 or 66 < out_features / 64 < 132
+    return "split" if aligned and not (num_tokens <= 8 and uneven) else "few"
 
 
 def project(x: Array, weight: Array, bias: Array | None, residual: Array | None, out: Array | None) -> Array:
@@ -63,7 +63,7 @@ def project(x: Array, weight: Array, bias: Array | None, residual: Array | None,
         return into(out, x, weight, residual, lambda x, w, r, o: matmul(x, w, bias, r, o))
     num_tokens, (out_features, in_features) = len(x), weight.shape
     aligned = num_tokens <= FEW_TOKENS and describable(x, weight)
-    way = choose_way(num_tokens, out_features, in_features, x.dtype, weight.dtype, aligned)
+    way = choose_way(num_tokens, out_features, x.dtype, weight.dtype, aligned)
     if way == "split":
         split = choose_split(num_tokens, out_features, in_features, num_processors(x))
         return into(out, x, weight, residual, lambda x, w, r, o: split_linear(x, w, bias, r, o, split))

@@ -1,10 +1,11 @@
 """LoRA: many low-rank adapters in one batch, in Triton. What the technique is for: `reference/linear/lora.py`.
 
-A batch that decodes takes one launch: a program for each adapter and tile of output features finds the tokens of the
-adapter, wherever they are in the batch, and makes A x anew. With more adapters than that is good for, or float32, two
-launches: x shrinks to A x, of the rank's length, and B (A x) is added to the base; each token looks up its own adapter,
-whoever else uses it. Where tokens are many, a tile of them goes through the adapters that it finds in it, in the order
-of their ids. None of them sorts, and no grid depends on an id.
+Two launches: x shrinks to A x, of the rank's length, and B (A x) is added to the base. A batch that decodes with a few
+adapters shrinks all of its tokens with every one of them, and each token keeps what its own adapter made: what is read
+then hangs on no id, so that all of it is under way at once, and the tensor cores' tiles are as high whether they are
+filled or not. With many adapters, or few tokens, each token looks up its own. Where tokens are many, a tile of them
+goes through the adapters that it finds in it, in the order of their ids. None of them sorts, and no grid depends on an
+id.
 """
 
 import torch
@@ -12,103 +13,66 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Float32, Int32
 from torch import Tensor as Array
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fast._checks import require_float, require_integers, require_out, require_range, require_same_device, require_shape
-from fast._triton.overlap import overlapped, wait_for_predecessor
+from fast._triton.overlap import overlapped
 from fast._triton.platform import cdiv, next_power_of_2
 from fast._triton.rounding import dot, store, to_dtype
 from fast.linear._skinny import whole_rows
+from fast.linear._split import describable
 
 FEW_TOKENS = 256  # up to here every token reads its adapter itself, from the L2 cache if others use it too
 SPLIT = 512  # input features of a program that shrinks: 64 tokens of 4096 features are 512 programs
 MAX_SPLITS = 16
-DECODE_O = 512  # output features of a program of the single kernel
-DECODE_PROGRAMS = 1056  # 8 for each of 132 processors: most find no token, and end
-DECODE_RANK = 32
-TILE_T = 64  # tokens that a program goes through at once, where they are many
-
-
-# ---- the kernel for a batch that decodes ----------------------------------------------------------------------------
-
-
-@triton.jit
-def _decode_kernel(
-    base_ptr,  # [num_tokens, out_features]
-    x_ptr,  # [num_tokens, in_features]
-    lora_a_ptr,  # [num_adapters, rank, in_features]
-    lora_b_ptr,  # [num_adapters, out_features, rank]
-    scaling_ptr,  # [num_adapters]
-    adapter_ids_ptr,  # [num_tokens]
-    out_ptr,  # [num_tokens, out_features], may be base
-    stride_base_t,
-    stride_x_t,
-    stride_a_n,
-    stride_a_r,
-    stride_b_n,
-    stride_b_o,
-    stride_out_t,
-    stride_out_o,
-    num_tokens,
-    num_adapters,
-    rank,
-    in_features,
-    out_features,
-    DTYPE: tl.constexpr,
-    DTYPE_B: tl.constexpr,
-    ALL_TOKENS: tl.constexpr,
-    TILE_T: tl.constexpr,
-    TILE_R: tl.constexpr,
-    TILE_I: tl.constexpr,
-    TILE_O: tl.constexpr,
-    PARTS: tl.constexpr,
-    STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """One adapter (the last: none) and a tile of output features: its tokens are picked from all, ``TILE_T`` a time.
-
-    Each warp has columns of x of its own, and a sum of its own. Every tile of output features shrinks again.
-    """
-    wait_for_predecessor(OVERLAP)
-    this = tl.program_id(0)
-    o = tl.program_id(1) * TILE_O + tl.arange(0, TILE_O)
-    in_row = o < out_features
-    everyone = tl.arange(0, ALL_TOKENS)
-    adapter = tl.load(adapter_ids_ptr + everyone, mask=everyone < num_tokens, other=0)
-    adapter = tl.where((adapter < 0) | (adapter >= num_adapters), num_adapters, adapter)
-    mine = (adapter == this) & (everyone < num_tokens)
-    rank_of = tl.cumsum(mine.to(tl.int32), axis=0)  # the first of mine is number 1
-    count = tl.sum(mine.to(tl.int32), axis=0)
-    r = tl.arange(0, TILE_R)
-    in_rank = r < rank
-    column = tl.arange(0, PARTS)[:, None, None] * TILE_I + tl.arange(0, TILE_I)[None, None, :]
-    for done in range(0, count, TILE_T):
-        number = done + tl.arange(0, TILE_T)
-        hit = mine[None, :] & (rank_of[None, :] == number[:, None] + 1)
-        token = tl.sum(tl.where(hit, everyone[None, :], 0), axis=1).to(tl.int64)
-        valid = number < count
-        base_ptrs = base_ptr + token[:, None] * stride_base_t + o[None, :]
-        out_ptrs = out_ptr + token[:, None] * stride_out_t + o.to(tl.int64)[None, :] * stride_out_o
-        mask = valid[:, None] & in_row[None, :]
-        base = tl.load(base_ptrs, mask=mask, other=0.0)
-        if this == num_adapters:
-            tl.store(out_ptrs, base, mask=mask)
-        else:
-            b_ptrs = lora_b_ptr + this.to(tl.int64) * stride_b_n + o[None, :] * stride_b_o + r[:, None]
-            b = tl.load(b_ptrs, mask=in_row[None, :] & in_rank[:, None], other=0.0)
-            acc = tl.zeros([PARTS, TILE_T, TILE_R], tl.float32)
-            a_ptrs = lora_a_ptr + this.to(tl.int64) * stride_a_n + r[None, :, None] * stride_a_r
-            for start in tl.range(0, in_features, PARTS * TILE_I, num_stages=STAGES):
-                i = start + column
-                x_mask = valid[None, :, None] & (i < in_features)
-                x = tl.load(x_ptr + token[None, :, None] * stride_x_t + i, mask=x_mask, other=0.0)
-                a = tl.load(a_ptrs + i, mask=in_rank[None, :, None] & (i < in_features), other=0.0)
-                acc = dot(x.to(DTYPE), tl.permute(a.to(DTYPE), (0, 2, 1)), acc)
-            shrunk = to_dtype(tl.sum(acc, axis=0), DTYPE_B)
-            grown = dot(shrunk, b.to(DTYPE_B), tl.zeros([TILE_T, TILE_O], tl.float32))
-            store(out_ptrs, base.to(tl.float32) + tl.load(scaling_ptr + this).to(tl.float32) * grown, mask)
+TILE_T = 64  # tokens that a program goes through at once, where all of them shrink together, or they are many
+TOGETHER_TOKENS = 4  # for each adapter there is, at the least, for all tokens to shrink together
+MOST_RANK = 64  # of the adapters then: what shared memory holds
+TOGETHER_SPLITS = 8  # programs that share out the input features there: 16 adapters are 128 programs
+TOGETHER_I = 128  # input features of a step
+TILE_O = 256  # output features of a program that expands
 
 
 # ---- kernels for few tokens -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def wait_for_base(OVERLAP: tl.constexpr):
+    """Until what is older has ended, and only then lets the kernel that expands come: so it may read all of that."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _shrink_together_kernel(
+    x_desc,  # [num_tokens, in_features] in tiles of [TILE_T, TILE_I]
+    lora_a_desc,  # [num_adapters * rank, in_features] in tiles of [TILE_R, TILE_I]
+    adapter_ids_ptr,  # [num_tokens]
+    shrunk_ptr,  # [num_tokens, num_splits, rank] float32
+    num_tokens,
+    rank,
+    in_features,
+    split_features,
+    TILE_T: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_I: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One adapter, a tile of tokens, a part of the input features. Another adapter's NaN reach no token."""
+    wait_for_base(OVERLAP)
+    this, split, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TILE_T
+    token, r = first + tl.arange(0, TILE_T), tl.arange(0, TILE_R)
+    adapter = tl.load(adapter_ids_ptr + token, mask=token < num_tokens, other=-1)
+    start = split * split_features
+    acc = tl.zeros([TILE_T, TILE_R], tl.float32)
+    for i in tl.range(start, tl.minimum(start + split_features, in_features), TILE_I, num_stages=STAGES):
+        x = x_desc.load([first, i])
+        a = lora_a_desc.load([this * rank, i])  # past the rank: the next adapter's rows, which are not stored
+        acc = dot(x, tl.trans(a), acc)
+    pointers = shrunk_ptr + (token.to(tl.int64) * tl.num_programs(1) + split)[:, None] * rank + r[None, :]
+    tl.store(pointers, acc, mask=(adapter == this)[:, None] & (r < rank)[None, :])
 
 
 @triton.jit
@@ -128,8 +92,7 @@ def _shrink_kernel(
     TILE_I: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_base(OVERLAP)
     token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     adapter = tl.load(adapter_ids_ptr + token).to(tl.int64)
     if (adapter >= 0) & (adapter < num_adapters):
@@ -304,21 +267,19 @@ def lora(
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.lora.lora`.
 
-    Grid: up to ``FEW_TOKENS`` tokens, one program per adapter and ``DECODE_O`` output features, where these are no more
-    than ``DECODE_PROGRAMS``. Else, to shrink, one per token and ``SPLIT`` input features, and to expand, one per token
-    and tile of output features; beyond ``FEW_TOKENS``, tiles of ``TILE_T`` tokens take the place of a token.
-    Moves: the adapters in use once from memory (again from the L2 cache for each program), base and x once.
-    Limits: ``A x`` is rounded to the dtype of the factors where that is the dtype of ``base``; not in the second way.
+    Grid: up to ``FEW_TOKENS`` tokens, to shrink, one program per adapter and share of the input features; with fewer
+    than ``TOGETHER_TOKENS`` tokens for each adapter, one per token and ``SPLIT`` input features. To expand, one per
+    token and tile of output features. Beyond that, tiles of ``TILE_T`` tokens take the place of a token.
+    Moves: all adapters once from memory, or those in use (again from the L2 cache for each program); base and x once.
+    Limits: beyond ``FEW_TOKENS``, ``A x`` is rounded to the dtype of ``lora_b`` where that is the dtype of ``base``.
     """
     out = _door(base, x, lora_a, lora_b, scaling, adapter_ids, out)
     if not out.numel():
         return out
-    one_dtype = x.dtype == lora_a.dtype == base.dtype == lora_b.dtype
-    dtype = x.dtype if one_dtype else torch.float32
-    kind = choose(len(base), len(lora_a), base.shape[1], lora_a.shape[1], dtype)
-    arrays = map(whole_rows, (base, x, lora_a, lora_b))
-    kernel = {"decode": decode, "few": few_tokens, "many": many_tokens}[kind]
-    return kernel(*arrays, scaling, adapter_ids.contiguous(), out)
+    base, x, lora_a, lora_b = map(whole_rows, (base, x, lora_a, lora_b))
+    kind = choose(len(base), len(lora_a), x.dtype == lora_a.dtype != torch.float32 and is_described(x, lora_a))
+    kernel = {"together": together, "few": few_tokens, "many": many_tokens}[kind]
+    return kernel(base, x, lora_a, lora_b, scaling, adapter_ids.contiguous(), out)
 
 
 def lora_invariant(
@@ -338,35 +299,56 @@ def lora_invariant(
     return few_tokens(*map(whole_rows, (base, x, lora_a, lora_b)), scaling, adapter_ids.contiguous(), out)
 
 
-def choose(num_tokens: int, num_adapters: int, out_features: int, rank: int, dtype: torch.dtype) -> str:
-    """Which kernels: "decode", a single one; "few" tokens, each by itself; or "many". ``dtype`` is of the products.
+def choose(num_tokens: int, num_adapters: int, is_described: bool) -> str:
+    """Which kernels: all tokens shrink "together", with every adapter; "few", each with its own; or "many".
 
     Example:
-        >>> [choose(n, 16, 4096, 16, torch.bfloat16) for n in (64, 4096)], choose(64, 1000, 4096, 16, torch.bfloat16)
-        (['decode', 'many'], 'few')
+        >>> [choose(n, 16, True) for n in (1, 64, 4096)], choose(64, 1000, True)
+        (['few', 'together', 'many'], 'few')
     """
     if num_tokens > FEW_TOKENS:
         return "many"
-    programs = (num_adapters + 1) * cdiv(out_features, DECODE_O)
-    fits = programs <= DECODE_PROGRAMS and rank <= DECODE_RANK
-    return "decode" if dtype != torch.float32 and num_tokens > 1 and fits else "few"
+    return "together" if is_described and num_tokens >= TOGETHER_TOKENS * num_adapters else "few"
 
 
-def decode(
-    base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, out: Array,
-    tile_o: int = 512, tile_i: int = 64, parts: int = 8, stages: int = 3,
-) -> Array:  # fmt: skip
-    (num_tokens, out_features), (num_adapters, rank, in_features) = base.shape, lora_a.shape
-    half, half_b = _halves(base, x, lora_a, lora_b)
-    _decode_kernel[(num_adapters + 1, cdiv(out_features, tile_o))](
-        base, x, lora_a, lora_b, scaling, adapter_ids, out,
-        base.stride(0), x.stride(0), lora_a.stride(0), lora_a.stride(1), lora_b.stride(0), lora_b.stride(1),
-        out.stride(0), out.stride(1), num_tokens, num_adapters, rank, in_features, out_features,
-        DTYPE=half, DTYPE_B=half_b, ALL_TOKENS=next_power_of_2(num_tokens), TILE_T=16,
-        TILE_R=max(16, next_power_of_2(rank)), TILE_I=tile_i, TILE_O=tile_o, PARTS=parts, STAGES=stages,
-        num_warps=parts, **overlapped(x),
+def is_described(x: Array, lora_a: Array) -> bool:
+    """Whether the copy engine reads tokens, and all adapters, narrow enough, as one matrix."""
+    narrow = 0 < lora_a.shape[1] <= MOST_RANK and x.shape[1] > 0
+    return narrow and lora_a.is_contiguous() and describable(x, lora_a.flatten(0, 1))
+
+
+def together(
+    base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, out: Array
+) -> Array:
+    """``A x`` of every token with every adapter, of which its own is kept."""
+    num_tokens, (num_adapters, rank, in_features) = len(x), lora_a.shape
+    split = cdiv(cdiv(in_features, TOGETHER_SPLITS), TOGETHER_I) * TOGETHER_I
+    num_splits = cdiv(in_features, split)
+    shrunk = torch.empty(num_tokens, num_splits, rank, dtype=torch.float32, device=x.device)
+    tile_t, tile_r = min(TILE_T, max(16, next_power_of_2(num_tokens))), max(16, next_power_of_2(rank))
+    _shrink_together_kernel[(num_adapters, num_splits, cdiv(num_tokens, tile_t))](
+        TensorDescriptor.from_tensor(x, [tile_t, TOGETHER_I]),
+        TensorDescriptor.from_tensor(lora_a.flatten(0, 1), [tile_r, TOGETHER_I]),
+        adapter_ids, shrunk, num_tokens, rank, in_features, split,
+        TILE_T=tile_t, TILE_R=tile_r, TILE_I=TOGETHER_I, STAGES=4, num_warps=4, **overlapped(x),
     )  # fmt: skip
-    return out
+    return expand(base, shrunk, lora_b, scaling, adapter_ids, out)
+
+
+def few_tokens(
+    base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, out: Array
+) -> Array:
+    """``A x`` of every token by itself."""
+    num_tokens, (num_adapters, rank, in_features) = len(x), lora_a.shape
+    split, num_splits = split_features(in_features)
+    shrunk = torch.empty(num_tokens, num_splits, rank, dtype=torch.float32, device=x.device)
+    tile_r = next_power_of_2(max(1, rank))
+    tile_i = max(16, min(SPLIT, 8192 // tile_r, next_power_of_2(in_features)))
+    _shrink_kernel[(num_tokens, num_splits)](
+        x, lora_a, adapter_ids, shrunk, x.stride(0), lora_a.stride(0), lora_a.stride(1),
+        num_adapters, rank, in_features, split, TILE_R=tile_r, TILE_I=tile_i, num_warps=4, **overlapped(x),
+    )  # fmt: skip
+    return expand(base, shrunk, lora_b, scaling, adapter_ids, out)
 
 
 def split_features(in_features: int) -> tuple[int, int]:
@@ -375,25 +357,16 @@ def split_features(in_features: int) -> tuple[int, int]:
     return split, max(1, cdiv(in_features, split))
 
 
-def few_tokens(
-    base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, out: Array
-) -> Array:
-    (num_tokens, out_features), (num_adapters, rank, in_features) = base.shape, lora_a.shape
-    split, num_splits = split_features(in_features)
-    shrunk = torch.empty(num_tokens, num_splits, rank, dtype=torch.float32, device=x.device)
-    tile_r, options = next_power_of_2(max(1, rank)), overlapped(x)
-    tile_i = max(16, min(SPLIT, 8192 // tile_r, next_power_of_2(in_features)))
-    _shrink_kernel[(num_tokens, num_splits)](
-        x, lora_a, adapter_ids, shrunk, x.stride(0), lora_a.stride(0), lora_a.stride(1),
-        num_adapters, rank, in_features, split,
-        TILE_R=tile_r, TILE_I=tile_i, OVERLAP=options["OVERLAP"], num_warps=4,
-    )  # fmt: skip
-    tile_o = max(16, min(512, 8192 // tile_r, next_power_of_2(out_features)))
+def expand(base: Array, shrunk: Array, lora_b: Array, scaling: Array, adapter_ids: Array, out: Array) -> Array:
+    """``base`` plus ``scaling`` times B times the sum of the parts of ``A x``, token by token."""
+    (num_tokens, num_splits, rank), out_features = shrunk.shape, base.shape[1]
+    tile_r = next_power_of_2(max(1, rank))
+    tile_o = max(16, min(TILE_O, 4096 // tile_r, next_power_of_2(out_features)))
     _expand_kernel[(num_tokens, cdiv(out_features, tile_o))](
         base, shrunk, lora_b, scaling, adapter_ids, out,
         base.stride(0), lora_b.stride(0), lora_b.stride(1), out.stride(0), out.stride(1),
-        num_adapters, rank, out_features,
-        TILE_R=tile_r, TILE_O=tile_o, NUM_SPLITS=num_splits, num_warps=4, **options,
+        len(lora_b), rank, out_features,
+        TILE_R=tile_r, TILE_O=tile_o, NUM_SPLITS=num_splits, num_warps=4, **overlapped(base),
     )  # fmt: skip
     return out
 

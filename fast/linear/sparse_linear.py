@@ -19,13 +19,14 @@ from fast._checks import (
     require_shape,
     require_values,
 )
-from fast._triton.overlap import overlapped, wait_for_predecessor
+from fast._triton.overlap import let_successor_come, overlapped, wait_for_predecessor
 from fast._triton.platform import INTERPRETED, cdiv, next_power_of_2
 from fast._triton.rounding import dot_in_order, store
 from fast.linear._skinny import whole_rows
 
 ROWS = 4  # of the weight, that a program owns when there is one token
 GROUPS = 512  # of a row, that it takes in a step: 16 bytes for each of its threads, four times
+FEW_ROWS = 4096  # up to here half of that: more programs fit a processor
 
 
 _TABLE = "mul.lo.u32 s, $4, 0x41; and.b32 s, s, 0x0303; mad.lo.u32 s, s, 0x22, 0x1010;"  # the bytes of two activations
@@ -95,16 +96,15 @@ def _one_token_kernel(
     DTYPE: tl.constexpr,
     TILE_O: tl.constexpr,
     TILE_G: tl.constexpr,
-    STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Groups in fours: 16 bytes of weights, two bytes of places, 16 activations."""
-    wait_for_predecessor(OVERLAP)
+    wait_for_predecessor(OVERLAP, EARLY=False)
     o = tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
     row = tl.minimum(o, out_features - 1).to(tl.int64)  # rows past the end are read again, and not stored
     within = tl.arange(0, 4)
     acc = tl.zeros([TILE_O, TILE_G // 4, 4], tl.float32)
-    for start in tl.range(0, num_groups, TILE_G, num_stages=STAGES):
+    for start in tl.range(0, num_groups, TILE_G, num_stages=1):
         four = start // 4 + tl.arange(0, TILE_G // 4)
         group = four[:, None] * 4 + within[None, :]
         in_row = group < num_groups
@@ -122,6 +122,7 @@ def _one_token_kernel(
             tl.broadcast_to((x >> 32).to(tl.int32)[None, :, :], shape),
         )
         acc = add_group(pairs, low, high, nibble, acc, DTYPE)
+    let_successor_come(OVERLAP)
     y = tl.sum(tl.sum(acc, axis=2), axis=1)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + row).to(tl.float32)
@@ -219,17 +220,25 @@ def is_one(x: Array, values: Array) -> bool:
     return len(x) == 1 and x.dtype == values.dtype != torch.float32 and aligned
 
 
-def one_token(
-    x: Array, values: Array, indices: Array, bias: Array | None, out: Array, rows=ROWS, groups=GROUPS, stages=1, warps=4
-) -> Array:
+def one_token(x: Array, values: Array, indices: Array, bias: Array | None, out: Array) -> Array:
     out_features, num_groups = len(values), values.shape[1] // 2
     fours, pairs = x[0].view(torch.int64), values.view(torch.int32)
-    tile_g = max(16, min(groups, next_power_of_2(num_groups)))
-    _one_token_kernel[(cdiv(out_features, rows),)](
+    _one_token_kernel[(cdiv(out_features, ROWS),)](
         fours, pairs, indices, bias, out, pairs.stride(0), indices.stride(0), out.stride(1), out_features, num_groups,
-        DTYPE=_DTYPES[values.dtype], TILE_O=rows, TILE_G=tile_g, STAGES=stages, num_warps=warps, **overlapped(x),
+        DTYPE=_DTYPES[values.dtype], TILE_O=ROWS, TILE_G=choose_groups(out_features, num_groups),
+        num_warps=4, **overlapped(x),
     )  # fmt: skip
     return out
+
+
+def choose_groups(out_features: int, num_groups: int) -> int:
+    """How many of a row a program takes in a step.
+
+    Example:
+        >>> choose_groups(4096, 1024), choose_groups(14336, 1024), choose_groups(4096, 9)
+        (256, 512, 16)
+    """
+    return max(16, min(GROUPS // 2 if out_features <= FEW_ROWS else GROUPS, next_power_of_2(num_groups)))
 
 
 def tiles(x: Array, values: Array, indices: Array, bias: Array | None, out: Array) -> Array:

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fast
 from fast._triton import merging, paging
 from fast._triton.platform import INTERPRETING
-from fast.attention import invariant_attention, paged_attention
+from fast.attention import invariant_attention, paged_attention, paged_decode_hopper
+from fast.attention.paged_attention_hopper import heads_of_a_tile, parts_of_an_item
 from reference.numerics.arrays import dtype_named
 from twofold.conformance.properties import attention as properties
 from twofold.conformance.strategies.attention import COUNTED_FEATURES, PagedCase, SequenceInput, paged_cases
@@ -162,6 +164,27 @@ def test_counters_are_zero_between_launches(case):
     assert all(int(counters.abs().sum()) == 0 for counters in merging._counters.values())
 
 
+def test_counters_of_a_capture_were_zeroed_before_it(monkeypatch):
+    """A stream that captures takes the set that an ordinary launch left, and keeps it; else zeros of its own."""
+    capturing, stream = True, 1
+    monkeypatch.setattr(merging, "_counters", {})
+    monkeypatch.setattr(merging, "_spare", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=stream))
+    like = SimpleNamespace(is_cuda=True, device=torch.device("cpu"))
+
+    first, second = (merging.zero_counters(like, 5) for _ in range(2))
+    assert first is not second, "what one graph zeroes, another cannot count on"
+    capturing, stream = False, 2
+    ordinary = merging.zero_counters(like, 5)
+    assert merging.zero_counters(like, 5) is ordinary
+    capturing, stream = True, 1
+    captured = merging.zero_counters(like, 5)
+    assert merging.zero_counters(like, 5) is captured is not ordinary
+    stream = 3
+    assert merging.zero_counters(like, 5) is not captured, "launches on two streams may overlap"
+
+
 def batch(query_lens: list[int], seq_lens: list[int], *, dtype: str = "float32", **sizes: int) -> PagedCase:
     """A case of these lengths; by default two heads of 16 that share a KV head, in blocks of four, out of order."""
     heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16} | sizes
@@ -207,6 +230,18 @@ def test_more_sequences_than_one_look_takes(backend):
     properties.paged_matches_oracle(backend, batch([int(seq in busy) for seq in range(num_seqs)], [7] * num_seqs))
 
 
+@pytest.mark.parametrize("query_lens", [[1, 0, 2], [40, 1, 33]], ids=["decodes", "chunks"])
+@pytest.mark.parametrize("op", [properties.paged_of, properties.merged_split_of], ids=["whole", "split"])
+@pytest.mark.parametrize("backend", [fast, invariant], ids=["fast", "invariant"])
+def test_blocks_that_the_window_is_past(backend, op, query_lens):
+    """A table may still name them when they are another's: NaN there reaches no result."""
+    case = replace(batch(query_lens, [107, 100, 68]), sliding_window=18)
+    for row, seq_len, num_queries in zip(case.block_table, case.seq_lens, case.query_lens):
+        oldest = seq_len - num_queries + 1 - case.sliding_window
+        case.pool[row[: max(0, oldest // case.block_size)]] = np.nan
+    properties.assert_out(backend, case, op, "attention within a window")
+
+
 MIXED = [130, 1, 70, 0, 2, 3], [177, 100, 70, 64, 50, 3]  # queries and tokens
 
 
@@ -216,6 +251,42 @@ def test_chunks_among_decodes(dtype, head_dim):
     """A batch of the kind that a Hopper GPU has a kernel of its own for; what lies behind a sequence is not read."""
     case = batch(*MIXED, dtype=dtype, num_heads=6, num_kv_heads=2, head_dim=head_dim, block_size=16)
     properties.paged_matches_oracle(fast, case)
+
+
+@pytest.mark.parametrize(("block_size", "head_dim"), [(8, 64), (16, 128), (128, 128)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 2), (20, 1)], ids=["3 heads", "20 heads"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_decodes(dtype, num_heads, num_kv_heads, block_size, head_dim):
+    """Of the kind that a Hopper GPU has a kernel of its own for: with drafts, a padded row, a sequence that is cut."""
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "block_size": block_size}
+    case = batch([1, 3, 0, 1, 1, 2], [300, 130, 5, 64, 0, 2], dtype=dtype, **sizes)
+    sinks = np.linspace(-2, 2, num_heads).astype(case.host_q.dtype)
+    properties.paged_matches_oracle(fast, case)
+    properties.paged_matches_oracle(fast, replace(case, sinks=sinks))
+
+
+def test_rings_follow_from_shapes():
+    """One program a processor for few segments, which are cut anyway, and for many rows; otherwise two."""
+    of = paged_decode_hopper.choose_ring
+    programs = [of(*case).programs_per_processor for case in ((8, 16, 132), (64, 32, 132), (256, 32, 132))]
+    assert programs == [1, 1, 1], "one long sequence; many heads for one KV head, in a small batch and a large one"
+    assert of(256, 16, 132).programs_per_processor == 2, "32 sequences of 8 KV heads"
+
+
+def test_decodes_on_hopper_are_plain_ones(monkeypatch):
+    """Tiles of up to 32 rows without window or cap go to the Hopper GPU's own kernel; all else to the portable one."""
+    rows = []
+    for name, value in {"is_hopper": lambda _: True, "hopper_fits": lambda *_: True}.items():
+        monkeypatch.setattr(paged_attention, name, value)
+    monkeypatch.setattr(paged_attention, "attend_decodes_on_hopper", lambda *given: rows.append(given[-1]))
+    sizes = {"dtype": "float16", "num_heads": 20, "num_kv_heads": 1, "head_dim": 64, "block_size": 16}
+    case = batch([1, 1], [70, 5], **sizes)
+    properties.paged_of(fast, case)
+    assert rows == [32], "a tile of 32 rows holds 20 heads"
+    properties.paged_matches_oracle(fast, replace(case, sliding_window=9))
+    properties.paged_matches_oracle(fast, replace(case, logit_cap=5.0))
+    assert len(rows) == 1, "windows and caps are the portable kernel's"
+    assert not paged_attention.decodes_on_hopper(64, *case.arguments(fast)[:4]), "so are tiles of more rows"
 
 
 def test_decodes_are_left_to_the_kernel_that_splits(monkeypatch):
@@ -243,23 +314,35 @@ def test_decodes_are_left_to_the_kernel_that_splits(monkeypatch):
             assert (error <= properties.out_bound(case, baseline)[rows]).all(), f"sequence {seq}, a decode, is wrong"
 
 
-def test_chunks_go_where_they_fill_the_processors(monkeypatch):
-    """512 tokens of 32 heads are 128 tiles; 64 tokens are 32, which leave most of 132 processors idle."""
-    monkeypatch.setattr(paged_attention, "LEAST_FILLED", 0.5)
-    assert paged_attention.chunks_fill(512, 32, 132)
-    assert not paged_attention.chunks_fill(64, 32, 132), "32 tiles for 132 processors"
-
-
 def test_a_chunk_alone_is_one_launch(monkeypatch):
     """Where one sequence has all rows, no decode is left for the other kernel."""
     calls = []
-    for name, value in {"is_hopper": lambda _: True, "hopper_fits": lambda *_: True, "ONE_LAUNCH": True}.items():
+    for name, value in {"is_hopper": lambda _: True, "hopper_fits": lambda *_: True}.items():
         monkeypatch.setattr(paged_attention, name, value)
     monkeypatch.setattr(paged_attention, "attend_chunks_on_hopper", lambda *arguments: calls.append(len(arguments)))
     monkeypatch.setattr(paged_attention, "paged_attention_kernel", None)
     case = batch([70], [100], dtype="float16", num_heads=6, num_kv_heads=2, head_dim=64, block_size=16)
     properties.paged_of(fast, case)
     assert calls == [9], "without a number of queries that are left: none are"
+
+
+def test_short_chunks_fill_tiles_and_processors():
+    """Few queries are laid beside those of the other heads of their group; few tiles have their keys in parts."""
+    assert heads_of_a_tile(4, 512) == heads_of_a_tile(4, 100) == 1
+    assert [heads_of_a_tile(group, 17) for group in (3, 4, 6, 32)] == [1, 4, 2, 16]
+    assert parts_of_an_item(128, 132) == parts_of_an_item(5000, 132) == 1, "512 queries of 32 heads"
+    assert parts_of_an_item(32, 132) == 4, "128 queries of 32 heads"
+
+
+@pytest.mark.needs("gpu")  # contexts of real prompts
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 6), (6, 3), (6, 2), (6, 1), (8, 2), (8, 1), (32, 2)])
+@pytest.mark.parametrize("query_lens", [[17], [128], [70, 20], [33, 129, 1]])
+def test_short_chunks_over_long_contexts(query_lens, num_heads, num_kv_heads):
+    """On a Hopper GPU heads share tiles of rows, and the keys of a tile pass in parts that are put together."""
+    seq_lens = [3000, 1031, 4097][: len(query_lens)]
+    heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": 128}
+    case = batch(query_lens, seq_lens, dtype="bfloat16", block_size=16, **heads)
+    properties.paged_matches_oracle(fast, case)
 
 
 def invariant_of(case, **constants):

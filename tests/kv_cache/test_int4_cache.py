@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import reference
 from twofold.conformance.properties import kv_cache as properties
-from twofold.conformance.strategies.kv_cache import batches, cuts, decode_batch, tokens, valid_calls
+from twofold.conformance.strategies.kv_cache import batches, cuts, decode_batch, decodes, tokens, valid_calls
 
 CALLS = valid_calls("int4")
 
@@ -55,8 +55,30 @@ def test_chunked_is_whole(backend, data):
     properties.chunked_is_whole(backend, batch, [data.draw(cuts(int(n))) for n in batch.seq_lens])
 
 
-def test_heads_of_a_cut_sequence_are_merged(backend):
-    batch = decode_batch("int4", (230, 1, 40), num_kv_heads=4, group=3, head_dim=16)
+@pytest.mark.interpreted(6)
+@settings(max_examples=60)
+@given(batch=decodes("int4"))
+def test_decodes_attend_over_what_is_stored(backend, batch):
+    properties.attends_over_what_is_stored(backend, batch)
+
+
+@pytest.mark.interpreted(4)
+@settings(max_examples=20)
+@given(batch=decodes("int4"))
+def test_unowned_slots_do_not_matter_to_decodes(backend, batch):
+    properties.unowned_slots_do_not_matter(backend, batch)
+
+
+@pytest.mark.interpreted(4)
+@settings(max_examples=20)
+@given(batch=decodes("int4"))
+def test_released_blocks_do_not_matter_to_decodes(backend, batch):
+    properties.padding_of_the_table_does_not_matter(backend, batch)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64])  # the general kernel's, and the one for decodes
+def test_heads_of_a_cut_sequence_are_merged(backend, head_dim):
+    batch = decode_batch("int4", (230, 1, 40), num_kv_heads=4, group=3, head_dim=head_dim)
     properties.attends_over_what_is_stored(backend, batch)
 
 

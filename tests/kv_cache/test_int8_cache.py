@@ -1,14 +1,17 @@
 """The int8 cache."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from fast.kv_cache._attention import choose_tiles
+from fast.kv_cache._attention import choose_decode, choose_tiles, lie_in_words
 from twofold.conformance.properties import kv_cache as properties
-from twofold.conformance.strategies.kv_cache import batches, cuts, decode_batch, tokens, valid_calls
+from twofold.conformance.strategies.kv_cache import batches, cuts, decode_batch, decodes, tokens, valid_calls
 
 CALLS = valid_calls("int8")
 
@@ -56,8 +59,30 @@ def test_chunked_is_whole(backend, data):
     properties.chunked_is_whole(backend, batch, [data.draw(cuts(int(n))) for n in batch.seq_lens])
 
 
-def test_heads_of_a_cut_sequence_are_merged(backend):
-    batch = decode_batch("int8", (230, 1, 40), num_kv_heads=4, group=3, head_dim=16)
+@pytest.mark.interpreted(6)
+@settings(max_examples=60)
+@given(batch=decodes("int8"))
+def test_decodes_attend_over_what_is_stored(backend, batch):
+    properties.attends_over_what_is_stored(backend, batch)
+
+
+@pytest.mark.interpreted(4)
+@settings(max_examples=20)
+@given(batch=decodes("int8"))
+def test_unowned_slots_do_not_matter_to_decodes(backend, batch):
+    properties.unowned_slots_do_not_matter(backend, batch)
+
+
+@pytest.mark.interpreted(4)
+@settings(max_examples=20)
+@given(batch=decodes("int8"))
+def test_released_blocks_do_not_matter_to_decodes(backend, batch):
+    properties.padding_of_the_table_does_not_matter(backend, batch)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64])  # the general kernel's, and the one for decodes
+def test_heads_of_a_cut_sequence_are_merged(backend, head_dim):
+    batch = decode_batch("int8", (230, 1, 40), num_kv_heads=4, group=3, head_dim=head_dim)
     properties.attends_over_what_is_stored(backend, batch)
 
 
@@ -73,6 +98,69 @@ def test_heads_of_a_cut_sequence_are_merged(backend):
 def test_tiles_follow_the_shape(num_tokens, num_seqs, group, num_kv_heads, expected):
     tiles = choose_tiles(num_tokens, num_seqs, group, num_kv_heads, head_dim=128, parts=1)
     assert (tiles.heads, tiles.queries, tiles.tile_q) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "group", "changed", "expected"),
+    [
+        (32, 4, {}, (1, 8, 4)),  # one query of a sequence, four heads of the eight columns
+        (32, 8, {"num_kv_heads": 6}, (1, 8, 2)),
+        (32, 1, {"num_kv_heads": 1}, (1, 8, 1)),
+        (64, 4, {}, (2, 8, 4)),  # two queries of four heads fill them
+        (65, 4, {}, None),
+        (32, 9, {}, None),
+        (32, 4, {"dtype": torch.float16}, (1, 8, 4)),
+        (32, 4, {"codes": "int4", "num_groups": 2}, (1, 8, 4)),
+        (32, 4, {"codes": "int4", "num_groups": 2, "dtype": torch.float16}, (1, 4, 4)),  # and what weights lose
+        (32, 5, {"codes": "int4", "num_groups": 2, "dtype": torch.float16}, None),
+        (32, 4, {"codes": "int4", "num_groups": 4}, (1, 8, 4)),
+        (32, 4, {"codes": "int4", "num_groups": 8}, None),  # 16 numbers are fewer than eight lanes load
+        (32, 4, {"codes": "int4", "num_groups": 4, "head_dim": 64}, None),
+        (32, 4, {"dtype": torch.float32}, None),
+        (32, 4, {"head_dim": 80}, None),
+        (32, 4, {"block_size": 8}, None),
+    ],
+)
+def test_which_batches_are_decodes(num_tokens, group, changed, expected):
+    sizes = {"num_kv_heads": 8, "dtype": torch.bfloat16, "head_dim": 128, "block_size": 16}
+    sizes |= {"codes": "int8", "num_groups": 1, **changed}
+    tiles = choose_decode(num_tokens, 32, group, **sizes)
+    assert (None if tiles is None else (tiles.queries, tiles.columns, tiles.heads)) == expected
+
+
+def test_codes_lie_in_words():
+    codes, scales = torch.empty(3, 16, 2, 128, dtype=torch.int8), torch.empty(3, 16, 2)
+    assert lie_in_words((codes, codes), (scales, None, scales, None))
+    pairs = torch.empty(3, 16, 2, 4, dtype=torch.float16)
+    assert lie_in_words((codes, codes), (pairs,) * 4)
+    assert lie_in_words((codes, codes), (pairs[..., :2],) * 4)
+    apart = torch.empty(3, 16, 2, 100, dtype=torch.int8)[..., :64]  # rows of 100 bytes
+    assert not lie_in_words((apart, apart), (scales, None, scales, None))
+    assert not lie_in_words((codes, codes), (pairs[..., ::2],) * 4)
+    assert not lie_in_words((codes, codes), (pairs[..., 1:3],) * 4)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+def test_the_drawn_decodes_are_decodes(format):
+    """The kernel for decodes takes what is drawn for it, and the general one what is drawn for that."""
+    taken = Counter()
+
+    def take(batch, drawn):
+        if len(batch.q) and batch.q.dtype.itemsize == 2:
+            layout, dtype = batch.layout, getattr(torch, batch.q.dtype.name)
+            shape = len(batch.q), batch.num_sequences, batch.q.shape[1] // layout.num_kv_heads, layout.num_kv_heads
+            tiles = choose_decode(*shape, dtype, layout.head_dim, layout.block_size, format, layout.num_groups)
+            taken[drawn, tiles is None] += 1
+
+    @settings(max_examples=100)
+    @given(special=decodes(format), general=batches(format))
+    def draw(special, general):
+        take(special, "special")
+        take(general, "general")
+
+    draw()
+    assert taken["special", False] >= 3 * taken["special", True], f"taken by the general kernel: {taken}"
+    assert not taken["general", False], f"taken by the kernel for decodes: {taken}"
 
 
 # ---- the door ---------------------------------------------------------------------------------------------------

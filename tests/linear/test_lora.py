@@ -82,8 +82,8 @@ def batch(num_tokens: int, dtype: str, num_adapters: int = 5, in_features: int =
 @pytest.mark.parametrize(
     ("kernels", "num_tokens", "dtype"),
     [
-        ("decode", 33, "bfloat16"),  # more tokens of an adapter than a tile has
-        ("decode", 130, "float16"),
+        ("together", 33, "bfloat16"),
+        ("together", 130, "float16"),  # more tokens than a tile has
         ("few_tokens", 1, "bfloat16"),
         ("few_tokens", 33, "float32"),
         ("many_tokens", 257, "bfloat16"),
@@ -92,9 +92,9 @@ def batch(num_tokens: int, dtype: str, num_adapters: int = 5, in_features: int =
     ],
 )
 def test_each_kernel_is_chosen_and_right(monkeypatch, kernels, num_tokens, dtype):
-    """In one launch; in two, each token by itself; in two, in tiles. All over more than one part of x."""
+    """All tokens with every adapter, each token by itself, and in tiles. All over more than one part of x."""
     module, seen = sys.modules["fast.linear.lora"], []
-    for name in ("decode", "few_tokens", "many_tokens"):
+    for name in ("together", "few_tokens", "many_tokens"):
         run_it = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, run_it=run_it: (seen.append(name), run_it(*a))[1])
     properties.lora_matches_the_oracle(fast, batch(num_tokens, dtype))

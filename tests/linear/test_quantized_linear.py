@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fast
 import reference
-from fast.linear import _eight_bit, _int4, _w8a8, quantized_linear
+from fast.linear import _eight_bit, _int4, _int4_few, _w8a8, quantized_linear
 from reference.linear.quantized_linear import matmul_int8
 from twofold.conformance.properties import linear as properties
 from twofold.conformance.properties.fusion import run, writes_only_where_it_says
@@ -170,6 +170,7 @@ def recorded(monkeypatch, owner, names):
         ("many", 129, 256, 128, "bfloat16", False),
         ("many", 129, 256, 64, "float16", True),
         ("dense", 1024, 64, 32, "bfloat16", False),
+        ("dense", 1024, 224, 32, "float16", False),  # an odd number of groups
         ("many", 1024, 64, 32, "bfloat16", True),  # cuBLAS would round before it adds the bias
         ("any", 3, 256, 128, "float32", True),
         ("any", 3, 256, 16, "bfloat16", False),
@@ -183,6 +184,15 @@ def test_each_kernel_for_4_bits(monkeypatch, kernel, num_tokens, in_features, gr
         fast, layer("linear_int4", num_tokens, in_features, group_size, dtype, bias, with_min)
     )
     assert seen == [kernel], f"expected the kernel {kernel}, got {seen}"
+
+
+@pytest.mark.parametrize(("num_tokens", "out_features"), [(1, 8192), (2, 8192), (16, 8192), (16, 4096), (32, 8192)])
+def test_4_bits_in_the_tiles_of_larger_layers(monkeypatch, num_tokens, out_features):
+    """Every cut that sizes choose is right, on a layer that is small enough for the interpreter."""
+    tiles = _int4_few.choose_few(num_tokens, out_features)
+    assert tiles.tokens >= num_tokens
+    monkeypatch.setattr(_int4_few, "choose_few", lambda *sizes: tiles)
+    properties.matches_the_oracle(fast, layer("linear_int4", num_tokens, 640, 128, "bfloat16", False, True))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import fast
 import reference
-from fast.linear.sparse_linear import sparse_linear_invariant
+from fast.linear.sparse_linear import choose_groups, sparse_linear_invariant
 from reference.linear.pruning import compress_24, magnitude_score, mask_24
 from twofold.conformance import plain_torch
 from twofold.conformance.properties import linear as properties
@@ -83,6 +83,12 @@ def test_each_kernel_is_chosen_and_right(monkeypatch, kernel, num_tokens, dtype)
         monkeypatch.setattr(module, name, lambda *a, name=name, run_it=run_it: (seen.append(name), run_it(*a))[1])
     properties.matches_the_oracle(fast, layer(num_tokens, 4 * 519, dtype))
     assert seen == [kernel], f"expected {kernel}, got {seen}"
+
+
+def test_steps_suit_the_layer():
+    """Few rows and many are cut up differently; a row is never shorter than half of its step."""
+    assert choose_groups(4096, 1024) < choose_groups(14336, 1024)
+    assert all(choose_groups(n, 40) == 64 for n in (64, 14336))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -391,18 +391,23 @@ def paged_cases(
     pool = np.full((layout.num_blocks, num_layers, 2, *shape), poison)
     k_cache, v_cache = pool[:, layer, 0], pool[:, layer, 1]
 
-    # What is owned: the tokens of each sequence, except blocks released because the window is past them.
+    # What is owned: the tokens of each sequence, except blocks released because the window is past them. The table
+    # may still name those, whoever has them now.
     release = window is not None and draw(st.booleans(), label="blocks are released")
+    stale = release and draw(st.booleans(), label="released blocks stay in the table")
     width = max(map(len, layout.block_ids), default=0) + draw(
         st.sampled_from([0, 0, 1, 2]), label="padding of the table"
     )
     table = np.full((len(layout.seq_lens), width), -1, np.int32)
+    first_kept = np.zeros(len(layout.seq_lens), np.int32)
     for seq, (ids, seq_len) in enumerate(zip(layout.block_ids, layout.seq_lens)):
         oldest = seq_len - max(layout.query_lens[seq], 1) + 1 - window if release and window else 0
+        first_kept[seq] = max(oldest, 0) // block_size
         for index, block in enumerate(ids):
-            if (index + 1) * block_size <= oldest:
+            if index >= first_kept[seq] or stale:
+                table[seq, index] = block
+            if index < first_kept[seq]:
                 continue
-            table[seq, index] = block
             size = min(block_size, seq_len - index * block_size)
             unwritten = ~np.isfinite(k_cache[block, :size, 0, 0])  # a shared block has its tokens already
             for cache, values in zip((k_cache, v_cache), numbers.draw_kv(rng, shape)):
@@ -427,10 +432,10 @@ def paged_cases(
 
     pool = pool.astype(cache_dtype)
     sequences = []
-    for q, row, seq_len in zip(queries, table, layout.seq_lens):
+    for q, row, first, seq_len in zip(queries, table, first_kept, layout.seq_lens):
         kv = np.zeros((2, seq_len, *shape[1:]), cache_dtype)
-        for t in range(seq_len):
-            if row[t // block_size] >= 0:  # a released token is hidden: zeros do
+        for t in range(first * block_size, seq_len):  # a released token is hidden: zeros do
+            if row[t // block_size] >= 0:
                 kv[:, t] = pool[row[t // block_size], layer, :, t % block_size]
         sequences.append(SequenceInput(q.astype(dtype), *kv))
 
@@ -452,7 +457,7 @@ def paged_cases(
                 "sliding window": window is not None,
                 "poisoned slots": True,
                 "needle": bool(needle),
-                "released blocks": bool((table == -1)[:, :1].any() and release),
+                "released blocks": bool(first_kept.any()),
             }
         ),
         **heads,

@@ -250,6 +250,7 @@ def batches(
     whole: bool = False,
     layout: Layout | None = None,
     most_queries: int | None = None,
+    kind: str | None = None,
 ) -> Batch:
     """A batch of up to three sequences, among them padded ones and decodes, in shuffled and perhaps shared blocks.
 
@@ -259,6 +260,7 @@ def batches(
         whole: Every token is a query.
         layout: The cache's, whose dtype is then that of q, k and v as well (None: any).
         most_queries: A sequence has at most so many.
+        kind: Of the values that are stored (None: any ordinary one).
     """
     given = layout
     layout = draw(layouts(format, num_blocks=0)) if given is None else given
@@ -273,7 +275,7 @@ def batches(
         queries = [min(most_queries, n) for n in queries]
     query_lens = np.array(queries, np.int32)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1), label="seed"))
-    kind = draw(one_of(*ORDINARY), label="kind")
+    kind = draw(one_of(*ORDINARY), label="kind") if kind is None else kind
     dtype = draw(one_of(*FLOATS), label="dtype of q, k and v") if given is None else given.dtype
 
     width = (2 * layout.num_kv_heads, layout.head_dim)
@@ -355,6 +357,27 @@ def decode_batch(format: str, seq_lens: tuple[int, ...], *, num_kv_heads: int, g
     q = values(rng, (len(seq_lens), num_kv_heads * group, head_dim), "normal", "bfloat16")
     lens = np.array(seq_lens, np.int32)
     return Batch(layout, "normal", lens, np.ones_like(lens), table, table, packed, 0, q)
+
+
+@st.composite
+def decodes(draw, format: str, **options) -> Batch:
+    """Decodes as models have them, and a few queries at once: large heads in two-byte floats, blocks of 16 and 32."""
+    head_dim = draw(one_of(64, 128), label="head_dim")
+    num_groups = draw(one_of(1, 2, 4) if head_dim == 128 else one_of(1, 2), label="num_groups")
+    layout = Layout(
+        format,
+        num_blocks=0,
+        num_window_blocks=0,
+        block_size=draw(one_of(16, 32), label="block_size"),
+        num_kv_heads=draw(one_of(1, 2, 3, 4), label="num_kv_heads"),
+        head_dim=head_dim,
+        num_groups=num_groups if format == "int4" else 1,
+        group_size=1,
+        bits=4,
+        dtype=draw(one_of("bfloat16", "float16"), label="dtype"),
+    )
+    most = draw(one_of(1, 1, 2), label="most queries")
+    return draw(batches(format, layout=layout, most_queries=most, **options))
 
 
 OPTIONS = ((), ("scale",), ("sliding_window",), ("sinks",), ("logit_cap", "scale"), ("sinks", "sliding_window"))
