@@ -37,7 +37,7 @@ def merge_states_kernel(
     top = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     lse_pointers = lse_parts_ptr + row
     for _ in range(num_parts):
-        lse = tl.load(lse_pointers, mask=in_rows, other=float("-inf"))
+        lse = tl.load(lse_pointers, mask=in_rows)
         top = tl.maximum(top, lse.to(tl.float32))
         lse_pointers += num_rows
     shift = tl.where(top == float("-inf"), 0.0, top)  # a row without keys: -inf - -inf would be NaN
@@ -47,7 +47,7 @@ def merge_states_kernel(
     lse_pointers = lse_parts_ptr + row
     out_pointers = out_parts_ptr + row[:, None] * HEAD_DIM + dim[None, :]
     for _ in range(num_parts):
-        lse = tl.load(lse_pointers, mask=in_rows, other=float("-inf")).to(tl.float32)
+        lse = tl.load(lse_pointers, mask=in_rows).to(tl.float32)
         weight = tl.exp(lse - shift)
         seen = (weight > 0)[:, None]  # never read what was not written
         values = tl.load(out_pointers, mask=in_tile & seen, other=0.0).to(tl.float32)

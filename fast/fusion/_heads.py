@@ -41,7 +41,7 @@ def load_angles(
 
     A token's heads read the same row of a table, but from the nearest cache: no layout has to change to share it.
     """
-    position = tl.load(positions_ptr + token * stride_positions, mask=token < num_tokens, other=-1).to(tl.int64)
+    position = tl.load(positions_ptr + token * stride_positions, mask=token < num_tokens).to(tl.int64)
     pair = tl.arange(0, HALF)
     mask = ((position >= 0) & (position < max_positions))[:, None] & (pair < half_dim)[None, :]
     cos_ptrs = cos_ptr + (position * stride_cos_row)[:, None] + (pair * stride_cos_pair)[None, :]
@@ -142,4 +142,4 @@ def store_heads(ptrs, dim, stride_dim, values, written, in_head):
 
 @triton.jit
 def _load_norm(norm_ptr, dim, stride_norm, in_head):
-    return tl.load(norm_ptr + dim * stride_norm, mask=in_head, other=0.0).to(tl.float32)[None, :]
+    return tl.load(norm_ptr + dim * stride_norm, mask=in_head).to(tl.float32)[None, :]

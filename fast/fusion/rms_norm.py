@@ -69,7 +69,7 @@ def _rms_norm_kernel(
 
     x_ptrs = x_ptr + (outer * stride_x_outer + inner * stride_x_inner)[:, None] + _steps(dim, stride_x_dim)
     values = tl.load(x_ptrs, mask=in_tile, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + dim * stride_weight, mask=in_row, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + dim * stride_weight, mask=in_row).to(tl.float32)
     out_ptrs = out_ptr + (outer * stride_out_outer + inner * stride_out_inner)[:, None] + _steps(dim, stride_out_dim)
     store(out_ptrs, _norm_rows(values, weight, hidden_size, eps), in_tile)
 
@@ -158,7 +158,7 @@ def _add_rms_norm_kernel(
     residual_ptrs = residual_ptr + (token * stride_residual_token)[:, None] + _steps(dim, stride_residual_dim)
     x = tl.load(x_ptrs, mask=in_tile, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptrs, mask=in_tile, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + dim * stride_weight, mask=in_row, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + dim * stride_weight, mask=in_row).to(tl.float32)
 
     total = to_dtype(x + residual, residual_out_ptr.dtype.element_ty)  # normed as later layers will read it
     sum_ptrs = (token * stride_residual_out_token)[:, None] + _steps(dim, stride_residual_out_dim)

@@ -71,8 +71,8 @@ def _swiglu_kernel(
         + (token * stride_gate_up_token)[:, None]
         + ((dim + intermediate_size) * stride_gate_up_dim)[None, :]
     )
-    gate = tl.load(gate_ptrs, mask=in_tile, other=0.0).to(tl.float32)
-    up = tl.load(up_ptrs, mask=in_tile, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptrs, mask=in_tile).to(tl.float32)
+    up = tl.load(up_ptrs, mask=in_tile).to(tl.float32)
     EXACT: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     out_ptrs = out_ptr + (token * stride_out_token)[:, None] + (dim * stride_out_dim)[None, :]
     store(out_ptrs, silu_times(gate, up, EXACT), in_tile)

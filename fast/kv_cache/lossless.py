@@ -28,6 +28,7 @@ from reference.kv_cache.lossless import HEADER_BYTES, WORD_FORMATS, WordFormat
 MAX_TILE = 4096  # values that one program codes: 16 a thread; its 256 counters are an eighth of what it reads
 NUM_WARPS = 8
 TILE_TILES = 16  # tiles whose counters are added up at once
+EARLIER_TILES = 256  # tiles whose escapes are: a number of each
 
 HEADER = tl.constexpr(HEADER_BYTES)
 
@@ -328,7 +329,7 @@ def decode_lossless(
     _count_escapes_kernel[grid](codes, escapes, *sizes_of_codes, **tiles)
     _decode_kernel[grid](
         codes, escapes, words.view(torch.int16), largest, *sizes_of_codes,
-        FRACTION_BITS=layout.fraction_bits, TILE_TILES=256, **tiles,
+        FRACTION_BITS=layout.fraction_bits, TILE_TILES=EARLIER_TILES, **tiles,
     )  # fmt: skip
     if checking_values():
         _require_coded(op, codes, sizes, num_values, layout, escapes, largest)

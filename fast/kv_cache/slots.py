@@ -71,8 +71,8 @@ def _write_kv_kernel(
         inside = value < num_values
         head, dim = value // HEAD_DIM, value % HEAD_DIM
 
-        k = tl.load(k_ptr + token * stride_k_token + head * stride_k_head + dim * stride_k_dim, mask=inside, other=0.0)
-        v = tl.load(v_ptr + token * stride_v_token + head * stride_v_head + dim * stride_v_dim, mask=inside, other=0.0)
+        k = tl.load(k_ptr + token * stride_k_token + head * stride_k_head + dim * stride_k_dim, mask=inside)
+        v = tl.load(v_ptr + token * stride_v_token + head * stride_v_head + dim * stride_v_dim, mask=inside)
         k_row = k_cache_ptr + block * stride_k_cache_block + offset * stride_k_cache_offset
         v_row = v_cache_ptr + block * stride_v_cache_block + offset * stride_v_cache_offset
         k_cells = k_row + head * stride_k_cache_head + dim * stride_k_cache_dim
@@ -139,7 +139,6 @@ def _gather_kv_kernel(
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token * stride_slot_mapping).to(tl.int64)
     has_slot = (slot >= 0) & (slot < num_slots)
-    slot = tl.where(has_slot, slot, 0)
     block, offset = slot // block_size, slot % block_size
     value = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = value < num_values
@@ -219,7 +218,7 @@ def _move_rows_kernel(
     inside = word < row_words
     source_words = source_ptr + source * stride_source_row + word * stride_source_word
     target_words = target_ptr + target * stride_target_row + word * stride_target_word
-    words = tl.load(source_words, mask=inside & tl.where(readable, inside, False), other=0)
+    words = tl.load(source_words, mask=tl.where(readable, inside, False), other=0)
     tl.store(target_words, words, mask=tl.where(writable, inside, False))
 
 

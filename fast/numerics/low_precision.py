@@ -50,7 +50,7 @@ def _round_kernel(
 ):
     wait_for_predecessor(OVERLAP)
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    x = to_float32(tl.load(x_ptr + place, mask=place < num_values, other=0.0))
+    x = to_float32(tl.load(x_ptr + place, mask=place < num_values))
     rounded = _round(x, FORMAT, SATURATE)
     if out_ptr.dtype.element_ty != FORMAT:
         rounded = _round(to_float32(rounded), out_ptr.dtype.element_ty, False)

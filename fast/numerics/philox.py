@@ -139,12 +139,12 @@ def _philox_kernel(
     draw = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = draw < num_draws
     counter, key = counter_ptr + draw * stride_counter_draw, key_ptr + draw * stride_key_draw
-    c0 = tl.load(counter, mask=inside, other=0)
-    c1 = tl.load(counter + stride_counter_word, mask=inside, other=0)
-    c2 = tl.load(counter + 2 * stride_counter_word, mask=inside, other=0)
-    c3 = tl.load(counter + 3 * stride_counter_word, mask=inside, other=0)
-    k0 = tl.load(key, mask=inside, other=0)
-    k1 = tl.load(key + stride_key_word, mask=inside, other=0)
+    c0 = tl.load(counter, mask=inside)
+    c1 = tl.load(counter + stride_counter_word, mask=inside)
+    c2 = tl.load(counter + 2 * stride_counter_word, mask=inside)
+    c3 = tl.load(counter + 3 * stride_counter_word, mask=inside)
+    k0 = tl.load(key, mask=inside)
+    k1 = tl.load(key + stride_key_word, mask=inside)
     w0, w1, w2, w3 = encrypt(c0, c1, c2, c3, k0, k1)
     tl.store(words_ptr + 4 * draw, w0, mask=inside)
     tl.store(words_ptr + 4 * draw + 1, w1, mask=inside)

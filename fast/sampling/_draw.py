@@ -49,7 +49,7 @@ def best_candidate(
     for start in range(0, num_candidates, TILE):
         i = start + tl.arange(0, TILE)
         x = tl.load(values_ptr + i, mask=i < num_candidates, other=float("-inf"))
-        token = tl.load(tokens_ptr + i, mask=i < num_candidates, other=0)
+        token = tl.load(tokens_ptr + i, mask=i < num_candidates)
         noise = gumbel_at(seed, position, sample_index, token, PURPOSE_DRAW)
         noisy = tl.where(sort_key(x, SHIFT) >= bound, (x - top) * inverse_temperature + noise, float("-inf"))
         wins = (noisy > best) | ((noisy == best) & (token < winner))
@@ -82,7 +82,7 @@ def best_of_tiles(
 ):  # fmt: skip
     """The best perturbed logit of the tiles' best chunks, relative to one maximum now."""
     tile, place = tl.arange(0, TILES), tl.arange(0, CHUNK)
-    col = tl.load(tile_best_ptr + row * num_tiles + tile, mask=tile < num_tiles, other=0)
+    col = tl.load(tile_best_ptr + row * num_tiles + tile, mask=tile < num_tiles)
     token = (tile * (CHUNK * COLS) + col)[:, None] + place[None, :] * COLS
     inside = (tile < num_tiles)[:, None] & (token < vocab_size)
     x = tl.load(logits_row_ptr + token.to(tl.int64) * stride_vocab, mask=inside, other=float("-inf")).to(tl.float32)
@@ -225,7 +225,7 @@ def _finish_kernel(
             where = (row * num_tiles + tile)[:, None] * (2 * NUM_PIVOTS) + j[None, :]
             above = tl.sum(tl.load(above_ptr + where, mask=inside, other=0.0), axis=0)
             base = tl.sum(tl.where(j == NUM_PIVOTS, above, 0.0), axis=0)
-            pivot_token = tl.load(plan_ptr + row * PLAN_WIDTH + 1 + j, mask=j < NUM_PIVOTS, other=2147483647)
+            pivot_token = tl.load(plan_ptr + row * PLAN_WIDTH + 1 + j, mask=j < NUM_PIVOTS)
             kept = (above < top_p * base) & (pivot_token < 2147483647)
             first = tl.min(tl.where(kept, j, NUM_PIVOTS), axis=0)
             if first < NUM_PIVOTS:

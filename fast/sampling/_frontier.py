@@ -33,7 +33,7 @@ def gather_noisiest(
     for start in range(0, num_listed, TILE):
         token = chunk_tokens(listed_ptr, start, num_listed, TILE, CHUNK, COLS)
         inside = (token >= 0) & (token < vocab_size)
-        x = tl.load(logits_row_ptr + token.to(tl.int64) * stride_vocab, mask=inside, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits_row_ptr + token.to(tl.int64) * stride_vocab, mask=inside).to(tl.float32)
         noisy = (x - top) * inverse_temperature + gumbel_at(seed, position, sample_index, token, PURPOSE_DRAW)
         reaches = (inside & (noisy >= bound)).to(tl.int32)
         place = total + tl.cumsum(reaches, axis=0) - 1
@@ -57,15 +57,15 @@ def find_frontier(
     tl.store(pivots_row_ptr + place, tl.full([NUM_PIVOTS], float("inf"), tl.float32))
     i = tl.arange(0, MAX_PAIRS)
     inside = i < num_candidates
-    x = tl.load(values_ptr + i, mask=inside, other=float("-inf"))
-    token = tl.load(tokens_ptr + i, mask=inside, other=0)
-    noisy = tl.load(noisy_ptr + i, mask=inside, other=float("-inf"))
+    x = tl.load(values_ptr + i, mask=inside)
+    token = tl.load(tokens_ptr + i, mask=inside)
+    noisy = tl.load(noisy_ptr + i, mask=inside)
 
     num_above = tl.zeros([MAX_PAIRS], tl.int32)  # better in both; a later one of two equal pairs is not on it either
     for start in range(0, num_candidates, TILE_PAIRS):
         j = start + tl.arange(0, TILE_PAIRS)
-        other_x = tl.load(values_ptr + j, mask=j < num_candidates, other=float("-inf"))[None, :]
-        other_token = tl.load(tokens_ptr + j, mask=j < num_candidates, other=0)[None, :]
+        other_x = tl.load(values_ptr + j, mask=j < num_candidates)[None, :]
+        other_token = tl.load(tokens_ptr + j, mask=j < num_candidates)[None, :]
         other = tl.load(noisy_ptr + j, mask=j < num_candidates, other=float("-inf"))[None, :]
         first = (other > noisy[:, None]) | ((other == noisy[:, None]) & (other_token < token[:, None]))
         num_above += tl.sum((first & (other_x >= x[:, None]) & (other_x >= least)).to(tl.int32), axis=1)
@@ -76,7 +76,7 @@ def find_frontier(
     rank = tl.zeros([MAX_PAIRS], tl.int32)  # those before it have a smaller logit
     for start in range(0, num_candidates, TILE_PAIRS):
         j = start + tl.arange(0, TILE_PAIRS)
-        other_x = tl.load(values_ptr + j, mask=j < num_candidates, other=float("-inf"))[None, :]
+        other_x = tl.load(values_ptr + j, mask=j < num_candidates)[None, :]
         other = tl.load(on_frontier_ptr + j, mask=j < num_candidates, other=0)[None, :]
         rank += tl.sum(((other > 0) & (other_x < x[:, None])).to(tl.int32), axis=1)
     writes = on_frontier & (rank < NUM_PIVOTS)

@@ -26,7 +26,7 @@ def _copy_kernel(
     row = tl.program_id(0).to(tl.int64) // num_tiles
     token = (tl.program_id(0) % num_tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = token < vocab_size
-    x = tl.load(logits_ptr + row * stride_logits_row + token * stride_logits_vocab, mask=inside, other=0.0)
+    x = tl.load(logits_ptr + row * stride_logits_row + token * stride_logits_vocab, mask=inside)
     tl.store(out_ptr + row * stride_out_row + token * stride_out_vocab, x.to(tl.float32), mask=inside)
 
 
@@ -61,9 +61,9 @@ def _penalize_kernel(
         i = start + tl.arange(0, TILE)
         token = tl.load(bias_ids_ptr + i, mask=i < max_biases, other=-1)
         valid = (token >= 0) & (token < vocab_size)
-        bias = tl.load(bias_values_ptr + i, mask=valid, other=0.0)
+        bias = tl.load(bias_values_ptr + i, mask=valid)
         pointers = out_ptr + token.to(tl.int64) * stride_out_vocab
-        tl.store(pointers, tl.load(pointers, mask=valid, other=0.0) + bias, mask=valid)
+        tl.store(pointers, tl.load(pointers, mask=valid) + bias, mask=valid)
 
     # Whichever column writes its number last stands for the token. Nothing need be cleared: only what has been written
     # is read.
@@ -80,7 +80,7 @@ def _penalize_kernel(
         i = start + tl.arange(0, TILE)
         token = tl.load(history_ptr + i, mask=i < max_history, other=-1)
         counts = (token >= 0) & (token < vocab_size) & (i >= prompt_len)
-        place = tl.load(place_ptr + token, mask=counts, other=0)
+        place = tl.load(place_ptr + token, mask=counts)
         tl.atomic_add(count_ptr + place, 1, mask=counts)
     tl.debug_barrier()
 
@@ -91,10 +91,10 @@ def _penalize_kernel(
         i = start + tl.arange(0, TILE)
         token = tl.load(history_ptr + i, mask=i < max_history, other=-1)
         valid = (token >= 0) & (token < vocab_size)
-        stands = valid & (tl.load(place_ptr + token, mask=valid, other=-1) == i)
-        count = tl.load(count_ptr + i, mask=stands, other=0).to(tl.float32)
+        stands = valid & (tl.load(place_ptr + token, mask=valid) == i)
+        count = tl.load(count_ptr + i, mask=stands).to(tl.float32)
         pointers = out_ptr + token.to(tl.int64) * stride_out_vocab
-        score = tl.load(pointers, mask=stands, other=0.0)
+        score = tl.load(pointers, mask=stands)
         score = tl.where(score > 0, tl.div_rn(score, repetition + 0.0 * score), score * repetition)
         score -= tl.where(count > 0, frequency * count + presence, 0.0)
         tl.store(pointers, score, mask=stands)

@@ -67,7 +67,7 @@ def row_mass(tile_max_ptr, tile_mass_ptr, row, num_tiles, top, inverse_temperatu
     tile = tl.arange(0, TILES)
     inside = tile < num_tiles
     tops = tl.load(tile_max_ptr + row * num_tiles + tile, mask=inside, other=float("-inf"))
-    masses = tl.load(tile_mass_ptr + row * num_tiles + tile, mask=inside, other=0.0)
+    masses = tl.load(tile_mass_ptr + row * num_tiles + tile, mask=inside)
     return tl.sum(tl.where(tops > float("-inf"), masses * tl.exp((tops - top) * inverse_temperature), 0.0), axis=0)
 
 
@@ -123,7 +123,7 @@ def pairs_threshold(
     """
     i = tl.arange(0, MAX_PAIRS)
     inside = i < num_candidates
-    x = tl.load(values_ptr + i, mask=inside, other=float("-inf"))
+    x = tl.load(values_ptr + i, mask=inside)
     num_better = tl.zeros([MAX_PAIRS], tl.int32)
     for start in range(0, num_candidates, TILE_PAIRS):
         j = start + tl.arange(0, TILE_PAIRS)
@@ -140,7 +140,7 @@ def pairs_threshold(
         for start in range(0, num_candidates, TILE_PAIRS):
             j = start + tl.arange(0, TILE_PAIRS)
             other = tl.load(values_ptr + j, mask=j < num_candidates, other=float("-inf"))
-            other_mass = tl.load(values_ptr + MAX_PAIRS + j, mask=j < num_candidates, other=0.0)
+            other_mass = tl.load(values_ptr + MAX_PAIRS + j, mask=j < num_candidates)
             better += tl.sum(tl.where(other[None, :] > x[:, None], other_mass[None, :], 0.0), axis=1)
         kept = kept & ((better < target) | (x == top))
     return tl.min(tl.where(kept, key, 2147483647), axis=0)

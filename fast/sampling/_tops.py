@@ -68,7 +68,7 @@ def row_log_sum(tile_max_ptr, tile_mass_ptr, row, num_tiles, TILES: tl.constexpr
     tile = tl.arange(0, TILES)
     inside = tile < num_tiles
     tops = tl.load(tile_max_ptr + row * num_tiles + tile, mask=inside, other=float("-inf"))
-    masses = tl.load(tile_mass_ptr + row * num_tiles + tile, mask=inside, other=0.0)
+    masses = tl.load(tile_mass_ptr + row * num_tiles + tile, mask=inside)
     top = tl.max(tops, axis=0)
     return top, tl.log(tl.sum(tl.where(tops > float("-inf"), masses * tl.exp(tops - top), 0.0), axis=0))
 
@@ -79,7 +79,7 @@ def load_tops(keys_ptr, ids_ptr, row, num_tiles, num_top, ENTRIES: tl.constexpr)
     i = tl.arange(0, ENTRIES)
     inside = i < num_tiles * num_top
     key = tl.load(keys_ptr + row * (num_tiles * num_top) + i, mask=inside, other=-2147483648)
-    token = tl.load(ids_ptr + row * (num_tiles * num_top) + i, mask=inside, other=2147483647)
+    token = tl.load(ids_ptr + row * (num_tiles * num_top) + i, mask=inside)
     return key, token
 
 

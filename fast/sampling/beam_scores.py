@@ -68,7 +68,7 @@ def _merge_beams_kernel(
         inside = (first + beam < end)[:, None] & (place < num_candidates)[None, :]
         entry = (first + beam).to(tl.int64)[:, None] * num_candidates + place[None, :]
         new = tl.load(totals_ptr + entry, mask=inside, other=float("-inf"))
-        token = tl.load(tokens_ptr + entry, mask=inside, other=0)
+        token = tl.load(tokens_ptr + entry, mask=inside)
         new_pair = (first + beam - start).to(tl.int64)[:, None] * vocab_size + token
         new_pair = tl.where(new > float("-inf"), new_pair, 9223372036854775807)
         old, old_pair = best, pair

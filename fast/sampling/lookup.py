@@ -36,8 +36,8 @@ def _match_kernel(
     while (n < max_ngram) & (tl.max(matches.to(tl.int32), axis=0) > 0):
         matches = matches & (end > n)
         pointers = history_ptr + (end - n - 1).to(tl.int64) * stride_history_token
-        token = tl.load(pointers, mask=matches, other=0)
-        last = tl.load(history_ptr + (length - n - 1).to(tl.int64) * stride_history_token, mask=n < length, other=0)
+        token = tl.load(pointers, mask=matches)
+        last = tl.load(history_ptr + (length - n - 1).to(tl.int64) * stride_history_token)  # n <= end < length
         matches = matches & (token == last)
         matched += matches.to(tl.int32)
         n += 1

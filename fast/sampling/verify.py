@@ -41,7 +41,7 @@ def count_accepted(
     for first in range(0, num_drafts, TILE_DRAFTS):
         i = first + tl.arange(0, TILE_DRAFTS)
         inside = i < num_drafts
-        token = tl.load(draft_tokens_ptr + start + i, mask=inside, other=-1)
+        token = tl.load(draft_tokens_ptr + start + i, mask=inside)
         valid = inside & (token >= 0) & (token < vocab_size)
         row = (start + seq + i).to(tl.int64)
         pointers = target_ptr + row * stride_target_row + token * stride_target_vocab

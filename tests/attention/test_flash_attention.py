@@ -45,25 +45,33 @@ def test_the_size_of_tiles_does_not_matter(case, tiles):
         module.TILE_Q, module.TILE_KV = original
 
 
+@pytest.mark.parametrize("backend", [reference, fast])
 @pytest.mark.parametrize(
-    ("options", "first_hidden", "last_hidden"),
+    ("causal", "window", "hidden"),
     [
-        ({}, 3, 6),  # the future
-        ({"sliding_window": module.TILE_KV}, 0, 1),  # the past: query 128 sees keys from 65
-        ({"sliding_window": module.TILE_KV + 1, "causal": False}, 0, 1),
-        ({"sliding_window": module.TILE_KV + 1, "causal": False}, 4, 6),  # query 191 sees keys to 255
+        (True, None, "after the last query"),
+        (True, 0, "before the window"),  # the first query of the tile sees all but one key of the tile before it
+        (True, 1, "before the window"),
+        (False, 1, "before the window"),
+        (False, 1, "after the window"),
     ],
 )
-def test_hidden_tiles_are_never_read(options, first_hidden, last_hidden):
-    """A tile of keys that no query of a tile sees is skipped: it may hold NaN, and queries 128 to 191 do not mind."""
-    q, k, v = np.ones((3, 6 * module.TILE_KV, 1, 2))
-    k[first_hidden * module.TILE_KV : last_hidden * module.TILE_KV] = np.nan
-    v[first_hidden * module.TILE_KV : last_hidden * module.TILE_KV] = np.nan
-    offsets = np.array([0, len(q)])
-    out, lse = module.flash_attention(q, k, v, offsets, offsets, **options)
-    tile = slice(2 * module.TILE_Q, 3 * module.TILE_Q)
-    finite = np.isfinite(out[tile]).all() and np.isfinite(lse[tile]).all()
-    assert finite, f"{options}: tiles {first_hidden} to {last_hidden - 1} of the keys were read"
+def test_hidden_tiles_are_never_read(backend, causal, window, hidden):
+    """A tile of keys that no query of a tile sees is skipped: it may hold NaN, and the third tile of queries does not
+    mind. Windows are a tile of keys, or one more."""
+    tile_q, tile_kv = (module.TILE_Q, module.TILE_KV) if backend is reference else choose_tiles(2, 4, 1000)[:2]
+    first, end = 2 * tile_q, 3 * tile_q
+    q, k, v = np.ones((3, end + 3 * tile_kv, 1, 2), np.float32)
+    unseen = {
+        "before the window": slice(0, first - tile_kv),
+        "after the last query": slice(end, None),
+        "after the window": slice(end + tile_kv, None),
+    }
+    k[unseen[hidden]] = v[unseen[hidden]] = np.nan
+    arrays = [backend.from_host(x) for x in (q, k, v, *2 * [np.array([0, len(q)], np.int32)])]
+    options = {"causal": causal, "sliding_window": None if window is None else tile_kv + window}
+    for result in backend.flash_attention(*arrays, **options):
+        assert np.isfinite(backend.to_host(result)[first:end]).all(), f"keys {hidden} were read"
 
 
 def test_a_query_without_keys():
@@ -138,6 +146,16 @@ def test_each_kernel_is_chosen_and_right(dtype, head_dim, lens, options, expecte
     if expected == "hopper" and not is_hopper(q):
         expected = "descriptors"
     assert chosen == expected, f"expected {expected}, got {chosen}"
+
+
+def test_more_sequences_than_are_searched_at_once(monkeypatch):
+    """A program looks for its sequence among some at a time; those without queries have no programs."""
+    monkeypatch.setattr(sys.modules[choose_tiles.__module__], "SEARCH", 4)
+    rng = np.random.default_rng(0)
+    lens = [(1, 3), (0, 2), (2, 2), (1, 1), (0, 0), (0, 4), (1, 2), (3, 5), (1, 1)]
+    sequences = [SequenceInput(*(rng.normal(size=(n, 1, 4)).astype(np.float32) for n in (a, b, b))) for a, b in lens]
+    case = PackedCase(dtype="float32", sequences=sequences, num_heads=1, num_kv_heads=1, head_dim=4)
+    properties.flash_matches_oracle(fast, case)
 
 
 def test_tiles_follow_the_shape(monkeypatch):

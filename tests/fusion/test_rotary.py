@@ -271,3 +271,24 @@ def test_a_cache_of_another_dtype_saturates(backend):
     backend.rotary_write_kv(*placed)
     assert backend.to_host(placed[6]).reshape(2, 2).tolist() == [[65504, 2], [3, -65504]], "keys"
     assert backend.to_host(placed[7]).reshape(2, 2).tolist() == [[65504, 2], [-65504, 65504]], "values"
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_numbers_may_lie_apart(interleaved):
+    """Each array with other gaps between its numbers: nobody takes the stride of another. Some features do not turn."""
+    rng = np.random.default_rng(0)
+    cos, sin = rotary_tables(6, 9, base=100.0)
+    heads = {"q": (3, 2, 10), "k": (3, 1, 10), "v": (3, 1, 10)}
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in heads.items()}
+    arrays |= {"cos": cos, "sin": sin, "positions": np.array([8, 0, 5]), "slot_mapping": np.array([3, -1, 4])}
+    arrays |= {f"{name}_cache": np.full((2, 3, 1, 10), np.nan, np.float32) for name in "kv"}
+    arrays |= {f"{name}_norm": rng.uniform(0.5, 1.5, 10).astype(np.float32) for name in "qk"}
+    results = []
+    for gap in (0, 1):
+        placed = {
+            name: fast.from_host(np.repeat(array, 1 + gap * (1 + i), axis=-1))[..., :: 1 + gap * (1 + i)]
+            for i, (name, array) in enumerate((arrays | {"out": np.zeros_like(arrays["q"])}).items())
+        }
+        fast.rotary_write_kv(**placed, interleaved=interleaved)
+        results.append([fast.to_host(placed[name]).tobytes() for name in ("out", "k_cache", "v_cache")])
+    assert results[0] == results[1]

@@ -1,12 +1,14 @@
 """Lossless coding of blocks."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
 import fast
 import reference
-from fast.kv_cache.lossless import MAX_TILE, choose_tile
+from fast.kv_cache import lossless
+from fast.kv_cache.lossless import MAX_TILE, TILE_TILES, choose_tile
 from twofold.conformance import plain_torch
 from twofold.conformance.properties import kv_cache as properties
 from twofold.conformance.strategies.kv_cache import FLOATS, words
@@ -36,6 +38,24 @@ def test_a_block_of_many_tiles_has_the_same_bytes(format):
     words = values.astype(FLOATS[format]).view(np.uint16)
     properties.lossless_codes_are_the_oracles(fast, reference, words, format)
     properties.lossless_is_lossless(fast, words, format)
+
+
+def test_escapes_are_added_up_over_any_number_of_tiles(monkeypatch):
+    """More of them than are taken at once, by coder and decoder; small tiles, so that the block is not large."""
+    monkeypatch.setattr(lossless, "MAX_TILE", 16)
+    monkeypatch.setattr(lossless, "EARLIER_TILES", TILE_TILES)
+    values = np.random.default_rng(2).normal(size=(1, 16 * (2 * TILE_TILES + 3) - 5)) ** 3
+    words = values.astype(FLOATS["bfloat16"]).view(np.uint16)
+    properties.lossless_codes_are_the_oracles(fast, reference, words, "bfloat16")
+    properties.lossless_is_lossless(fast, words, "bfloat16")
+
+
+@pytest.mark.parametrize("coder", [plain_torch, fast], ids=["plain_torch", "fast"])
+@formats
+def test_the_last_exponent_is_one_like_the_others(coder, format):
+    """Infinities and NaN alone, and beside the largest numbers: the base may be the last, or the last but one."""
+    numbers = np.array([[np.inf] * 40, [-np.inf, np.nan] * 20, [np.inf, ml_dtypes.finfo(FLOATS[format]).max] * 20])
+    properties.lossless_codes_are_the_oracles(coder, reference, numbers.astype(FLOATS[format]).view(np.uint16), format)
 
 
 @formats
@@ -128,3 +148,18 @@ def test_what_no_encoder_made_is_refused(checking, codes, sizes):
     codes, sizes = checking.from_host(codes.copy()), checking.from_host(sizes.copy())
     with pytest.raises(ValueError, match=r"^decode_lossless: (codes|sizes): "):
         checking.decode_lossless(codes, sizes, num_values=32, format="bfloat16")
+
+
+@pytest.mark.parametrize("width", [7, 9, 20])
+def test_what_no_encoder_made_is_not_read_beyond_its_row(width, monkeypatch):
+    """Where values are not looked at: planes and exceptions that do not fit are not there, whatever lies behind."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")
+    capacity = CODES.shape[1]
+    decoded = []
+    for behind in (0, 0xFF):
+        rows = np.full((2, capacity + 60), 0xFF, np.uint8)
+        rows[:, 0], rows[:, capacity:] = width, behind
+        codes = fast.from_host(rows)[:, :capacity]
+        words = fast.decode_lossless(codes, fast.from_host(SIZES.copy()), num_values=32, format="bfloat16")
+        decoded.append(fast.to_host(words).tolist())
+    assert decoded[0] == decoded[1]

@@ -9,8 +9,19 @@ from hypothesis import strategies as st
 
 import fast
 import reference
+from fast.kv_cache.slots import TILE_VALUES, TILE_WORDS
 from twofold.conformance.properties import kv_cache as properties
-from twofold.conformance.strategies.kv_cache import FORMATS, batches, cuts, pools, tokens, valid_calls
+from twofold.conformance.strategies.kv_cache import (
+    FORMATS,
+    Layout,
+    Tokens,
+    batches,
+    cuts,
+    pools,
+    tokens,
+    valid_calls,
+    values,
+)
 
 
 @given(tokens=tokens("plain"))
@@ -59,6 +70,26 @@ def test_copies_move_only_their_targets(backend, copy):
 @given(copy=pools())
 def test_swapped_blocks_come_back_elsewhere(backend, copy):
     properties.swapped_blocks_come_back(backend, *copy)
+
+
+def test_wide_tokens_take_several_programs(backend):
+    """More numbers than one program moves, and than a whole number of programs would."""
+    layout = Layout("plain", 3, 0, 4, 5, 3 * TILE_VALUES // 7, num_groups=1, group_size=1, bits=4, dtype="bfloat16")
+    width = (3, 2 * layout.num_kv_heads, layout.head_dim)
+    packed = values(np.random.default_rng(0), width, "normal", "float32")
+    packed[1] = np.nan
+    wide = Tokens(layout, "normal", packed, np.array([10, -1, 3]))
+    properties.written_is_gathered(backend, wide)
+    properties.only_named_slots_change(backend, wide)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+def test_long_rows_take_several_programs(backend, dtype):
+    """Of bytes, which are moved as words where their rows are aligned, and of words."""
+    words = 2 * TILE_WORDS + 5
+    pool = np.random.default_rng(0).integers(0, 100, (5, 2 * words)).astype(dtype)
+    properties.copies_move_only_their_targets(backend, pool, np.array([3, 0]), np.array([1, 4]))
+    properties.swapped_blocks_come_back(backend, pool, np.array([3, 0]), np.array([1, 4]))
 
 
 # ---- the door ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Mutants: what is made of a kernel, and that the right ones die."""
 
+import ast
 import sys
 import tomllib
 from pathlib import Path
@@ -54,6 +55,51 @@ def test_only_kernels_are_edited_unless_asked():
     assert [m for m in mutants.mutants_of(KERNEL, kernels_only=False) if "cdiv" in m.what]
 
 
+BRANCHES = """
+@triton.jit
+def kernel(x, dtype: tl.constexpr):
+    if INTERPRETED and dtype == tl.bfloat16:
+        y = x + 1
+    elif INTERPRETED:
+        y = x + 2
+    else:
+        y = x + 3
+        if y < 4:
+            y = 0
+    if not INTERPRETED:
+        y = y * 5
+    z = y - 6 if INTERPRETED or dtype == tl.int16 else y - 7
+    return z
+"""
+
+
+def test_what_does_not_run_here_is_told_apart():
+    """A fault in a branch for GPUs alone is no hole in tests that run in the interpreter; nor the reverse."""
+    added = {"x + 1 becomes x - 1", "x + 2 becomes x - 2", "y - 6 becomes y + 6"}
+    native = {
+        "x + 3 becomes x - 3",
+        "y < 4 becomes y <= 4",
+        "0 becomes 1",
+        "y * 5 becomes y + 5",
+        "y - 7 becomes y + 7",
+    }
+
+    def elsewhere(interpreted: bool) -> set[str]:
+        return {m.what for m in mutants.mutants_of(BRANCHES, interpreted=interpreted) if m.elsewhere}
+
+    on_cpu, on_gpu = elsewhere(True), elsewhere(False)
+    assert native | {"dtype == tl.int16 becomes dtype != tl.int16"} <= on_cpu
+    assert not added & on_cpu
+    assert added - {"y - 6 becomes y + 6"} | {"dtype == tl.bfloat16 becomes dtype != tl.bfloat16"} <= on_gpu
+    assert not native & on_gpu
+
+
+def test_imports_of_a_file():
+    """What a child would import anyway, by the names of modules."""
+    text = "import a.b as c, d\nfrom e.f import g\n\ndef h():\n    import i\n    from . import j\n"
+    assert mutants.imports_of(text) == {"a.b", "d", "e.f", "i"}
+
+
 def test_verdicts(tmp_path, monkeypatch, capfd):
     """A fault that a test sees is killed, one that none sees survives, and tests that fail anyway judge nothing."""
     monkeypatch.chdir(tmp_path)
@@ -91,10 +137,12 @@ def test_the_deck_names_every_kernel():
     root = Path(__file__).parents[2]
     deck = tomllib.loads((root / "tests" / "mutants.toml").read_text())
     named = {file for files in deck.values() for file in files}
-    kernels = {str(file.relative_to(root)) for file in (root / "fast").rglob("*.py") if mutants_of_file(file)}
+    kernels = {str(file.relative_to(root)) for file in (root / "fast").rglob("*.py") if has_mutants(file)}
     assert named == kernels
 
 
-def mutants_of_file(file: Path) -> list[mutants.Mutant]:
-    """None of the Hopper kernels: they do not run in the interpreter."""
-    return [] if "hopper" in file.name else mutants.mutants_of(file.read_text())
+def has_mutants(file: Path) -> bool:
+    """No matter which, since making them takes minutes; none of the Hopper kernels, which are not interpreted."""
+    functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+    kernels = [function for function in functions if "hopper" not in file.name and mutants.is_kernel(function)]
+    return any(True for kernel in kernels for node in ast.walk(kernel) for _ in mutants.edits_of(node))

@@ -10,6 +10,7 @@ It says nothing of faults that take two edits, and nothing of races: `twofold.co
 
 import argparse
 import ast
+import contextlib
 import copy
 import importlib.machinery
 import importlib.util
@@ -37,6 +38,7 @@ class Mutant:
     line: int
     what: str
     source: str
+    elsewhere: bool = False  # in a branch that does not run here: only a GPU runs it, or only the interpreter
 
 
 # ---- making them ------------------------------------------------------------------------------------------------
@@ -48,11 +50,12 @@ OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv
 OPERATORS |= {ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.LShift: ast.RShift, ast.RShift: ast.LShift}
 
 
-def mutants_of(source: str, *, kernels_only: bool = True) -> list[Mutant]:
+def mutants_of(source: str, *, kernels_only: bool = True, interpreted: bool = True) -> list[Mutant]:
     """Every mutant of a source text, in the order of its lines.
 
     Args:
         kernels_only: Edit only functions decorated with ``triton.jit``; otherwise every function.
+        interpreted: Whether the tests run in Triton's interpreter; what only a GPU runs is then ``elsewhere``.
 
     Example:
         >>> text = "@triton.jit\\ndef kernel(x, n):\\n    return tl.load(x, mask=x < n, other=0.0)"
@@ -64,18 +67,46 @@ def mutants_of(source: str, *, kernels_only: bool = True) -> list[Mutant]:
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef) and (not kernels_only or is_kernel(function)):
             places += [node for statement in function.body for node in ast.walk(statement)]
+    skipped = {node for top in ast.walk(tree) for branch in never_run(top, interpreted) for node in ast.walk(branch)}
     made = {}
     for node in places:
         for what, edit in edits_of(node):
             text = edited(tree, node, edit)
             if text is not None:
-                made.setdefault(text, Mutant(getattr(node, "lineno", 0), what, text))
+                made.setdefault(text, Mutant(getattr(node, "lineno", 0), what, text, node in skipped))
     return sorted(made.values(), key=lambda mutant: mutant.line)
 
 
 def is_kernel(function: ast.FunctionDef) -> bool:
     """Whether Triton compiles it."""
     return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def never_run(node: ast.AST, interpreted: bool) -> list[Any]:
+    """The parts of a branch, or of a condition, that what `fast` knows of its surroundings rules out."""
+    if isinstance(node, ast.If):
+        return {True: node.orelse, False: node.body, None: []}[truth(node.test, interpreted)]
+    if isinstance(node, ast.IfExp):
+        return {True: [node.orelse], False: [node.body], None: []}[truth(node.test, interpreted)]
+    if isinstance(node, ast.BoolOp):
+        for i, value in enumerate(node.values):
+            if truth(value, interpreted) is isinstance(node.op, ast.Or):
+                return node.values[i + 1 :]
+    return []
+
+
+def truth(test: ast.expr, interpreted: bool) -> bool | None:
+    """What a condition comes to in the interpreter, or on a GPU; None if that depends on more."""
+    if isinstance(test, ast.Name) and test.id in ("INTERPRETED", "INTERPRETING"):
+        return interpreted
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        value = truth(test.operand, interpreted)
+        return None if value is None else not value
+    if isinstance(test, ast.BoolOp):
+        values = {truth(value, interpreted) for value in test.values}
+        decides = isinstance(test.op, ast.Or)
+        return decides if decides in values else None if None in values else not decides
+    return None
 
 
 def edits_of(node: ast.AST) -> Iterator[tuple[str, Edit]]:
@@ -168,8 +199,9 @@ def edited(tree: ast.Module, node: ast.AST, edit: Edit) -> str | None:
                     setattr(visited, name, self.visit(value))
             return visited
 
-    before, after = ast.unparse(tree), ast.unparse(ast.fix_missing_locations(Replace().visit(tree)))
-    return after if after != before else None
+    if ast.dump(edit(copy.deepcopy(node))) == ast.dump(node):
+        return None
+    return ast.unparse(ast.fix_missing_locations(Replace().visit(tree)))
 
 
 # ---- running tests against them ---------------------------------------------------------------------------------
@@ -245,10 +277,11 @@ def wait(child: int, deadline: float) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a file's mutants: so many made, so many of them judged, these verdicts."""
+    """What became of a file's mutants: how many were made, how many more of what does not run here, the verdicts."""
 
     file: str
     made: int
+    elsewhere: int
     verdicts: list[Verdict]
 
     @property
@@ -263,7 +296,8 @@ class Report:
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
-        counts = {"made": self.made, "judged": len(self.verdicts), "killed": self.killed}
+        counts = {"made": self.made, "elsewhere": self.elsewhere}
+        counts |= {"judged": len(self.verdicts), "killed": self.killed}
         return counts | {"survivors": [asdict(verdict) for verdict in self.survivors]}
 
 
@@ -293,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
         if unknown:
             parser.error(f"{options.deck}: does not say which tests judge {', '.join(unknown)}")
         chosen = {str(file): chosen[str(file)] for file in options.file}
-    import_what_is_not_mutated()
+    import_what_is_not_mutated({Path(test) for tests in chosen.values() for test in tests if Path(test).is_file()})
     reports = []
     for file, tests in chosen.items():
         report = judge_file(Path(file), tests, options)
@@ -301,7 +335,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{file}: the tests do not pass without a fault", file=sys.stderr)
             return 2
         reports.append(report)
-        print(f"{file}: {report.killed} of {len(report.verdicts)} killed ({report.made} made)", flush=True)
+        elsewhere = f", {report.elsewhere} more of what does not run here" if report.elsewhere else ""
+        print(f"{file}: {report.killed} of {len(report.verdicts)} killed ({report.made} made{elsewhere})", flush=True)
         for verdict in report.survivors:
             print(f"  line {verdict.line}: {verdict.what}", flush=True)
         if options.json:
@@ -312,8 +347,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def judge_file(file: Path, tests: list[str], options: argparse.Namespace) -> Report | None:
     """Judge a file's mutants, or a sample of them; None if its tests fail without any fault."""
-    mutants = mutants_of(file.read_text(), kernels_only=not options.all_functions)
-    made = len(mutants)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    everywhere = mutants_of(file.read_text(), kernels_only=not options.all_functions, interpreted=interpreted)
+    mutants = [mutant for mutant in everywhere if not mutant.elsewhere]
+    made, elsewhere = len(mutants), len(everywhere) - len(mutants)
     if options.sample and options.sample < made:
         mutants = sorted(random.Random(0).sample(mutants, options.sample), key=lambda mutant: mutant.line)
     module = ".".join(file.with_suffix("").parts)
@@ -321,11 +358,12 @@ def judge_file(file: Path, tests: list[str], options: argparse.Namespace) -> Rep
     if original.outcome != "survived":
         return None
     with ThreadPoolExecutor(options.jobs) as pool:
-        return Report(str(file), made, list(pool.map(lambda m: judge(m, module, tests, options.seconds), mutants)))
+        verdicts = list(pool.map(lambda m: judge(m, module, tests, options.seconds), mutants))
+    return Report(str(file), made, elsewhere, verdicts)
 
 
-def import_what_is_not_mutated() -> None:
-    """Once, for every child to share: what takes seconds to import."""
+def import_what_is_not_mutated(tests: set[Path]) -> None:
+    """Once, for every child to share: what takes seconds to import. Of what the tests want, all that lies elsewhere."""
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import torch
@@ -334,7 +372,19 @@ def import_what_is_not_mutated() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's own helpers are decorated when it is imported
     import triton  # noqa: F401
 
+    wanted = {name for test in tests for name in imports_of(test.read_text())}
+    for name in sorted(wanted):
+        if importlib.machinery.PathFinder.find_spec(name.split(".")[0], [os.getcwd()]) is None:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
+
+
+def imports_of(source: str) -> set[str]:
+    """The modules that a file names in its imports."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
 
 
 if __name__ == "__main__":

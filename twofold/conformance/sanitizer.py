@@ -7,7 +7,7 @@ loads, stores and atomics, knows which program makes each, and says at once:
 - *bounds*: an address that is in no tensor the kernel was given;
 - *write after write*: two programs store to one element in one launch;
 - *read and write*: a program reads what another one stores in the same launch, whichever came first;
-- *garbage*: what a masked load without ``other`` leaves open is NaN here, or a strange integer (plainly it is 0);
+- *garbage*: what a masked load without ``other`` leaves open is NaN or infinite here, or a strange integer or 1;
 - *overflow*: a sum, difference or product of integers does not fit in their 32 bits (or fewer).
 
 Programs may share memory through atomics: what a program did before a releasing atomic is known to whoever acquires
@@ -257,12 +257,12 @@ def _garbage(pointers: Any) -> Any:
     dtype = pointers.get_element_ty()
     stored_as = interpreter._get_np_dtype(dtype)
     if stored_as.kind == "f":
-        value = np.full(pointers.data.shape, np.nan, stored_as)
+        by_turns = [np.nan, np.inf]  # no comparison with NaN holds
     elif dtype.is_floating():  # kept as integers: bfloat16 and the kinds of float8, whose NaN are such words
-        value = np.full(pointers.data.shape, 0x7FC1 if stored_as.itemsize == 2 else 0x7F, stored_as)
+        by_turns = [0x7FC1, 0x7F80] if stored_as.itemsize == 2 else [0x7F, 0x7C]
     else:
-        value = np.full(pointers.data.shape, np.iinfo(stored_as).max // 3 if stored_as.kind in "iu" else 1, stored_as)
-    return interpreter.TensorHandle(value, dtype)
+        by_turns = [np.iinfo(stored_as).max // 3 if stored_as.kind in "iu" else 1, 1]  # as an index: far off, in range
+    return interpreter.TensorHandle(np.resize(np.array(by_turns, stored_as), pointers.data.shape), dtype)
 
 
 def _tensors(argument: Any) -> Iterator[torch.Tensor]:
