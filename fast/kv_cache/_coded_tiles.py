@@ -194,7 +194,7 @@ def attend_coded_tiles(
     PAIRED: tl.constexpr, BYTES: tl.constexpr, NIBBLES: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr, QUERIES: tl.constexpr, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, TILE_WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Let tiles ``start`` to ``stop`` of a sequence's keys, of those only tokens ``oldest`` to ``end``, pass the queries
+    """Let tiles ``start`` to ``stop`` of a sequence's keys, only tokens ``oldest`` to ``end`` of them, pass the queries
     of HEADS KV heads; returns the planes' sums, and top and total of each query."""
     PLANES: tl.constexpr = NIBBLES * BYTES
     HALF: tl.constexpr = HEAD_DIM // NIBBLES
