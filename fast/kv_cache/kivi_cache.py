@@ -216,7 +216,7 @@ def write_kv_kivi(
 
 @triton.jit
 def attend_old_tiles(
-    q, acc, top, total, boundaries, query_positions, start, stop, end, row_ptr, stride_table_block,
+    q, acc, top, total, boundaries, query_positions, start, stop, first, end, row_ptr, stride_table_block,
     k_cache_ptr, v_cache_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, scale, logit_cap, sliding_window,
     stride_cache_block, stride_cache_token, stride_k_scale_block, stride_k_scale_group,
     stride_v_scale_block, stride_v_scale_token, num_blocks, max_blocks_per_seq,
@@ -224,7 +224,7 @@ def attend_old_tiles(
     GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_GROUPS: tl.constexpr, TILE_KV: tl.constexpr,
     TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """Let the tiles of keys from ``start`` to ``stop`` pass that are before the token ``end``, from their codes."""
+    """Let the tiles of keys from ``start`` to ``stop`` pass that are ``first`` to ``end``, from their codes."""
     PACKED: tl.constexpr = HEAD_DIM * BITS // 8
     dim = tl.arange(0, TILE_D)
     column = tl.arange(0, TILE_KV)
@@ -232,6 +232,8 @@ def attend_old_tiles(
     for tile in range(start, stop):
         keys = tile * TILE_KV + column
         ids = paging.load_block_ids(row_ptr, stride_table_block, keys, end, num_blocks, max_blocks_per_seq, BLOCK_SIZE)
+        if WINDOWED:
+            ids = tl.where(keys >= first, ids, -1)  # the window is past it: its block may be another sequence's by now
         block, offset = ids.to(tl.int64), (keys % BLOCK_SIZE).to(tl.int64)
         owned = (ids >= 0)[:, None] & (dim < HEAD_DIM)[None, :]
 
@@ -380,7 +382,8 @@ def _attention_kernel(
                 context = seq_len - num_queries
                 positions = query + context
                 boundaries = quantized_before(positions, window, GROUP_SIZE)
-                first_young = quantized_before(context + tile * QUERIES, window, GROUP_SIZE)
+                oldest = paging.oldest_key(context + tile * QUERIES, sliding_window, WINDOWED)
+                first_young = tl.maximum(quantized_before(context + tile * QUERIES, window, GROUP_SIZE), oldest)
                 last_key = context + tl.minimum((tile + 1) * QUERIES, num_queries)
                 end_old = quantized_before(last_key - 1, window, GROUP_SIZE)
 
@@ -393,7 +396,8 @@ def _attention_kernel(
                 acc = tl.zeros([TILE_Q, TILE_D], tl.float32)
                 acc, top, total = attend_old_tiles(
                     q, acc, top, total, boundaries, positions, start,
-                    tl.minimum(stop, (end_old + TILE_KV - 1) // TILE_KV), end_old, table_row, stride_table_block,
+                    tl.minimum(stop, (end_old + TILE_KV - 1) // TILE_KV), oldest, end_old,
+                    table_row, stride_table_block,
                     k_cache_ptr + head64 * stride_cache_head, v_cache_ptr + head64 * stride_cache_head,
                     k_scale_ptr + head64 * stride_k_scale_head, k_zero_ptr + head64 * stride_k_scale_head,
                     v_scale_ptr + head64 * stride_v_scale_head, v_zero_ptr + head64 * stride_v_scale_head,

@@ -42,8 +42,10 @@ class PagedAttention:
                 block_size = k_cache.shape[1]
                 ids = self.row(block_table, seq)[: -(-seq_len // block_size)]
                 k, v = (self.keys(cache, ids, seq_len).astype(np.float32) for cache in (k_cache, v_cache))
-                k, v = (np.where(np.isfinite(x), x, 0) if (ids < 0).any() else x for x in (k, v))  # released blocks
                 keys = np.arange(len(k))
+                oldest = 0 if sliding_window is None else max(0, seq_len - num_queries + 1 - sliding_window)
+                kept = (keys >= oldest // block_size * block_size)[:, None, None]  # blocks before may be another's
+                k, v = (np.where(kept, x, 0) for x in (k, v))
                 seen = self.seen(np.arange(seq_len - num_queries, seq_len), keys, sliding_window, block_size)
                 k, v = (self.heads(x, q.shape[1]) for x in (k, v))
                 out[rows] = self.attend(q[rows], k, v, seen, self.options(options, q.shape[2]))
