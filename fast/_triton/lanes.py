@@ -44,11 +44,8 @@ def packed(low, high, dtype: tl.constexpr):
     """Two float32 numbers, rounded, in a word."""
     if INTERPRETED:
         word = _word_of(to_dtype(low, dtype), to_dtype(high, dtype))
-    elif dtype == tl.bfloat16:
-        asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-        word = tl.inline_asm_elementwise(asm, "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1)
     else:
-        asm: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+        asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if dtype == tl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
         word = tl.inline_asm_elementwise(asm, "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1)
     return word
 
@@ -99,11 +96,8 @@ def pair(a, b, HALF: tl.constexpr):
             word = (a & 0xFFFF) | (b << 16)
         else:
             word = ((a >> 16) & 0xFFFF) | (b & -65536)
-    elif HALF == 0:
-        asm: tl.constexpr = "prmt.b32 $0, $1, $2, 0x5410;"
-        word = tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
     else:
-        asm: tl.constexpr = "prmt.b32 $0, $1, $2, 0x7632;"
+        asm: tl.constexpr = "prmt.b32 $0, $1, $2, 0x5410;" if HALF == 0 else "prmt.b32 $0, $1, $2, 0x7632;"
         word = tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
     return word
 
@@ -114,11 +108,8 @@ def interleaved(a, b, HALF: tl.constexpr):
     if INTERPRETED:
         a, b = (a >> (16 * HALF)) & 0xFFFF, (b >> (16 * HALF)) & 0xFFFF
         word = (a & 0xFF) | ((b & 0xFF) << 8) | ((a >> 8) << 16) | ((b >> 8) << 24)
-    elif HALF == 0:
-        asm: tl.constexpr = "prmt.b32 $0, $1, $2, 0x5140;"
-        word = tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
     else:
-        asm: tl.constexpr = "prmt.b32 $0, $1, $2, 0x7362;"
+        asm: tl.constexpr = "prmt.b32 $0, $1, $2, 0x5140;" if HALF == 0 else "prmt.b32 $0, $1, $2, 0x7362;"
         word = tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
     return word
 
@@ -256,6 +247,15 @@ def product(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, dtype: tl.constexpr = tl.flo
 def some(words, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """COUNT of them from the FIRST on."""
     return words[FIRST : FIRST + COUNT]
+
+
+@triton.jit
+def rescaled(accs, rescale0, rescale1):
+    """Results of products, their columns multiplied."""
+    new = ()
+    for i in tl.static_range(len(accs) // 2):
+        new = new + (accs[2 * i] * rescale0, accs[2 * i + 1] * rescale1)
+    return new
 
 
 @triton.jit

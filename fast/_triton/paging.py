@@ -222,6 +222,13 @@ def find_tile(slot, cu_seqlens_q_ptr, num_seqs, QUERIES: tl.constexpr):
 
 
 @triton.jit
+def query_of(column, tile, QUERIES: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr):
+    """(the query of a column, its head within the group, whether there is one in such a column)."""
+    row = column % COLS
+    return tile * QUERIES + row // GROUP, row % GROUP, row < QUERIES * GROUP
+
+
+@triton.jit
 def rows_of_tile(tile, kv_head, first_row, num_queries, GROUP: tl.constexpr, TILE_Q: tl.constexpr):
     """(query within the sequence, row of q, head, whether there is such a row) of each row of a tile."""
     return place_of(tl.arange(0, TILE_Q), tile, kv_head, first_row, num_queries, GROUP, TILE_Q)
@@ -233,6 +240,13 @@ def place_of(row, tile, kv_head, first_row, num_queries, GROUP: tl.constexpr, TI
     query = tile * (TILE_Q // GROUP) + row // GROUP
     there = (row < TILE_Q // GROUP * GROUP) & (query < num_queries)
     return query, (first_row + query).to(tl.int64), kv_head * GROUP + row % GROUP, there
+
+
+@triton.jit
+def times_stride(block, stride):
+    """Where a block begins, in one multiplication (neither is negative)."""
+    stride = stride + 0 * block  # a tensor, even if it is 1
+    return (block.to(tl.uint32).to(tl.uint64) * stride.to(tl.uint32).to(tl.uint64)).to(tl.int64)
 
 
 @triton.jit

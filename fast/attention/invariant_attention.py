@@ -249,10 +249,9 @@ def invariant_attention_kernel(
                 last_key = context + query  # that a row sees
                 first_key = tl.zeros([TILE_Q], tl.int32)
                 key_end = context + tl.minimum((tile + 1) * QUERIES, num_queries)  # of all rows
-                oldest = 0
+                oldest = paging.oldest_key(context + tile * QUERIES, window, WINDOWED)
                 if WINDOWED:
                     first_key = last_key + 1 - window
-                    oldest = tl.maximum(context + tile * QUERIES + 1 - window, 0)
                 table_row = block_table_ptr + seq.to(tl.int64) * stride_table_seq
                 table = (table_row, stride_table_block, num_blocks, max_blocks_per_seq)
 

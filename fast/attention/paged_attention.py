@@ -157,7 +157,7 @@ def paged_attention_kernel(
                 if TILE_Q >= 64:  # arithmetic counts: tiles that every query sees pass without a mask
                     whole = tl.minimum(tl.maximum((context + tile * QUERIES + 1) // TILE_KV, start), stop)
                     if WINDOWED:
-                        seen_by_all = tl.maximum(last_key - window, 0)
+                        seen_by_all = paging.oldest_key(last_key - 1, window, WINDOWED)
                         cut = tl.minimum(tl.maximum((seen_by_all + TILE_KV - 1) // TILE_KV, start), whole)
                         acc, top, total = attend_cached_tiles(
                             q, ids, acc, top, total, positions, span, start, cut, table, cache, kv_head, options,

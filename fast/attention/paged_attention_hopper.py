@@ -379,6 +379,14 @@ def hopper_fits(q: Array, k_cache: Array, v_cache: Array, block_table: Array) ->
     return q.dtype == k_cache.dtype == v_cache.dtype != torch.float32 and q.data_ptr() % 16 == 0
 
 
+def describe_cache(cache: Array, layout: gl.NVMMASharedLayout) -> tuple[TensorDescriptor, int]:
+    """A cache that fits, as the copy engine brings blocks of it: a row a slot; and how many rows blocks lie apart."""
+    num_blocks, block_size, num_kv_heads, head_dim = cache.shape
+    rows_per_block = cache.stride(0) // cache.stride(1)
+    shape = [(num_blocks - 1) * rows_per_block + block_size, num_kv_heads * head_dim]
+    return TensorDescriptor(cache, shape, [cache.stride(1), 1], [block_size, head_dim], layout), rows_per_block
+
+
 def heads_of_a_tile(group: int, queries_per_seq: float) -> int:
     """How many heads of a group share a tile of rows: one, unless its queries would fill no more than half of it."""
     return 1 if queries_per_seq > TILE_Q // 2 else min(group & -group, 16)
@@ -410,14 +418,7 @@ def attend_chunks_on_hopper(
     heads = heads_of_a_tile(num_heads // num_kv_heads, num_tokens / num_seqs)
     q_block = [min(TILE_Q // 2, TILE_Q // heads), head_dim]
     q_desc = TensorDescriptor(q, [num_tokens, num_heads * head_dim], [q.stride(0), 1], q_block, layout)
-    rows_per_block = [cache.stride(0) // cache.stride(1) for cache in (k_cache, v_cache)]
-    k_desc, v_desc = (
-        TensorDescriptor(
-            cache, [(num_blocks - 1) * rows + block_size, num_kv_heads * head_dim], [cache.stride(1), 1],
-            [block_size, head_dim], layout,
-        )
-        for cache, rows in zip((k_cache, v_cache), rows_per_block)
-    )  # fmt: skip
+    (k_desc, k_rows_per_block), (v_desc, v_rows_per_block) = (describe_cache(x, layout) for x in (k_cache, v_cache))
     queries = TILE_Q // heads
     num_slots = cdiv(num_tokens, queries) if num_seqs == 1 else num_tokens // queries + num_seqs
     most_parts = parts_of_an_item(max(num_seqs, cdiv(num_tokens, queries)) * (num_heads // heads), num_processors(q))
@@ -433,7 +434,7 @@ def attend_chunks_on_hopper(
         q_desc, k_desc, v_desc, out, sinks, *scratch, block_table, seq_lens, cu_seqlens_q, scale * LOG2E.value,
         block_table.stride(0), out.stride(0), out.stride(1),
         num_items, num_seqs, num_tokens, num_heads, num_heads // num_kv_heads, num_slots, (num_seqs - 1).bit_length(),
-        num_blocks, max_blocks_per_seq, *rows_per_block, fewest_queries, most_parts,
+        num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block, fewest_queries, most_parts,
         SINKS=sinks is not None, HEADS=heads, BLOCK_SIZE=block_size, TILE_Q=TILE_Q, TILE_KV=TILE_KV, HEAD_DIM=head_dim,
         STAGES=NUM_STAGES, LAYOUT=layout, num_warps=4,
     )  # fmt: skip

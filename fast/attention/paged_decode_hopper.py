@@ -18,11 +18,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fast._triton import merging, paging
 from fast._triton.overlap import overlapped, wait_for_predecessor
 from fast._triton.platform import num_processors
+from fast.attention.paged_attention_hopper import describe_cache
 
 MOST_ROWS = 32  # of queries and heads in a tile: more, and the registers do not hold them
 TILE_KV = 64
@@ -403,14 +403,7 @@ def attend_decodes_on_hopper(
     num_seqs, max_blocks_per_seq = block_table.shape
     dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([TILE_KV, head_dim], dtype)
-    rows_per_block = [cache.stride(0) // cache.stride(1) for cache in (k_cache, v_cache)]
-    k_desc, v_desc = (
-        TensorDescriptor(
-            cache, [(num_blocks - 1) * rows + block_size, num_kv_heads * head_dim], [cache.stride(1), 1],
-            [min(block_size, TILE_KV), head_dim], layout,
-        )
-        for cache, rows in zip((k_cache, v_cache), rows_per_block)
-    )  # fmt: skip
+    (k_desc, k_rows_per_block), (v_desc, v_rows_per_block) = (describe_cache(x, layout) for x in (k_cache, v_cache))
     processors = num_processors(q)
     ring = choose_ring(num_seqs * num_kv_heads, tile_q, processors)
     num_programs = ring.programs_per_processor * processors
@@ -418,7 +411,7 @@ def attend_decodes_on_hopper(
     paged_decode_hopper_kernel[(num_programs,)](
         q, k_desc, v_desc, block_table, seq_lens, cu_seqlens_q, sinks, out, *scratch, scale * LOG2E.value,
         q.stride(0), q.stride(1), block_table.stride(0), *out.stride(),
-        num_tokens, num_seqs, num_kv_heads, num_blocks, max_blocks_per_seq, *rows_per_block,
+        num_tokens, num_seqs, num_kv_heads, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
         GROUP=num_heads // num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, TILE_Q=tile_q, TILE_KV=TILE_KV,
         STAGES=ring.num_stages, LAYOUT=layout, FEWEST=FEWEST_UNITS,
         num_warps=CONSUMERS, maxnreg=ring.max_registers, **overlapped(q),

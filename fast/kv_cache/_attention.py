@@ -164,14 +164,9 @@ def coded_attention_kernel(
     ROWS: tl.constexpr = HEADS * TILE_Q
     program = tl.program_id(0)
     capacity = max_blocks_per_seq * BLOCK_SIZE
-    line = paging.total_units(
-        seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_bundles, window,
-        QUERIES, TILE_KV, WINDOWED,
-    )  # fmt: skip
-    begin, end, num_workers = paging.share_of(program, tl.num_programs(0), line)
-    seq, seq_begin = paging.find_sequence(
-        begin, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_bundles, window,
-        QUERIES, TILE_KV, WINDOWED,
+    line, num_workers, begin, end, seq, seq_begin = paging.find_share(
+        program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_bundles,
+        window, QUERIES, TILE_KV, WINDOWED,
     )  # fmt: skip
     dim = joined_numbers(HEAD_DIM, BYTES, NIBBLES, TILE_WORDS)
     unit = begin

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fast._triton import merging, paging, softmax
-from fast._triton.lanes import from_lane, from_other, largest_of, some, sum_of
+from fast._triton.lanes import from_lane, from_other, largest_of, rescaled, some, sum_of
 from fast._triton.platform import INTERPRETED
 from fast._triton.rounding import store
 from fast.attention._cached_tiles import PER_BATCH
@@ -31,8 +31,6 @@ from fast.kv_cache._coded_page import (
     scales_of,
     scores_of,
 )
-from fast.kv_cache._kivi_decode import query_of, rescaled
-from fast.kv_cache._kivi_tile import times_stride
 
 LOWEST = tl.constexpr(-3.0e38)  # a top before any key: finite, as its difference to a score must be a number
 HEADROOM = tl.constexpr(14.0)  # weights times scales are at most 2^14
@@ -123,8 +121,8 @@ def find_page(
     """Where a page begins in the codes, and in the scales: in a block that exists, whatever the table says."""
     block = tl.minimum(tl.maximum(block_id, 0), num_blocks - 1)
     offset = tl.minimum(page, last) * PAGE % BLOCK_SIZE
-    in_scales = times_stride(block, stride_scale_block) + offset * stride_scale_token
-    return times_stride(block, stride_block) + offset * stride_token, in_scales
+    in_scales = paging.times_stride(block, stride_scale_block) + offset * stride_scale_token
+    return paging.times_stride(block, stride_block) + offset * stride_token, in_scales
 
 
 @triton.jit
@@ -380,7 +378,7 @@ def coded_decode_kernel(
             )
             if unit < seg_end:
                 kv_head = bundle * HEADS + warp
-                query, head, there = query_of(lane // 4, tile, QUERIES, GROUP, COLS)
+                query, head, there = paging.query_of(lane // 4, tile, QUERIES, GROUP, COLS)
                 there = there & (query < num_queries)
                 in_q = (first_row + query).to(tl.int64) * stride_q_token + (kv_head * GROUP + head) * stride_q_head
                 q, sums, column_unit = load_queries(
@@ -392,12 +390,10 @@ def coded_decode_kernel(
                     sums1 = sums1 + (from_lane(sums[group], 8 * c + 4),)
                 context = seq_len - num_queries
                 last_key = context + tl.minimum((tile + 1) * QUERIES, num_queries)
-                query0, _, _ = query_of(2 * c, tile, QUERIES, GROUP, COLS)
-                query1, _, _ = query_of(2 * c + 1, tile, QUERIES, GROUP, COLS)
-                lowest, whole_from = context * 0, context * 0
-                if WINDOWED:
-                    lowest = tl.maximum(context + tile * QUERIES + 1 - sliding_window, 0)
-                    whole_from = tl.maximum(last_key - sliding_window, 0)
+                query0, _, _ = paging.query_of(2 * c, tile, QUERIES, GROUP, COLS)
+                query1, _, _ = paging.query_of(2 * c + 1, tile, QUERIES, GROUP, COLS)
+                lowest = paging.oldest_key(context + tile * QUERIES, sliding_window, WINDOWED)
+                whole_from = paging.oldest_key(last_key - 1, sliding_window, WINDOWED)
                 head64 = kv_head.to(tl.int64)
                 in_cache, in_scales = head64 * stride_cache_head, head64 * stride_scale_head
                 sums, top0, top1, total0, total1 = attend_pages(
@@ -430,7 +426,7 @@ def coded_decode_kernel(
                         )  # fmt: skip
                 if complete:
                     for e in tl.static_range(2):
-                        query, head, there = query_of(2 * c + e, tile, QUERIES, GROUP, COLS)
+                        query, head, there = paging.query_of(2 * c + e, tile, QUERIES, GROUP, COLS)
                         there = there & (2 * c + e < COLS) & (query < num_queries)
                         head = kv_head * GROUP + head
                         sink = None if sinks_ptr is None else tl.load(sinks_ptr + head, mask=there, other=0.0)

@@ -30,6 +30,7 @@ from fast._triton.lanes import (
     pair,
     product,
     product_at,
+    rescaled,
     some,
     sum_of,
     transposed,
@@ -84,15 +85,6 @@ def update(scores, top, total, scale_log2):
         total += weight
         weights = weights + (weight,)
     return weights, new_top, total, rescale
-
-
-@triton.jit
-def rescaled(accs, rescale0, rescale1):
-    """Results of products, their columns multiplied."""
-    new = ()
-    for i in tl.static_range(len(accs) // 2):
-        new = new + (accs[2 * i] * rescale0, accs[2 * i + 1] * rescale1)
-    return new
 
 
 @triton.jit
@@ -303,13 +295,6 @@ def quantized_before(position, window, GROUP_SIZE: tl.constexpr):
 
 
 @triton.jit
-def query_of(column, tile, QUERIES: tl.constexpr, GROUP: tl.constexpr, COLS: tl.constexpr):
-    """(the query of a column, its head within the group, whether there is one in such a column)."""
-    row = column % COLS
-    return tile * QUERIES + row // GROUP, row % GROUP, row < QUERIES * GROUP
-
-
-@triton.jit
 def store_part(
     accs, top0, top1, total0, total1, place, parts_ptr, stats_ptr,
     ROWS: tl.constexpr, HEADS: tl.constexpr, PIECES: tl.constexpr,
@@ -442,7 +427,7 @@ def decode_attention_kernel(
             )
             if unit < seg_end:
                 kv_head = bundle * HEADS + warp
-                query, head, there = query_of(lane // 4, tile, QUERIES, GROUP, COLS)
+                query, head, there = paging.query_of(lane // 4, tile, QUERIES, GROUP, COLS)
                 there = there & (query < num_queries)
                 in_q = (first_row + query).to(tl.int64) * stride_q_token + (kv_head * GROUP + head) * stride_q_head
                 q_rows = q_ptr + tl.where(there, in_q, 0)
@@ -450,17 +435,15 @@ def decode_attention_kernel(
                 unit0, unit1 = from_lane(column_unit, 8 * c), from_lane(column_unit, 8 * c + 4)
 
                 context = seq_len - num_queries
-                query0, _, _ = query_of(2 * c, tile, QUERIES, GROUP, COLS)
-                query1, _, _ = query_of(2 * c + 1, tile, QUERIES, GROUP, COLS)
+                query0, _, _ = paging.query_of(2 * c, tile, QUERIES, GROUP, COLS)
+                query1, _, _ = paging.query_of(2 * c + 1, tile, QUERIES, GROUP, COLS)
                 position0, position1 = context + query0, context + query1
                 last_key = context + tl.minimum((tile + 1) * QUERIES, num_queries)
                 first_young = quantized_before(context + tile * QUERIES, window, GROUP_SIZE)
                 end_old = quantized_before(last_key - 1, window, GROUP_SIZE)
                 boundary0 = tl.minimum(quantized_before(position0, window, GROUP_SIZE), end_old)
                 boundary1 = tl.minimum(quantized_before(position1, window, GROUP_SIZE), end_old)
-                lowest = context * 0
-                if WINDOWED:
-                    lowest = tl.maximum(context + tile * QUERIES + 1 - sliding_window, 0)
+                lowest = paging.oldest_key(context + tile * QUERIES, sliding_window, WINDOWED)
 
                 start = first_tile + unit - seg_begin
                 stop = first_tile + tl.minimum(end, seg_end) - seg_begin
@@ -505,7 +488,7 @@ def decode_attention_kernel(
                     complete = merging.is_last(seg_begin, seg_end, line, num_workers, counters_ptr)
                 if complete:
                     row = tl.arange(0, ROWS * HEADS)
-                    of_row, head_of_row, is_row = query_of(row // HEADS, tile, QUERIES, GROUP, COLS)
+                    of_row, head_of_row, is_row = paging.query_of(row // HEADS, tile, QUERIES, GROUP, COLS)
                     merge_parts(
                         first, last, parts_ptr, stats_ptr, row % HEADS * COLUMNS + row // HEADS, out_ptr, sinks_ptr,
                         (first_row + of_row).to(tl.int64), (bundle * HEADS + row % HEADS) * GROUP + head_of_row,

@@ -12,6 +12,7 @@ its registers hold of a product's operands. In a warp's memory lie, in words,
 import triton
 import triton.language as tl
 
+from fast._triton import paging
 from fast._triton.lanes import copy_words, read_words
 
 PAGE = tl.constexpr(16)  # keys of a product, all in one block and one group
@@ -66,13 +67,6 @@ def offset_of(tile, i, lowest, last, BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.co
 
 
 @triton.jit
-def times_stride(block, stride):
-    """Where a block begins, in one multiplication (neither is negative)."""
-    stride = stride + 0 * block  # a tensor, even if it is 1
-    return (block.to(tl.uint32).to(tl.uint64) * stride.to(tl.uint32).to(tl.uint64)).to(tl.int64)
-
-
-@triton.jit
 def places_of_lanes(
     lane, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_token: tl.constexpr,
     stride_scale_token: tl.constexpr, ROW: tl.constexpr, PIECES: tl.constexpr,
@@ -111,10 +105,10 @@ def copy_tile(
     for i in tl.static_range(PAGES):
         if i < tile_blocks(BLOCK_SIZE):
             block = tl.minimum(tl.maximum(ids[i], 0), num_blocks - 1)  # one that exists, whatever the table says
-            in_cache = times_stride(block, block_strides[0])
+            in_cache = paging.times_stride(block, block_strides[0])
             keys, values = sources[0] + in_cache, sources[1] + in_cache
-            groups = sources[3] + times_stride(block, block_strides[1])
-            tokens = sources[2] + times_stride(block, block_strides[2])
+            groups = sources[3] + paging.times_stride(block, block_strides[1])
+            tokens = sources[2] + paging.times_stride(block, block_strides[2])
         offset = offset_of(tile, i, lowest, last, BLOCK_SIZE, GROUP_SIZE)
         for step in tl.static_range(PAGE // ROWS):
             cells = (offset + step * ROWS) * stride_token

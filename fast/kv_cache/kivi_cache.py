@@ -351,14 +351,9 @@ def _attention_kernel(
     QUERIES: tl.constexpr = TILE_Q // GROUP
     program = tl.program_id(0)
     capacity = max_blocks_per_seq * BLOCK_SIZE
-    line = paging.total_units(
-        seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, sliding_window,
-        QUERIES, TILE_KV, WINDOWED,
-    )  # fmt: skip
-    begin, end, num_workers = paging.share_of(program, tl.num_programs(0), line)
-    seq, seq_begin = paging.find_sequence(
-        begin, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, sliding_window,
-        QUERIES, TILE_KV, WINDOWED,
+    line, num_workers, begin, end, seq, seq_begin = paging.find_share(
+        program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads,
+        sliding_window, QUERIES, TILE_KV, WINDOWED,
     )  # fmt: skip
     dim = tl.arange(0, TILE_D)
     unit = begin
