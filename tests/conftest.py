@@ -39,7 +39,9 @@ SANITIZE = os.environ.get("TWOFOLD_SANITIZE", "1") == "1"
 
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("ci", max_examples=50, derandomize=True, database=None, print_blob=True, **_common)
-settings.register_profile("explore", max_examples=500, print_blob=True, **_common)
+settings.register_profile(
+    "explore", max_examples=int(os.environ.get("TWOFOLD_EXAMPLES", "500")), print_blob=True, **_common
+)
 settings.register_profile(
     "judge", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate], print_blob=False
 )

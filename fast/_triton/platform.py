@@ -4,6 +4,9 @@ Set ``TRITON_INTERPRET=1`` before `fast` is imported to have the interpreter: `t
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -54,8 +57,23 @@ def num_processors(array: torch.Tensor) -> int:
     return 2 if array.device.type != "cuda" else device_properties(array.device.index).multi_processor_count
 
 
+_PORTABLE_ONLY: ContextVar[bool] = ContextVar("portable_only", default=False)
+
+
+@contextmanager
+def portable_kernels() -> Iterator[None]:
+    """Within it the kernels of one generation of GPUs are not chosen: on a Hopper GPU too, one sees what others run."""
+    token = _PORTABLE_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE_ONLY.reset(token)
+
+
 def is_hopper(array: torch.Tensor) -> bool:
     """Whether the array is on a GPU of the Hopper generation, whose own instructions a kernel may use."""
+    if _PORTABLE_ONLY.get():
+        return False
     return COMPILE_ONLY or (array.is_cuda and device_properties(array.device.index).major == 9)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fast
 import reference
-from fast._triton.platform import is_hopper
+from fast._triton.platform import is_hopper, portable_kernels
 from fast.attention.flash_attention import choose_kernel, choose_tiles
 from reference.attention import flash_attention as module
 from reference.numerics.arrays import dtype_named
@@ -21,6 +21,14 @@ from twofold.conformance.strategies.attention import PackedCase, SequenceInput, 
 def test_matches_the_oracle(backend, case):
     """Output and lse are within the rule, over packed sequences with more, fewer or no keys."""
     properties.flash_matches_oracle(backend, case)
+
+
+@pytest.mark.needs("gpu")
+@given(case=packed_cases(dtypes=["float16", "bfloat16"]))
+def test_portable_kernel_matches_the_oracle(case):
+    """What other GPUs run, on a Hopper GPU too."""
+    with portable_kernels():
+        properties.flash_matches_oracle(fast, case)
 
 
 @pytest.mark.interpreted(6)

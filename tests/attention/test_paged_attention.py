@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fast
 from fast._triton import merging, paging
-from fast._triton.platform import INTERPRETING
+from fast._triton.platform import INTERPRETING, portable_kernels
 from fast.attention import invariant_attention, paged_attention, paged_decode_hopper
 from fast.attention.paged_attention_hopper import heads_of_a_tile, parts_of_an_item
 from reference.numerics.arrays import dtype_named
@@ -28,6 +28,14 @@ invariant = SimpleNamespace(**vars(fast) | {"paged_attention": invariant_attenti
 def test_matches_the_oracle(backend, case):
     """Every element is within the rule, whatever lies in slots that nobody owns."""
     properties.paged_matches_oracle(backend, case)
+
+
+@pytest.mark.needs("gpu")
+@given(case=paged_cases(dtypes=["float16", "bfloat16"]))
+def test_portable_kernel_matches_the_oracle(case):
+    """What other GPUs run, on a Hopper GPU too."""
+    with portable_kernels():
+        properties.paged_matches_oracle(fast, case)
 
 
 @given(case=paged_cases())

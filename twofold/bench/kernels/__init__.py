@@ -45,12 +45,13 @@ class Measured:
 
     def reached(self, target: Target, ceilings: Ceilings) -> float | None:
         """The figure that the target is about; None if it could not be measured."""
-        if self.seconds is None:
+        seconds = self.peers.get(target.of) if target.of else self.seconds
+        if seconds is None:
             return None
         if target.over == ("copy",):
-            return self.num_bytes / self.seconds / ceilings.copy
+            return self.num_bytes / seconds / ceilings.copy
         rivals = [self.peers[name] for name in target.over if name in self.peers]
-        return min(rivals) / self.seconds if rivals else None
+        return min(rivals) / seconds if rivals else None
 
     def as_json(self, ceilings: Ceilings) -> dict[str, Any]:
         found: dict[str, Any] = {"op": self.row.op, "deck": self.row.deck, "bytes": self.num_bytes}
@@ -63,6 +64,7 @@ class Measured:
         found["failures"] = self.failures
         found["targets"] = [
             {
+                "of": target.of,
                 "over": list(target.over),
                 "at_least": target.at_least,
                 "reach_for": target.reach_for,
@@ -178,14 +180,15 @@ def _release() -> None:
 
 def geometric_means(measured: list[Measured], ceilings: Ceilings) -> dict[str, float]:
     """Of every target that several rows of an op share, over those rows."""
-    figures: dict[tuple[str, tuple[str, ...]], list[float]] = {}
+    figures: dict[tuple[str, str], list[float]] = {}
     for row in measured:
         for target in row.row.targets:
             reached = row.reached(target, ceilings)
             if reached:
-                figures.setdefault((row.row.op, target.over), []).append(reached)
+                by = f" by {target.of}" if target.of else ""
+                figures.setdefault((row.row.op, " / ".join(target.over) + by), []).append(reached)
     return {
-        f"{op} over {' / '.join(over)}": statistics.geometric_mean(values)
+        f"{op} over {over}": statistics.geometric_mean(values)
         for (op, over), values in figures.items()
         if len(values) > 1
     }

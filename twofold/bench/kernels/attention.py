@@ -9,10 +9,22 @@ import torch
 import torch.nn.attention
 import torch.nn.functional as F
 
+from fast._triton.platform import portable_kernels
 from twofold.bench.kernels import peers
-from twofold.bench.kernels.rows import Arrays, Call, Row, Target, default_device, int32, integers, random, size
+from twofold.bench.kernels.rows import (
+    Arrays,
+    Call,
+    Contender,
+    Row,
+    Target,
+    default_device,
+    int32,
+    integers,
+    random,
+    size,
+)  # fmt: skip
 
-FLASH, CUDNN, FLEX = "sdpa-flash", "sdpa-cudnn", "flex"
+FLASH, CUDNN, FLEX, PORTABLE = "sdpa-flash", "sdpa-cudnn", "flex", "our portable"
 FA3, FLASHINFER = "fa3", "flashinfer"
 
 
@@ -25,6 +37,21 @@ def rows() -> Iterator[Row]:
 
 def offsets(lens: Sequence[int]) -> torch.Tensor:
     return int32([0, *torch.tensor(lens).cumsum(0).tolist()])
+
+
+def _portable(ours: Contender) -> Contender:
+    """The same call, by the kernels that every generation of GPUs has."""
+
+    def contender(backend: Any, a: Arrays) -> Call:
+        call = ours(backend, a)
+
+        def portable() -> Any:
+            with portable_kernels():
+                return call()
+
+        return portable
+
+    return contender
 
 
 # ---- prefill ----------------------------------------------------------------------------------------------------
@@ -43,7 +70,8 @@ def prefill_rows() -> Iterator[Row]:
 
 def _prefill_row(lens: list[int], num_heads: int, num_kv_heads: int, head_dim: int) -> Row:
     equal = len(set(lens)) == 1
-    targets = [Target(0.8, 1.0, (CUDNN, FLASHINFER, FA3))]
+    best = (CUDNN, FLASHINFER, FA3)
+    targets = [Target(0.9, 1.0, best), Target(0.8, None, best, of=PORTABLE)]
     if head_dim == 128 and equal:
         targets.append(Target(1.45, None, (FLASH,)))
 
@@ -95,7 +123,7 @@ def _prefill_row(lens: list[int], num_heads: int, num_kv_heads: int, head_dim: i
         ours,
         lambda a: size(a.q, a.k, a.v, a.out),
         flops=sum(4 * num_heads * head_dim * n * (n + 1) / 2 for n in lens),
-        peers=dense | {FA3: fa3, FLASHINFER: flashinfer},
+        peers={PORTABLE: _portable(ours)} | dense | {FA3: fa3, FLASHINFER: flashinfer},
         targets=targets,
         quick=lens[0] == 4096 and num_kv_heads == 8,
     )
@@ -177,7 +205,7 @@ def _paged_prefill_row(block_size: int, chunk: int, cached: int) -> Row:
         ours,
         lambda a: size(a.q, a.k_cache, a.v_cache, a.out),
         flops=4 * num_heads * head_dim * chunk * (cached + (chunk + 1) / 2),
-        peers={FA3: fa3},
+        peers={PORTABLE: _portable(ours), FA3: fa3},
         targets=[Target(0.85, 1.0, (FA3,))],
         quick=block_size == 16,
     )
@@ -246,7 +274,12 @@ def _decode_row(lens: list[int], num_heads: int, num_kv_heads: int, reach_for: f
         plain_decode,
         lambda a: kv_bytes + size(a.q, a.out),
         flops=4 * num_heads * head_dim * sum(lens),
-        peers={FA3: fa3, f"{FLASHINFER} cores": flashinfer(False), FLASHINFER: flashinfer(True)},
+        peers={
+            PORTABLE: _portable(plain_decode),
+            FA3: fa3,
+            f"{FLASHINFER} cores": flashinfer(False),
+            FLASHINFER: flashinfer(True),
+        },
         targets=targets,
         quick=lens in ([8192], [4096] * 32),
     )

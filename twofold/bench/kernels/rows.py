@@ -16,16 +16,18 @@ Contender = Callable[[Any, Arrays], Call]  # (backend, buffers) to a call that i
 class Target:
     """A figure to reach: how many times faster than the fastest of ``over`` that ran.
 
-    ``over`` may name peers, or "copy": then the figure is the share of the machine's copy bandwidth.
+    ``over`` may name peers, or "copy": then the figure is the share of the machine's copy bandwidth. ``of`` names the
+    contender that is judged where it is not the backend's own choice.
     """
 
     at_least: float
     reach_for: float | None
     over: tuple[str, ...]
+    of: str | None = None
 
     @property
     def says(self) -> str:
-        return f"{self.at_least:g} × {' / '.join(self.over)}"
+        return f"{self.at_least:g} × {' / '.join(self.over)}" + (f" by {self.of}" if self.of else "")
 
 
 @dataclass(frozen=True)
