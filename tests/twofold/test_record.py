@@ -37,6 +37,16 @@ def test_examples_features_and_failures_are_kept(tmp_path):
     assert kept["features"]["even"] + kept["features"]["odd"] == 20
 
 
+def test_a_reduced_deck_is_reduced(tmp_path):
+    """``--at-most`` holds for properties that name a number of their own, too."""
+    (tmp_path / "test_some.py").write_text(TESTS)
+    record = tmp_path / "record.json"
+    plugin = ["-p", "twofold.conformance.record", "--record", str(record), "--at-most", "3"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *plugin]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert json.loads(record.read_text())["results"]["examples"] == 3
+
+
 def test_nothing_is_written_unless_asked(tmp_path):
     """The plugin alone changes nothing."""
     (tmp_path / "test_some.py").write_text("def test():\n    pass\n")

@@ -3,6 +3,8 @@
 For each test: its outcome and its seconds; for a property also how many examples Hypothesis ran, how many of them it
 discarded, and how many had each feature that a strategy reports (several sequences, shared blocks, poisoned slots...).
 With the machine's name and the versions beside it, that is the evidence of a long run, which CI does not repeat.
+
+`--at-most N` reduces every property to N examples, for tools under which a kernel takes a hundred times as long.
 """
 
 import os
@@ -22,8 +24,9 @@ KEY = "hypothesis"  # of a report's user property
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The option ``--record``."""
+    """The options ``--record`` and ``--at-most``."""
     parser.addoption("--record", metavar="FILE", help="write what was tried to this JSON file")
+    parser.addoption("--at-most", metavar="N", type=int, help="examples that a property gets at most")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +34,15 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--record")
     if path and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(Path(path)))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A property has its settings on its function, whoever asks for them."""
+    most, name = config.getoption("--at-most"), "_hypothesis_internal_use_settings"
+    for test in {getattr(item, "obj", None) for item in items} if most else ():
+        asked = getattr(test, name, None)
+        if asked is not None:
+            setattr(test, name, settings(asked, max_examples=min(asked.max_examples, most)))
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
