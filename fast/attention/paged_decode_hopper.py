@@ -44,15 +44,9 @@ class Ring(NamedTuple):
     max_registers: int | None  # of a thread on average
 
 
-def choose_ring(num_segments: int, tile_q: int, processors: int) -> Ring:
-    """Two programs a processor, so that one loads while the other ends a segment; one where segments are few.
-
-    With fewer segments than processors they are cut anyway, and half the programs make half the parts to merge. More
-    than 16 rows need the registers of two.
-    """
-    if num_segments < processors or tile_q > 16:
-        return Ring(6, 1, None)
-    return Ring(3, 2, 128)
+def choose_ring(tile_q: int) -> Ring:
+    """Two programs a processor, so that one loads while the other ends a segment; one where rows take the registers."""
+    return Ring(6, 1, None) if tile_q > 16 else Ring(3, 2, 128)
 
 
 @gluon.jit
@@ -404,9 +398,8 @@ def attend_decodes_on_hopper(
     dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([TILE_KV, head_dim], dtype)
     (k_desc, k_rows_per_block), (v_desc, v_rows_per_block) = (describe_cache(x, layout) for x in (k_cache, v_cache))
-    processors = num_processors(q)
-    ring = choose_ring(num_seqs * num_kv_heads, tile_q, processors)
-    num_programs = ring.programs_per_processor * processors
+    ring = choose_ring(tile_q)
+    num_programs = ring.programs_per_processor * num_processors(q)
     scratch = merging.make_scratch(q, num_programs, tile_q, head_dim)
     paged_decode_hopper_kernel[(num_programs,)](
         q, k_desc, v_desc, block_table, seq_lens, cu_seqlens_q, sinks, out, *scratch, scale * LOG2E.value,
