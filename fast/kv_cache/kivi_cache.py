@@ -514,7 +514,9 @@ def _decode(
     num_blocks, block_size, num_kv_heads, _ = cache.k_cache.shape
     num_seqs, max_blocks_per_seq = block_table.shape
     group = num_heads // num_kv_heads
-    num_programs = 3 if INTERPRETING else num_processors(q) * (WARPS_PER_PROCESSOR // tiles.heads)
+    num_bundles = num_kv_heads // tiles.heads
+    at_a_time = num_processors(q) * (WARPS_PER_PROCESSOR // tiles.heads)
+    num_programs = num_bundles * (2 if INTERPRETING else max(at_a_time // num_bundles, 1))
     scratch = merging.make_scratch(q, num_programs, tiles.heads * COLUMNS.value, head_dim)
     words = [triton.reinterpret(x, tl.int32) for x in (q, *cache)]
     strided = q, cache.k_window, cache.k_cache, cache.k_scale, cache.v_scale
@@ -523,7 +525,7 @@ def _decode(
         *words, window_block_table, block_table, seq_lens, cu_seqlens_q,
         sinks, out, *scratch, min(window, LONGEST_WINDOW), scale, logit_cap or 0.0,
         min(sliding_window or 0, LONGEST_WINDOW), *strides, *window_block_table.stride(), *block_table.stride(),
-        *out.stride(), num_tokens, num_seqs, num_kv_heads // tiles.heads, len(cache.k_window), num_blocks,
+        *out.stride(), num_tokens, num_seqs, num_bundles, len(cache.k_window), num_blocks,
         max_blocks_per_seq,
         WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None,
         DTYPE=tl.bfloat16 if q.dtype == torch.bfloat16 else tl.float16, BITS=cache.bits, GROUP=group,
