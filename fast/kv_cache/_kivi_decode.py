@@ -59,12 +59,12 @@ LOWEST = tl.constexpr(-3.0e38)  # a top before any key: finite, as its differenc
 
 
 @triton.jit
-def load_queries(q_rows, there, PIECES: tl.constexpr, AGAIN: tl.constexpr = False):
+def load_queries(q_rows, there, PIECES: tl.constexpr):
     """The words of a lane's channels, of its column's query; zeros where there is none."""
     c = tl.arange(0, there.shape[0]) % 4
     words = ()
     for j in tl.static_range(PIECES):
-        four = load_words(q_rows + (16 * j + 4 * c), 4, AGAIN)
+        four = load_words(q_rows + (16 * j + 4 * c), 4)
         for i in tl.static_range(4):
             words = words + (tl.where(there, four[i], 0),)
     return words
