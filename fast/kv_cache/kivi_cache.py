@@ -471,28 +471,6 @@ def choose_decode(
     return DecodeTiles(1 if most_queries == 1 else columns // group, columns, heads, min(3, STATIC_MEMORY // tile))
 
 
-# What a GPU has been seen to compute right, in heads of 128 with four groups of values: by dtype, bits, the tokens of a
-# group and of a block, and tiles, the numbers of query heads to a KV head.
-SEEN_ON_A_GPU = {
-    (torch.bfloat16, 2, 16, DecodeTiles(1, 4, 4, 3)): (1, 2, 3, 4),
-    (torch.bfloat16, 2, 32, DecodeTiles(1, 4, 4, 3)): (1, 2, 3, 4),
-    (torch.bfloat16, 2, 32, DecodeTiles(1, 8, 2, 3)): (8,),
-    (torch.bfloat16, 4, 32, DecodeTiles(1, 4, 4, 2)): (4,),
-    (torch.float16, 2, 32, DecodeTiles(1, 4, 4, 3)): (4,),
-}
-
-
-def seen_on_a_gpu(group: int, cache: KiviArrays, tiles: DecodeTiles, options: dict) -> bool:
-    """Whether a GPU has been seen to compute such decodes right; it is given no others.
-
-    The interpreter computes all that `choose_decode` names, but not the instructions that the kernel is made of.
-    """
-    _, block_size, _, head_dim = cache.k_window.shape
-    usual = (head_dim, cache.v_scale.shape[3], block_size) == (128, 4, cache.group_size)
-    seen = SEEN_ON_A_GPU.get((cache.k_window.dtype, cache.bits, cache.group_size, tiles), ())
-    return usual and group in seen and all(value is None for value in options.values())
-
-
 def loads_whole_words(q: Array, cache: KiviArrays) -> bool:
     """Whether everything lies where the kernel for decodes loads it: many bytes at once, blocks not too far apart."""
     token_scales = 2 * cache.v_scale.shape[3]
@@ -599,8 +577,6 @@ def paged_attention_kivi(
     decode = choose_decode(num_tokens, num_seqs, group, q.dtype, q.stride(2), cache)
     options = {"sliding_window": sliding_window, "sinks": sinks, "logit_cap": logit_cap}
     may_decode = bool(num_blocks and len(k_window) and max_blocks_per_seq)  # it reads some block for every sequence
-    if decode is not None and q.is_cuda:
-        may_decode = may_decode and seen_on_a_gpu(group, cache, decode, options)
     if decode is not None and may_decode and loads_whole_words(q, cache):
         _decode(q, cache, window_block_table, *tables, decode, window=window, scale=scale, out=out, **options)
         return out
