@@ -188,21 +188,32 @@ def load_parts(
     step, steps, first, last, num_rows, parts_ptr, stats_ptr,
     TILE_Q: gl.constexpr, TILE_D: gl.constexpr, ROWS: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """A few rows of some parts: (sums of values, tops, totals)."""
+    """A few rows of some parts: (sums of values, tops, totals), these last a number a lane, in one load each."""
     ENTRY: gl.constexpr = gl.SliceLayout(2, LAYOUT)
-    row = step // steps * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, ENTRY))
-    part = first + step % steps * PARTS + gl.arange(0, PARTS, gl.SliceLayout(1, ENTRY))
-    dim = gl.arange(0, TILE_D, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
-    loaded = (part <= last)[:, None] & (row < num_rows)[None, :]
-    place = (part * 2 + (part == first).to(gl.int32)).to(gl.int64)[:, None] * TILE_Q
-    stats = stats_ptr + place * 2 + row[None, :]
+    LANES: gl.constexpr = gl.BlockedLayout([1, 1], [32 // ROWS, ROWS], [gl.num_warps(), 1], [1, 0])
+    place, row, loaded = places_of_parts(step, steps, first, last, num_rows, TILE_Q, ROWS, PARTS, LANES)
+    stats = stats_ptr + place * 2 + row
     top = gl.load(stats, mask=loaded, other=float("-inf"), cache_modifier=".cg")
     total = gl.load(stats + TILE_Q, mask=loaded, other=0.0, cache_modifier=".cg")
+    place, row, loaded = places_of_parts(step, steps, first, last, num_rows, TILE_Q, ROWS, PARTS, ENTRY)
+    dim = gl.arange(0, TILE_D, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
     values = gl.load(
-        parts_ptr + ((place + row[None, :]) * TILE_D)[:, :, None] + dim[None, :][None, :, :],
+        parts_ptr + ((place + row) * TILE_D)[:, :, None] + dim[None, :][None, :, :],
         mask=loaded[:, :, None], other=0.0, cache_modifier=".cg",
     )  # fmt: skip
     return values, top, total
+
+
+@gluon.jit
+def places_of_parts(
+    step, steps, first, last, num_rows,
+    TILE_Q: gl.constexpr, ROWS: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Of the rows and parts of a step: (places in the scratch, in rows; the rows; whether there are such)."""
+    row = step // steps * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))
+    part = first + step % steps * PARTS + gl.arange(0, PARTS, gl.SliceLayout(1, LAYOUT))
+    loaded = (part <= last)[:, None] & (row < num_rows)[None, :]
+    return (part * 2 + (part == first).to(gl.int32)).to(gl.int64)[:, None] * TILE_Q, row[None, :], loaded
 
 
 @gluon.jit
@@ -228,7 +239,9 @@ def merge_parts(
         0, steps, first, last, num_rows, parts_ptr, stats_ptr, TILE_Q, HEAD_DIM, ROWS, PARTS, LAYOUT
     )
     for step in range((num_rows + ROWS - 1) // ROWS * steps):
-        values, part_top, part_total = next_values, next_top, next_total
+        values = next_values
+        part_top = gl.convert_layout(next_top, gl.SliceLayout(2, LAYOUT))
+        part_total = gl.convert_layout(next_total, gl.SliceLayout(2, LAYOUT))
         next_values, next_top, next_total = load_parts(
             step + 1, steps, first, last, num_rows, parts_ptr, stats_ptr, TILE_Q, HEAD_DIM, ROWS, PARTS, LAYOUT
         )
