@@ -410,7 +410,9 @@ def attend_decodes_on_hopper(
     num_seqs, max_blocks_per_seq = block_table.shape
     dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([TILE_KV, head_dim], dtype)
-    (k_desc, k_rows_per_block), (v_desc, v_rows_per_block) = (describe_cache(x, layout) for x in (k_cache, v_cache))
+    (k_desc, k_rows_per_block), (v_desc, v_rows_per_block) = (
+        describe_cache(x, layout, TILE_KV) for x in (k_cache, v_cache)
+    )
     ring = choose_ring(tile_q)
     num_programs = ring.programs_per_processor * num_processors(q)
     scratch = merging.make_scratch(q, num_programs, tile_q, head_dim)
