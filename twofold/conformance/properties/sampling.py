@@ -138,6 +138,7 @@ def sample_is_the_noisy_maximum(backend: Backend, case: Sampling) -> None:
     """The token is the argmax of the filtered logits plus the Gumbel noise of (seed, position, sample index), or within
     rounding of it; greedy rows give the first best logit exactly; no token is one that is masked."""
     assume_supported(backend, case.logits.dtype)
+    case = several_draws(case, 3)
     tokens = call(backend, "sample", *case.args())
     assert tokens.dtype == np.int64, f"sample: dtype {tokens.dtype}"
     assert tokens.shape == (len(case.logits),), f"sample: shape {tokens.shape}"
@@ -153,6 +154,13 @@ def sample_is_the_noisy_maximum(backend: Backend, case: Sampling) -> None:
         assert filtered[row, token] > -np.inf, f"sample: row {row} gave token {token}, which is excluded"
         margin = noisy.max() - noisy[token]
         assert margin <= 4 * unit(case.logits) * NOISE_RANGE + 2.0**-22, f"sample: row {row}, token {token}: {margin}"
+
+
+def several_draws(case: Sampling, count: int) -> Sampling:
+    """Every row so many times, as samples of one position: what is excluded must not be drawn by any of them."""
+    repeated = {name: np.repeat(array, count, axis=0) for name, array in vars(case).items()}
+    samples = np.arange(count, dtype=case.sample_indices.dtype)
+    return replace(case, **repeated | {"sample_indices": np.tile(samples, len(case.sample_indices))})
 
 
 def top_k_1_is_greedy(backend: Backend, case: Sampling) -> None:
