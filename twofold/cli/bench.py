@@ -69,15 +69,16 @@ def kernels(
     console.print(f"{device}: copies {ceilings.copy / 1e12:.3f} TB/s, multiplies {ceilings.matmul / 1e12:.0f} TFLOP/s")
     measured = []
     for _, of_one_op in groupby(rows, key=lambda found: found.row.op):
-        found = list(of_one_op)
-        measured += found
-        table(found, ceilings, console)
-        figures = {
-            "ceilings": {"copy_TB/s": ceilings.copy / 1e12, "matmul_TFLOP/s": ceilings.matmul / 1e12},
-            "geometric_means": geometric_means(measured, ceilings),
-            "rows": [row.as_json(ceilings) for row in measured],
-        }
-        save(results, command, figures, device=device)  # what is measured is kept, whatever comes
+        start = len(measured)
+        for found in of_one_op:
+            measured.append(found)
+            figures = {
+                "ceilings": {"copy_TB/s": ceilings.copy / 1e12, "matmul_TFLOP/s": ceilings.matmul / 1e12},
+                "geometric_means": geometric_means(measured, ceilings),
+                "rows": [row.as_json(ceilings) for row in measured],
+            }
+            save(results, command, figures, device=device)  # what is measured is kept, whatever comes
+        table(measured[start:], ceilings, console)
     for name, mean in geometric_means(measured, ceilings).items():
         console.print(f"geometric mean of {name}: {mean:.2f}")
     return 0
