@@ -137,7 +137,7 @@ class BestFitAllocator:
 
 
 class BuddyAllocator:
-    """Powers of two. A gap that is too large is halved until it fits; two halves of one that are both free are one again.
+    """Powers of two. A gap that is too large is halved until it fits; two free halves of one are one again.
 
     A piece's buddy differs from it in one bit of the address: no list has to be searched for neighbours. The price is
     the rounding, a quarter of the memory on average, and that neighbours which are no buddies never merge.

@@ -3,7 +3,7 @@
 Everything that decides about memory is the engine's own: its scheduler, its block pool and tables, its preemption, its
 beams. What is replaced is the model, which has no say in it but for two things:
 
-- *how long a step takes*, from which follows how many requests have arrived meanwhile: `StepTime` computes it;
+- *how long a step takes*, from which follows how many requests have arrived meanwhile: `StepTime` says it;
 - *where beams fork*: replayed from a recording (`beam_forks`).
 
 So with paging a simulation is the engine's run on the same requests, block for block, and a test holds it to that.
@@ -23,6 +23,8 @@ from reference.batching.runner import Done, StepResult
 from reference.batching.scheduler import Scheduler
 from reference.memory.beam_forks import BeamForks
 from reference.memory.reserving import ReservingScheduler, SlotUsage
+
+MAX_WAITING = 64  # requests in the engine's queue
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,28 @@ class StepTime:
     bytes_per_s: float
     flops_per_s: float
 
-    def __call__(self, num_tokens: int, num_cached_tokens: int) -> float:
-        """Of a step that computes so many tokens, and reads so many from the cache."""
-        weights = max(2 * self.num_weights / self.bytes_per_s, 2 * self.num_weights * num_tokens / self.flops_per_s)
-        return weights + self.kv_bytes_per_token * num_cached_tokens / self.bytes_per_s
+    def __call__(self, batch: Batch) -> float:
+        """Of one step."""
+        read = 2 * self.num_weights / self.bytes_per_s
+        multiply = 2 * self.num_weights * batch.num_tokens / self.flops_per_s
+        return max(read, multiply) + self.kv_bytes_per_token * int(batch.seq_lens.sum()) / self.bytes_per_s
 
 
 @dataclass(frozen=True)
-class ConstantStepTime:
-    """Every step takes the same: to see what depends on it."""
+class LinearStepTime:
+    """Seconds of a step by its sequences alone: to see what depends on it.
+
+    Attributes:
+        seconds: Of any step.
+        seconds_per_seq: And for each of its sequences.
+    """
 
     seconds: float
+    seconds_per_seq: float = 0.0
 
-    def __call__(self, num_tokens: int, num_cached_tokens: int) -> float:
-        """The same."""
-        return self.seconds
+    def __call__(self, batch: Batch) -> float:
+        """Of one step."""
+        return self.seconds + self.seconds_per_seq * len(batch.seq_ids)
 
 
 class Clock:
@@ -85,10 +94,10 @@ class SimulatedRunner:
     def __init__(
         self,
         clock: Clock,
-        step_time: StepTime | ConstantStepTime,
+        step_time: StepTime | LinearStepTime,
         *,
         forks: BeamForks | None = None,
-        on_launch: Callable[[], None] = lambda: None,
+        on_launch: Callable[[Batch], None] = lambda batch: None,
     ):
         self.clock = clock
         self.step_time = step_time
@@ -97,8 +106,8 @@ class SimulatedRunner:
 
     def launch(self, batch: Batch) -> Done:
         """Let the step's time pass."""
-        self.on_launch()
-        self.clock.now += self.step_time(batch.num_tokens, int(batch.seq_lens.sum()))
+        self.on_launch(batch)
+        self.clock.now += self.step_time(batch)
         result = StepResult(np.zeros(batch.sampling.num_drawn, np.int64))
         if batch.sampling.cu_beams is not None:
             self._replay(batch.sampling, batch.sampling.cu_beams, result)
@@ -162,12 +171,14 @@ class SimulatedStep:
 
     Attributes:
         time: Seconds, at its end.
-        num_output_tokens: That it gave, to all its sequences.
+        num_output_tokens: That it gave, one to each sequence that was decoding, beams included.
+        num_finished: Requests that ended with it.
         memory: When it had all the memory that it needs.
     """
 
     time: float
     num_output_tokens: int
+    num_finished: int
     memory: MemoryUse
 
 
@@ -184,7 +195,7 @@ class Simulation:
     Example:
         >>> from reference.batching.request import SamplingParams
         >>> config = EngineConfig(num_blocks=4, max_model_len=32, block_size=4, watermark=0.0)
-        >>> simulation = Simulation(config, ConstantStepTime(0.5))
+        >>> simulation = Simulation(config, LinearStepTime(0.5))
         >>> ask = SamplingParams(max_tokens=3, ignore_eos=True)
         >>> requests = [Request("a", [1] * 5, ask, arrival_time=0.0), Request("b", [2], ask, arrival_time=0.6)]
         >>> for step in simulation.run(requests):
@@ -199,7 +210,7 @@ class Simulation:
     def __init__(
         self,
         config: EngineConfig,
-        step_time: StepTime | ConstantStepTime,
+        step_time: StepTime | LinearStepTime,
         *,
         scheduler: Scheduler | None = None,
         forks: BeamForks | None = None,
@@ -214,7 +225,7 @@ class Simulation:
         upcoming = iter(requests)
         following = next(upcoming, None)
         while following is not None or self.engine.has_unfinished():
-            while following is not None and following.arrival_time <= self.clock.now:
+            while following is not None and self._comes_in(following):
                 self.engine.add(following)
                 following = next(upcoming, None)
             if self.engine.has_unfinished():
@@ -222,12 +233,16 @@ class Simulation:
             elif following is not None:
                 self.clock.now = following.arrival_time
 
+    def _comes_in(self, request: Request) -> bool:
+        """Has it arrived? Behind a long queue it waits outside: there may be no end of those who come at once."""
+        return request.arrival_time <= self.clock.now and len(self.engine.scheduler.waiting) < MAX_WAITING
+
     def _step(self) -> SimulatedStep:
-        before = self.engine.metrics.num_output_tokens
-        self.engine.step()
+        output = self.engine.step()
         if self.engine.failure:
             raise self.engine.failure.__cause__ or self.engine.failure
-        return SimulatedStep(self.clock.now, self.engine.metrics.num_output_tokens - before, self._memory)
+        return SimulatedStep(self.clock.now, self._num_output_tokens, len(output.finished), self._memory)
 
-    def _look(self) -> None:
+    def _look(self, batch: Batch) -> None:
+        self._num_output_tokens = len(batch.logit_rows)
         self._memory = memory_use(self.engine.scheduler)
