@@ -82,7 +82,7 @@ class Clock:
 
 
 class SimulatedRunner:
-    """Executes steps by letting time pass. Every token is the same; beams fork as they did in the recording.
+    """Executes steps by letting time pass. No two sequences say the same; beams fork as they did in the recording.
 
     Args:
         forks: None: there are no beams.
@@ -108,9 +108,11 @@ class SimulatedRunner:
         """Let the step's time pass."""
         self.on_launch(batch)
         self.clock.now += self.step_time(batch)
-        result = StepResult(np.zeros(batch.sampling.num_drawn, np.int64))
-        if batch.sampling.cu_beams is not None:
-            self._replay(batch.sampling, batch.sampling.cu_beams, result)
+        sampling = batch.sampling
+        drawn = slice(0, sampling.num_drawn)
+        result = StepResult(_own_tokens(sampling.seeds[drawn], sampling.sample_indices[drawn]))
+        if sampling.cu_beams is not None:
+            self._replay(sampling, sampling.cu_beams, result)
         return Done(result)
 
     def _replay(self, sampling: SamplingBatch, cu_beams: np.ndarray, result: StepResult) -> None:
@@ -124,8 +126,15 @@ class SimulatedRunner:
             if end - start > 1:  # the first fork is all from one
                 parents = self.forks.parents(int(end - start), search=seed, step=position)
                 result.beam_rows[group, : len(parents)] = parents
-        result.beam_tokens = np.zeros(result.beam_rows.shape, np.int64)
-        result.beam_scores = np.zeros(result.beam_rows.shape, np.float32) - np.arange(sampling.num_candidates)
+        candidates = np.arange(sampling.num_candidates)
+        first_rows = sampling.num_drawn + cu_beams[:-1]
+        result.beam_tokens = _own_tokens(sampling.seeds[first_rows, None], candidates)
+        result.beam_scores = np.zeros(result.beam_rows.shape, np.float32) - candidates
+
+
+def _own_tokens(seeds: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Tokens that nobody else's prompt or sequence has: no prefix is found that a model would not have found."""
+    return (1 + which.astype(np.int64)) * 2**20 + seeds % 2**20
 
 
 @dataclass(frozen=True, slots=True)
