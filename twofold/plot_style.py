@@ -5,7 +5,7 @@ from typing import Any
 
 COLORS = ("#26486f", "#c2571a", "#5a8f3d", "#8d5ba6", "#888888")
 
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 11,
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "twofold",  # the same plot is the same file
@@ -21,7 +21,8 @@ def figure(width: float = 7.0, height: float = 3.4, columns: int = 1, **settings
     import matplotlib.pyplot as plt
     from cycler import cycler
 
-    matplotlib.rcParams.update(STYLE | {"axes.prop_cycle": cycler(color=COLORS)})
+    style: Any = STYLE | {"axes.prop_cycle": cycler(color=COLORS)}
+    matplotlib.rcParams.update(style)
     return plt.subplots(1, columns, figsize=(width, height), **settings)
 
 

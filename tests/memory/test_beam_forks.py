@@ -12,7 +12,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 
 def test_any_search_and_any_step_can_be_asked_for():
-    """Beyond the recorded ones they begin again; with so many beams none was recorded: an error that says which were."""
+    """Beyond the recorded ones they begin again. No search with so many beams: an error that says what there is."""
     forks = BeamForks("a model", {2: [[[0, 1], [0, 0], [1, 0]], [[1, 1]]]})
     assert forks.parents(2, search=0, step=4) == [0, 0]
     assert forks.parents(2, search=3, step=100) == [1, 1]

@@ -17,6 +17,7 @@ from twofold.bench.memory.published import (
     allocator_cases,
     best_block_size,
     block_size_cases,
+    changed_cases,
     claims,
 )
 
@@ -60,7 +61,7 @@ class Sweep:
         return kept["done"] if kept.get("settings") == self.settings else {}
 
     def cases(self) -> list[Case]:
-        """All that has to be simulated."""
+        """All that has to be simulated, but for what `changed_cases` adds where a figure is not met."""
         return all_cases(self.served, quick=self.quick)
 
     def run(self, on_case: Callable[[Case], None] = lambda case: None) -> dict[str, Any]:
@@ -68,14 +69,19 @@ class Sweep:
         cases = self.cases()
         for case in cases:
             case.simulation(self.forks[case.forks])  # whatever is wrong with one is said before an hour of others
+        figures = self._run_all(cases, on_case)
+        figures |= self._run_all(changed_cases(figures, self.served, quick=self.quick), on_case)
+        results = self.results(figures)
+        self.unfinished.unlink(missing_ok=True)
+        return results
+
+    def _run_all(self, cases: list[Case], on_case: Callable[[Case], None]) -> dict[Case, Figures]:
         for case in cases:
             on_case(case)
             if case.name not in self.done:
                 self.done[case.name] = self._measure(case)
                 self._keep()
-        results = self.results()
-        self.unfinished.unlink(missing_ok=True)
-        return results
+        return {case: self.done[case.name] for case in cases}
 
     def _measure(self, case: Case) -> Figures:
         seed, num_finished = self.settings["seed"], self.settings["num_finished"]
@@ -88,9 +94,8 @@ class Sweep:
         whole.write_text(text)
         whole.replace(self.unfinished)
 
-    def results(self) -> dict[str, Any]:
-        """Every table, from what is done."""
-        figures = {case: self.done[case.name] for case in self.cases()}
+    def results(self, figures: Mapping[Case, Figures]) -> dict[str, Any]:
+        """Every table."""
         sizes = block_size_cases(self.served, quick=self.quick)
         rates = {
             name: {case.block_size: figures[case]["requests_per_s"] for case in cases} for name, cases in sizes.items()
@@ -112,5 +117,5 @@ class Sweep:
                 for name, cases in sizes.items()
             },
             "best_block_sizes": {name: best_block_size(of_sizes) for name, of_sizes in rates.items()},
-            "simulations": self.done,
+            "simulations": {case.name: of_case for case, of_case in figures.items()},
         }
