@@ -82,3 +82,48 @@ def kernels(
     for name, mean in geometric_means(measured, ceilings).items():
         console.print(f"geometric mean of {name}: {mean:.2f}")
     return 0
+
+
+@app.command()
+def memory(
+    seed: Annotated[int, typer.Option(help="Of lengths and arrivals.", metavar="N", min=0)] = 0,
+    quick: Annotated[bool, typer.Option(help="In a minute: fewer requests, so more noise, and fewer sizes.")] = False,
+    slots: Annotated[
+        int | None, typer.Option(help="Tokens of the cache, instead of the published 15,728.", metavar="N", min=1)
+    ] = None,
+    forks_from: Annotated[
+        str | None,
+        typer.Option(help="Record anew where this model's beams fork (minutes); see --model.", metavar="MODEL"),
+    ] = None,
+    results: Results = Path("benchmarks/results/memory.json"),
+    plots: Annotated[Path | None, typer.Option(help="Draw plots into this folder.", metavar="FOLDER")] = None,
+) -> int:
+    """The published figures of paging and sharing, reproduced by simulation. An interrupted run goes on from there."""
+    from rich.console import Console
+
+    from twofold.bench.memory import Sweep
+    from twofold.bench.memory.forks import load_forks, record_forks
+    from twofold.bench.memory.show import tables
+    from twofold.bench.report import save, table
+    from twofold.cli.show import counting
+    from twofold.llm import LLM
+
+    asked = {"--seed": seed, "--slots": slots, "--forks-from": forks_from}
+    parts = [f"{name} {value}" for name, value in asked.items() if value is not None] + ["--quick"] * quick
+    console = Console(stderr=True)
+    forks = load_forks() if forks_from is None else record_forks(LLM(forks_from), console.print)
+    sweep = Sweep(results, forks, seed=seed, quick=quick, num_slots=slots)
+    if sweep.done:
+        console.print(f"{len(sweep.done)} simulations of an interrupted run are kept")
+    with counting("simulations", len(sweep.cases())) as count:
+        found = sweep.run(lambda case: count(case.name))
+    save(results, f"twofold bench memory {' '.join(parts)}", found)
+    for title, columns, rows, notes in tables(found):
+        table(title, columns, rows)
+        for note in notes:
+            Console().print(note)
+    if plots is not None:
+        from twofold.bench.memory.plots import draw
+
+        draw(found, plots)
+    return 0
