@@ -1,14 +1,15 @@
 """`twofold bench lossless`: what lossless coding makes of the blocks that an engine swaps, and of real bf16 weights.
 
-Blocks: eight prompts in a pool that is too small for them, once with swaps as they are and once coded. The figures are
-of the blocks that were preempted; and both runs must give the same tokens.
+Blocks: eight prompts in a pool that is too small for them. The figures are of the blocks that were preempted.
 
 Weights: every matrix of the model in bfloat16, a tile at a time. (The default model's come from a checkpoint of 4-bit
 groups. A coder that looks for groups would find far more in them; this one knows exponents only, which are skewed like
 those of any other model.)
+
+All that is counted is decoded as well, and compared bit for bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -16,7 +17,6 @@ import numpy as np
 
 import reference
 from reference.batching.request import SamplingParams
-from reference.batching.trace import Record
 from reference.kv_cache.coded_rows import WORD_LAYOUTS, CodedRows
 from twofold.bench.answers import PROMPTS
 from twofold.checkpoints import Checkpoint, load_checkpoint
@@ -39,51 +39,39 @@ def run(model: str | None, *, quick: bool) -> Iterator[tuple[str, Figures]]:
     """
     checkpoint = load_checkpoint(model)
     for format in KV_FORMATS[: 1 if quick else None]:
-        yield f"KV blocks, {format}", swapped_blocks(checkpoint, format, num_tokens=24 if quick else 64)
+        yield f"KV blocks, {format}", swapped_blocks(checkpoint, format, num_tokens=24 if quick else 48)
     for kind, names in matrices(checkpoint).items():
         yield f"weights, bfloat16: {kind}", coded_matrices(checkpoint, names[: 1 if quick else None])
 
 
 def swapped_blocks(checkpoint: Checkpoint, format: str, *, num_tokens: int) -> Figures:
     """Blocks that were preempted, in bytes as they are and as they travelled."""
-    plain, tokens = _swap_run(checkpoint, format, "none", num_tokens)
-    coded, tokens_coded = _swap_run(checkpoint, format, "lossless", num_tokens)
-    if tokens != tokens_coded or plain[0] != coded[0]:
-        raise TwofoldError(f"KV blocks in {format}: coded swaps gave other tokens than plain ones")
-    return {"blocks": plain[0], "bytes": plain[1], "coded_bytes": coded[1], "ratio": coded[1] / plain[1]}
-
-
-def _swap_run(
-    checkpoint: Checkpoint, format: str, coding: str, num_tokens: int
-) -> tuple[tuple[int, int], list[list[int]]]:
-    """(blocks, bytes) that went to the host, and every answer's tokens."""
-    sizes: list[tuple[int, int]] = []
-
-    def note(record: Record) -> None:
-        for swap in record.get("swaps_out", ()):
-            runner: Any = llm.engine.runner
-            sizes.append((len(swap["blocks"]), runner.host[swap["key"], swap["pool"]].nbytes))
-
     prompts = [{"prompt_token_ids": checkpoint.require_tokenizer().encode(prompt)} for prompt in PROMPTS]
     longest = max(len(prompt["prompt_token_ids"]) for prompt in prompts) + num_tokens
-    blocks_per_seq = -(-longest // BLOCK_SIZE)
     llm = LLM(
         checkpoint,
         kv_cache_dtype=format,
         block_size=BLOCK_SIZE,
-        num_blocks=len(PROMPTS) * blocks_per_seq // 2,
+        num_blocks=len(PROMPTS) * -(-longest // BLOCK_SIZE) // 2,
         max_model_len=longest,
         preemption="swap",
-        swap_coding=coding,
+        swap_coding="lossless",
         enable_prefix_caching=False,
-        trace=note,
     )
     for pool in llm.cache.pools:  # what no token was written to travels as well: not what was found lying about
         pool[:] = 0
-    params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-    answers = llm.generate(prompts, params)
-    total = sum(blocks for blocks, _ in sizes), sum(num_bytes for _, num_bytes in sizes)
-    return total, [answer.outputs[0].token_ids for answer in answers]
+    figures: Figures = {"blocks": 0, "bytes": 0, "coded_bytes": 0}
+    swap_out = llm.cache.swap_out
+
+    def counted(block_ids: Sequence[int], *, pool: int = 0, coded: bool = False) -> Any:
+        rows = swap_out(block_ids, pool=pool, coded=coded)
+        figures["blocks"] += len(block_ids)
+        _count(f"KV blocks in {format}", swap_out(block_ids, pool=pool), rows, figures)
+        return rows
+
+    llm.cache.swap_out = counted
+    llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True))
+    return figures | {"ratio": figures["coded_bytes"] / figures["bytes"]}
 
 
 def matrices(checkpoint: Checkpoint) -> dict[str, list[str]]:
@@ -94,7 +82,7 @@ def matrices(checkpoint: Checkpoint) -> dict[str, list[str]]:
 
 
 def coded_matrices(checkpoint: Checkpoint, names: list[str]) -> Figures:
-    """Bytes of matrices in bfloat16, and of the same coded; decoded they are the same bits."""
+    """Matrices in bfloat16, in bytes as they are and coded."""
     figures: Figures = {"bytes": 0, "coded_bytes": 0}
     tensors: Any = checkpoint.tensors()
     for name in names:
@@ -102,9 +90,13 @@ def coded_matrices(checkpoint: Checkpoint, names: list[str]) -> Figures:
         whole = len(numbers) // TILE * TILE
         for tiles in (numbers[:whole].reshape(-1, TILE), numbers[None, whole:]):
             rows = np.ascontiguousarray(tiles).view(np.uint8)
-            coded = CodedRows.encode(rows, WORD_LAYOUTS["bfloat16"], reference)
-            if not np.array_equal(coded.decode(reference), rows):
-                raise TwofoldError(f"{name}: coded and decoded it is another")
-            figures["bytes"] += rows.nbytes
-            figures["coded_bytes"] += coded.nbytes
+            _count(name, rows, CodedRows.encode(rows, WORD_LAYOUTS["bfloat16"], reference), figures)
     return figures | {"ratio": figures["coded_bytes"] / figures["bytes"]}
+
+
+def _count(what: str, rows: Any, coded: Any, figures: Figures) -> None:
+    """Bytes of rows, as they are and coded; which must be the same rows."""
+    if not np.array_equal(coded.decode(reference), rows):
+        raise TwofoldError(f"{what}: coded and decoded they are others")
+    figures["bytes"] += rows.nbytes
+    figures["coded_bytes"] += coded.nbytes

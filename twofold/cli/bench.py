@@ -58,6 +58,19 @@ def lossless(
 
 
 @app.command()
+def planner(model: options.Model = None, results: Results = Path("benchmarks/results/planner.json")) -> int:
+    """The memory of a step's activations: in an arena, at the least, and with none sharing any."""
+    from twofold.bench.planner import run
+    from twofold.bench.report import save, table
+
+    found = dict(run(model))
+    save(results, "twofold bench planner", found)
+    columns = list(next(iter(found.values())))
+    table("Activations", ("step", *columns), [(step, *figures.values()) for step, figures in found.items()])
+    return 0
+
+
+@app.command()
 def kernels(
     backend: Annotated[
         str, typer.Option(help="fast, plain_torch, or an importable module with some of the ops.", metavar="NAME")
