@@ -51,6 +51,7 @@ class LLM:
         max_num_batched_tokens: Token budget of a step; longer prompts are computed in chunks.
         max_model_len: Longest prompt plus answer; by default the model's context, or what the pool holds if less.
         preemption: "recompute" or "swap".
+        swap_coding: "none", or "lossless": swapped blocks travel and wait in fewer bytes.
         enable_prefix_caching: Share the blocks of equal prompt beginnings.
         lookahead: Steps scheduled ahead of the tokens read: 0 or 1.
         deterministic: Use the backend's batch-invariant ops.
@@ -78,6 +79,7 @@ class LLM:
         max_num_batched_tokens: int = 512,
         max_model_len: int | None = None,
         preemption: str = "recompute",
+        swap_coding: str = "none",
         enable_prefix_caching: bool = True,
         lookahead: int = 0,
         deterministic: bool = False,
@@ -121,6 +123,7 @@ class LLM:
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 preemption=preemption,
+                swap_coding=swap_coding,
                 enable_prefix_caching=enable_prefix_caching,
                 lookahead=lookahead,
                 eos_token_ids=self.checkpoint.eos_token_ids,

@@ -13,6 +13,7 @@ from numpy import ndarray as Array
 
 from reference.batching.packing import Batch, SamplingBatch
 from reference.kv_cache.cache import CacheView, KVCache
+from reference.kv_cache.coded_rows import CodedRows
 from reference.model.decoder import AdapterBank, Decoder
 from reference.numerics.philox import PURPOSE_DRAFT
 
@@ -103,7 +104,7 @@ class ModelRunner:
         self.decoder, self.cache, self.adapters = decoder, cache, adapters
         self.backend: Any = decoder.backend
         self.vocab_size = decoder.config.vocab_size
-        self.host: dict[tuple[int, int], np.ndarray] = {}
+        self.host: dict[tuple[int, int], np.ndarray | CodedRows] = {}
         self._drawn = np.zeros(0, np.int64)
 
     def launch(self, batch: Batch) -> Done:
@@ -123,7 +124,8 @@ class ModelRunner:
 
     def _move_blocks(self, batch: Batch) -> None:
         for swap in batch.swaps_out:
-            self.host[swap.key, swap.pool] = self.cache.swap_out(swap.block_ids, pool=swap.pool)
+            rows = self.cache.swap_out(swap.block_ids, pool=swap.pool, coded=swap.coded)
+            self.host[swap.key, swap.pool] = rows
         for swap in batch.swaps_in:
             rows = self.host.pop((swap.key, swap.pool))
             self.cache.swap_in(rows[swap.host_rows], swap.block_ids, pool=swap.pool)

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from reference.kv_cache.coded_rows import CodedRows, word_layout
 from reference.kv_cache.formats import (
     ALIGNMENT,
     KV_FORMATS,
@@ -70,6 +71,7 @@ class KVCache:
         format: The resolved format: never "auto".
         pools: Backend arrays of bytes, a row a block: one, and for KIVI the window's after it.
         block_bytes: The length of a row, for each pool.
+        word_layouts: How each pool's rows are coded; None: they are not.
 
     Args:
         num_window_blocks: How many blocks the window's pool has, for a format that has one (`KVFormat.window_blocks`).
@@ -107,6 +109,7 @@ class KVCache:
         self._write, self._attend = self._op(self.format.write_op), self._op(self.format.attend_op)
         self._fused = self._op(self.format.fused_op) if self.format.fused_op else None
         self._window = {"window": self.format.window} if len(specs) > 1 else {}
+        self.word_layouts = [word_layout(pool_specs) for pool_specs in specs]
 
         rows = zip((num_blocks, num_window_blocks), self.block_bytes)
         self.pools = [backend.empty(shape, dtype="uint8", device=device) for shape in rows]
@@ -215,13 +218,17 @@ class KVCache:
     def _copy(self, source_of: dict[int, int], pool: int) -> None:
         self.backend.copy_blocks(self.pools[pool], self._ids([*source_of.values()]), self._ids([*source_of]))
 
-    def swap_out(self, block_ids: Sequence[int], *, pool: int = 0) -> np.ndarray:
-        """These blocks' rows on the host, all layers, in the order given."""
-        return self.backend.to_host(self.backend.swap_out(self.pools[pool], self._ids(block_ids)))
+    def swap_out(self, block_ids: Sequence[int], *, pool: int = 0, coded: bool = False) -> np.ndarray | CodedRows:
+        """These blocks' rows on the host, all layers, in the order given; coded, if that is asked for and saves any."""
+        rows, layout = self.backend.swap_out(self.pools[pool], self._ids(block_ids)), self.word_layouts[pool]
+        return CodedRows.encode(rows, layout, self.backend) if coded and layout else self.backend.to_host(rows)
 
-    def swap_in(self, rows: np.ndarray, block_ids: Sequence[int], *, pool: int = 0) -> None:
+    def swap_in(self, rows: np.ndarray | CodedRows, block_ids: Sequence[int], *, pool: int = 0) -> None:
         """Rows from ``swap_out`` into these blocks; they need not be those they came from."""
-        on_device = self.backend.from_host(rows, device=self.device)
+        if isinstance(rows, CodedRows):
+            on_device = rows.decode(self.backend, device=self.device)
+        else:
+            on_device = self.backend.from_host(rows, device=self.device)
         self.backend.swap_in(on_device, self.pools[pool], self._ids(block_ids))
 
     def _ids(self, block_ids: Sequence[int]) -> Any:

@@ -235,6 +235,8 @@ def test_a_folder_without_a_tokenizer_serves_token_ids(tmp_path):
         ({"dtype": "float8"}, "float8"),
         ({"backend": "no_such_module"}, "no_such_module"),
         ({"preemption": "kill"}, "kill"),
+        ({"preemption": "swap", "swap_coding": "zip"}, "none or lossless"),
+        ({"swap_coding": "lossless"}, "preemption"),
         ({"block_size": 0}, "block size"),
         ({"num_blocks": 0}, "number of blocks"),
         ({"max_model_len": 10_000}, "10000"),

@@ -37,6 +37,40 @@ def cpu(
 
 
 @app.command()
+def lossless(
+    model: options.Model = None,
+    quick: Annotated[bool, typer.Option(help="One KV format, short answers, a matrix of each kind.")] = False,
+    results: Results = Path("benchmarks/results/lossless.json"),
+) -> int:
+    """What lossless coding makes of swapped KV blocks and of real weights."""
+    from twofold.bench.lossless import run
+    from twofold.bench.report import save, table
+
+    found: dict[str, dict[str, float]] = {}
+    for name, figures in run(model, quick=quick):
+        found[name] = figures
+        save(results, "twofold bench lossless" + " --quick" * quick, found)  # what is measured is kept, whatever comes
+    columns = ("blocks", "bytes", "coded_bytes", "ratio")
+    table(
+        "Lossless coding", ("of", *columns), [(name, *(row.get(c, "") for c in columns)) for name, row in found.items()]
+    )
+    return 0
+
+
+@app.command()
+def planner(model: options.Model = None, results: Results = Path("benchmarks/results/planner.json")) -> int:
+    """The memory of a step's activations: in an arena, at the least, and with none sharing any."""
+    from twofold.bench.planner import run
+    from twofold.bench.report import save, table
+
+    found = dict(run(model))
+    save(results, "twofold bench planner", found)
+    columns = list(next(iter(found.values())))
+    table("Activations", ("step", *columns), [(step, *figures.values()) for step, figures in found.items()])
+    return 0
+
+
+@app.command()
 def kernels(
     backend: Annotated[
         str, typer.Option(help="fast, plain_torch, or an importable module with some of the ops.", metavar="NAME")

@@ -41,6 +41,7 @@ MaxNumSeqs = Annotated[int, typer.Option(help="Sequences that run at once.", met
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.", metavar="N")]
 MaxNumBatchedTokens = Annotated[int, typer.Option(help="Token budget of a step.", metavar="N")]
 Preemption = Annotated[str, typer.Option(help="When the pool is full: recompute or swap.", metavar="HOW")]
+SwapCoding = Annotated[str, typer.Option(help="Of swapped blocks: none or lossless.", metavar="HOW")]
 Seed = Annotated[int | None, typer.Option(help="Of the draws; drawn and reported if not given.", metavar="N")]
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", metavar="N")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.", metavar="X")]
