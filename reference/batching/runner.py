@@ -16,6 +16,8 @@ from reference.kv_cache.cache import CacheView, KVCache
 from reference.model.decoder import AdapterBank, Decoder
 from reference.numerics.philox import PURPOSE_DRAFT
 
+NOT_FINITE = "the model's logits are not finite"
+
 
 @dataclass
 class Logprobs:
@@ -168,7 +170,7 @@ class ModelRunner:
             if not bad.any():
                 raise
             result = self._sample_rows(sampling, self._put(np.where(bad[:, None], np.float32(0), host)))
-            result.errors = {int(row): "the model's logits are not finite" for row in np.flatnonzero(bad)}
+            result.errors = {int(row): NOT_FINITE for row in np.flatnonzero(bad)}
             return result
 
     def _sample_rows(self, sampling: SamplingBatch, logits: Any) -> StepResult:
@@ -241,7 +243,7 @@ class ModelRunner:
     def _logprobs(self, sampling: SamplingBatch, logits: Any, result: StepResult) -> Logprobs:
         """Of the model's own distribution, for the tokens that came of the rows that want them."""
         assert sampling.logprob_rows is not None
-        tokens = np.concatenate((result.token_ids, _verified_tokens(sampling, result)))
+        tokens = np.concatenate((result.token_ids, verified_tokens(sampling, result)))
         rows = sampling.logprob_rows[tokens[sampling.logprob_rows] >= 0]
         found = self.backend.log_probs(
             self.backend.take_rows(logits, self._put(rows)), self._put(tokens[rows]), num_top=sampling.num_top
@@ -257,7 +259,7 @@ def _complete_history(batch: Batch, token_ids: np.ndarray) -> None:
     history[rows, columns[rows]] = token_ids[batch.logit_rows[rows]]
 
 
-def _verified_tokens(sampling: SamplingBatch, result: StepResult) -> np.ndarray:
+def verified_tokens(sampling: SamplingBatch, result: StepResult) -> np.ndarray:
     """For each verified row the token that came of it; -1 where it was rejected before."""
     tokens = np.full(sampling.num_verified_rows, -1, np.int64)
     if sampling.cu_drafts is None or result.num_accepted is None or result.next_token_ids is None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import fast
 import reference
 from reference.batching.request import FinishReason, Request, SamplingParams, SequenceOutput
-from reference.batching.runner import StepResult
+from reference.batching.runner import ModelRunner, StepResult
 from reference.kv_cache.cache import KV_FORMATS, CacheView, KVCache
 from reference.model.adapters import AdapterBank
 from reference.model.decoder import Decoder
@@ -77,11 +77,11 @@ def workloads(draw):
     }
 
 
-def check_workload(model: Decoder, kv_format: str, workload) -> None:
+def check_workload(model: Decoder, kv_format: str, workload, runner=ModelRunner) -> None:
     """In company and out of memory: the log-probabilities are those of one whole pass, and the tokens those of a
     request alone."""
     requests, engine_settings = workload
-    engine = engine_for(model, kv_format=kv_format, max_model_len=48, **engine_settings)
+    engine = engine_for(model, kv_format=kv_format, runner=runner, max_model_len=48, **engine_settings)
     results = run_all(engine, [Request(f"{i}", prompt, params) for i, (prompt, params) in enumerate(requests)])
     nothing_is_left(engine)
     for i, (prompt, params) in enumerate(requests):

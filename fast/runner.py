@@ -1,0 +1,295 @@
+"""The runner on a GPU: steps are queued and not waited for, and those of few tokens are replayed from CUDA graphs.
+
+Same protocol as `reference.batching.runner`, whose `ModelRunner` is the plain one. What differs is when things happen::
+
+    launch   host: lay the batch's arrays end to end in pinned memory
+             stream: swaps and copies of blocks | the arrays, one copy | the model and the draw | results to the host
+    result   host: wait for the last of these, and read
+
+With a lookahead of 1 the host schedules and launches step n + 1 while the device computes step n: the tokens of step n
+that step n + 1 continues from are read on the device, where ``token_sources`` says. Nothing in ``launch`` waits for the
+device, and no kernel's grid depends on what is on it.
+
+What a step asks beyond drawing tokens (penalties, log-probabilities, verification, beams) follows the recorded part
+as ordinary launches over the same logits.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fast._runner.staging import Readback, to_device
+from fast._runner.step import RecordedStep, StepShape, Upload
+from reference.batching.packing import Batch, SamplingBatch
+from reference.batching.runner import NOT_FINITE, Logprobs, StepResult, verified_tokens
+from reference.kv_cache.cache import CacheView, KVCache, copy_waves
+from reference.model.decoder import AdapterBank, Decoder
+from reference.numerics.philox import PURPOSE_DRAFT
+
+MOST_RECORDED_TOKENS = 512  # a longer step takes the device longer than its launches take the host
+
+
+class GraphRunner:
+    """Runs a decoder of `fast` over its cache.
+
+    Args:
+        decoder: On `fast`, `fast.invariant`, or a backend laid over one of them: its arrays are torch tensors.
+        most_seqs: Sequences that a step may have.
+        recorded: Steps of at most so many tokens are recorded when first met, and replayed from then on; 0: none.
+
+    Attributes:
+        host: Swapped blocks in pinned memory, by key and pool.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        *,
+        adapters: AdapterBank | None = None,
+        most_seqs: int = 256,
+        recorded: int = MOST_RECORDED_TOKENS,
+    ):
+        self.decoder, self.cache, self.adapters = decoder, cache, adapters
+        self.backend: Any = decoder.backend
+        self.vocab_size = decoder.config.vocab_size
+        self.most_seqs, self.most_recorded = most_seqs, recorded
+        self.device: torch.device = cache.pools[0].device
+        self.host: dict[tuple[int, int], Tensor] = {}
+        self._recorded: dict[StepShape, RecordedStep] = {}
+        self._drawn = torch.zeros(most_seqs, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def _memory(self) -> Any:
+        """What all recorded steps compute in: they run one after another."""
+        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def launch(self, batch: Batch) -> "InFlight":
+        """Queue a step."""
+        self._move_blocks(batch)
+        if batch.num_tokens == 0:
+            return InFlight(batch.sampling, Readback({}))
+        inputs, logits, drawn = self._compute_step(batch)
+        sampling, results = batch.sampling, {"sound": logits.amax(dim=1).isfinite()}
+        if _only_draws(sampling):
+            results["token_ids"] = drawn[: sampling.num_drawn]
+        else:
+            results |= Sampling(self.backend, batch, inputs, logits, drawn).results()
+            self._remember(results["token_ids"])
+        return InFlight(sampling, Readback(results))
+
+    # Memory.
+
+    def _move_blocks(self, batch: Batch) -> None:
+        for swap in batch.swaps_out:
+            rows = self.backend.swap_out(self.cache.pools[swap.pool], self._ids(swap.block_ids))
+            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
+            self.host[swap.key, swap.pool] = host.copy_(rows, non_blocking=True)
+        for swap in batch.swaps_in:
+            rows = self.host.pop((swap.key, swap.pool)).to(self.device, non_blocking=True)
+            rows = self.backend.take_rows(rows, self._ids(swap.host_rows))
+            self.backend.swap_in(rows, self.cache.pools[swap.pool], self._ids(swap.block_ids))
+        for key in batch.drops:
+            for pool in range(len(batch.copies)):
+                self.host.pop((key, pool), None)
+        for pool, copies in enumerate(batch.copies):
+            for sources, targets in copy_waves(copies):
+                self.backend.copy_blocks(self.cache.pools[pool], self._ids(sources), self._ids(targets))
+
+    def _ids(self, ids: Any) -> Tensor:
+        return to_device(np.asarray(ids, np.int64), self.device)
+
+    # From tokens to logits.
+
+    def _compute_step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The step's arrays on the device, its logits, and what is drawn of them."""
+        shape, num_rows = StepShape.of(batch), len(batch.logit_rows)
+        if shape.num_tokens <= self.most_recorded:
+            shape = shape.padded(self.most_seqs)
+            if shape not in self._recorded:
+                self._recorded[shape] = RecordedStep(shape, self._compute, self.device, self._memory)
+            step = self._recorded[shape]
+            token_ids, logits, drawn = step.run(batch)
+            inputs = step.upload.tensors
+        else:
+            upload = Upload(shape, self.device)
+            upload.send(batch)
+            inputs = upload.tensors
+            token_ids, logits, drawn = self._compute(inputs)
+        return inputs | {"token_ids": token_ids}, logits[:num_rows], drawn[:num_rows]
+
+    def _compute(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What is recorded: tokens (those in flight among them), logits, and a token drawn of each row."""
+        sources = inputs["token_sources"]
+        in_flight = self._drawn[sources.clamp(min=0)].to(torch.int32)
+        token_ids = torch.where(sources >= 0, in_flight, inputs["token_ids"])
+        view = CacheView(
+            **{name: inputs[name] for name in ("cu_seqlens_q", "seq_lens", "block_table", "slot_mapping")},
+            window_block_table=inputs.get("window_block_table"),
+            window_slot_mapping=inputs.get("window_slot_mapping"),
+        )
+        logits = self.decoder.forward(
+            token_ids,
+            inputs["positions"],
+            view,
+            self.cache,
+            logit_rows=inputs["logit_rows"],
+            adapters=self.adapters,
+            adapter_ids=inputs.get("adapter_ids"),
+        )
+        drawn = self.backend.sample(logits, *(inputs[name] for name in FILTERS + COUNTERS))
+        self._remember(drawn)
+        return token_ids, logits, drawn
+
+    def _remember(self, drawn: Tensor) -> None:
+        """For the step after, which may name these tokens before anybody has read them."""
+        count = min(len(drawn), len(self._drawn))  # a batch draws for at most `most_seqs` rows: what follows is padding
+        self._drawn[:count] = drawn[:count]
+
+
+def _only_draws(sampling: SamplingBatch) -> bool:
+    """Whether a token of each row, and nothing else, is wanted: then the recorded draw is the answer."""
+    more = (sampling.penalties, sampling.logprob_rows, sampling.cu_drafts, sampling.cu_beams)
+    return all(what is None for what in more) and not sampling.for_drafts
+
+
+class Sampling:
+    """What a step asks of its logits beyond a draw from each row; all of it on the device.
+
+    Args:
+        inputs: The step's arrays on the device; ``token_ids`` with those that were in flight.
+        drawn: What `sample` draws from the logits as they are.
+    """
+
+    def __init__(self, backend: Any, batch: Batch, inputs: dict[str, Tensor], logits: Tensor, drawn: Tensor):
+        self.backend, self.batch, self.inputs, self.logits, self.drawn = backend, batch, inputs, logits, drawn
+        self.sampling = batch.sampling
+
+    def results(self) -> dict[str, Tensor]:
+        """By the names of `StepResult`, and those of `Logprobs`."""
+        sampling = self.sampling
+        scores = self.logits if sampling.penalties is None else self._penalized()
+        first, last = sampling.num_drawn, sampling.num_drawn + sampling.num_verified_rows
+        results = self._draw(scores[:first])
+        if sampling.cu_drafts is not None:
+            results |= self._verify(scores[first:last], slice(first, last))
+        if sampling.cu_beams is not None:
+            results |= self._beams(scores[last:])
+        if sampling.logprob_rows is not None:
+            results |= self._logprobs(results)
+        return results
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        return to_device(array, self.logits.device)
+
+    def _columns(self, names: tuple[str, ...], rows: slice | Tensor) -> list[Tensor]:
+        return [self.inputs[name][rows] for name in names]
+
+    def _draw(self, scores: Tensor) -> dict[str, Tensor]:
+        rows = slice(0, self.sampling.num_drawn)
+        if self.sampling.for_drafts:
+            return self._draw_drafts(scores, rows)
+        if self.sampling.penalties is None or not self.sampling.num_drawn:
+            return {"token_ids": self.drawn[rows]}
+        return {"token_ids": self.backend.sample(scores, *self._columns(FILTERS + COUNTERS, rows))}
+
+    def _draw_drafts(self, scores: Tensor, rows: slice) -> dict[str, Tensor]:
+        """As `sample`, with noise of its own, and the distributions drawn from: what `verify` asks of a drafter."""
+        probs = self._probs(scores, rows)
+        counters = self._columns(COUNTERS, rows)
+        noise = self.backend.random_gumbel(*counters, purpose=PURPOSE_DRAFT, num_draws=scores.shape[1])
+        return {"token_ids": (probs.log() + noise).argmax(dim=1), "probs": probs}
+
+    def _probs(self, scores: Tensor, rows: slice) -> Tensor:
+        """What `sample` draws from, as distributions."""
+        return torch.softmax(self.backend.filter_logits(scores, *self._columns(FILTERS, rows)), dim=1)
+
+    def _penalized(self) -> Tensor:
+        p = self.sampling.penalties
+        assert p is not None
+        history = self._put(p.history)
+        # The tokens that were in flight when the batch was packed, where they belong. (Longer rows have no history.)
+        columns = self.batch.positions[self.batch.logit_rows]
+        rows = np.flatnonzero(columns < p.history.shape[1])
+        tokens = self.inputs["token_ids"][self._put(self.batch.logit_rows[rows])]
+        history[self._put(rows), self._put(columns[rows])] = tokens.to(history.dtype)
+        columns = (p.prompt_lens, p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+        return self.backend.penalize(self.logits, history, *map(self._put, (*columns, p.bias_ids, p.bias_values)))
+
+    def _verify(self, scores: Tensor, rows: slice) -> dict[str, Tensor]:
+        s = self.sampling
+        assert s.cu_drafts is not None
+        assert s.draft_tokens is not None
+        first = self._put(rows.start + s.cu_drafts[:-1] + np.arange(len(s.cu_drafts) - 1))
+        accepted, following = self.backend.verify(
+            self._probs(scores, rows),
+            None if s.draft_probs is None else self._put(s.draft_probs),
+            self._put(s.draft_tokens),
+            self._put(s.cu_drafts),
+            *self._columns(COUNTERS, first),
+        )
+        return {"num_accepted": accepted, "next_token_ids": following}
+
+    def _beams(self, scores: Tensor) -> dict[str, Tensor]:
+        s = self.sampling
+        assert s.beam_scores is not None
+        assert s.cu_beams is not None
+        found = self.backend.beam_scores(
+            scores, self._put(s.beam_scores), self._put(s.cu_beams), num_candidates=s.num_candidates
+        )
+        return dict(zip(("beam_scores", "beam_rows", "beam_tokens"), found, strict=True))
+
+    def _logprobs(self, results: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of the model's own distribution, for every row that wants them; the host knows which of them count."""
+        tokens = results["token_ids"]
+        if self.sampling.cu_drafts is not None:
+            tokens = torch.cat((tokens, self._verified_tokens(results)))
+        rows = self._put(self.sampling.logprob_rows)  # type: ignore[arg-type]
+        logits = self.backend.take_rows(self.logits, rows)
+        found = self.backend.log_probs(logits, tokens[rows], num_top=self.sampling.num_top)
+        return dict(zip(LOGPROBS, found, strict=True))
+
+    def _verified_tokens(self, results: dict[str, Tensor]) -> Tensor:
+        """The token that came of each verified row; any, where it was rejected before."""
+        s = self.sampling
+        assert s.cu_drafts is not None
+        assert s.draft_tokens is not None
+        num_drafts = np.diff(s.cu_drafts)
+        owner = np.repeat(np.arange(len(num_drafts)), num_drafts + 1)
+        place = np.arange(len(owner)) - (s.cu_drafts[:-1] + np.arange(len(num_drafts)))[owner]
+        drafts = np.zeros(len(owner), np.int64)
+        drafts[place < num_drafts[owner]] = s.draft_tokens
+        owner, place = self._put(owner), self._put(place)
+        is_draft = place < results["num_accepted"][owner]
+        return torch.where(is_draft, self._put(drafts), results["next_token_ids"][owner])
+
+
+FILTERS = ("temperature", "top_k", "top_p", "min_p")
+COUNTERS = ("seeds", "draw_positions", "sample_indices")
+LOGPROBS = ("logprobs", "ranks", "top_ids", "top_logprobs")
+
+
+@dataclass
+class InFlight:
+    """A step that was queued."""
+
+    sampling: SamplingBatch
+    results: Readback
+
+    def result(self) -> StepResult:
+        """Wait for it, and read what it gave."""
+        arrays = self.results.wait()
+        sound = arrays.pop("sound", np.ones(0, bool))
+        logprobs = {name: arrays.pop(name) for name in LOGPROBS if name in arrays}
+        result = StepResult(arrays.pop("token_ids", np.zeros(0, np.int64)), **arrays)
+        result.errors = {int(row): NOT_FINITE for row in np.flatnonzero(~sound)}
+        if self.sampling.logprob_rows is not None:
+            tokens = np.concatenate((result.token_ids, verified_tokens(self.sampling, result)))
+            counts = tokens[self.sampling.logprob_rows] >= 0
+            found = (logprobs[name][counts] for name in LOGPROBS)
+            result.logprobs = Logprobs(self.sampling.logprob_rows[counts], *found)
+        return result
