@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fast._runner.staging import Readback, to_device
 from fast._runner.step import RecordedStep, StepShape, Upload
+from fast._triton.platform import default_device
 from reference.batching.packing import Batch, SamplingBatch
 from reference.batching.runner import NOT_FINITE, Logprobs, StepResult, verified_tokens
 from reference.kv_cache.cache import CacheView, KVCache, copy_waves
@@ -31,6 +32,11 @@ from reference.model.decoder import AdapterBank, Decoder
 from reference.numerics.philox import PURPOSE_DRAFT
 
 MOST_RECORDED_TOKENS = 512  # a longer step takes the device longer than its launches take the host
+
+
+def is_on_gpu(device: str | None) -> bool:
+    """Whether arrays of `fast` on this device (None: its default) are on a GPU."""
+    return torch.device(device or default_device()).type == "cuda"
 
 
 class GraphRunner:

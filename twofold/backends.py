@@ -1,10 +1,13 @@
 """Backends by the names a user types. Below this there is no dispatch by string: a backend is a module or an object."""
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import reference
+from reference.batching.runner import ModelRunner, Runner
 from reference.model.overlay import overlay
 from twofold.errors import TwofoldError
 
@@ -28,6 +31,16 @@ def resolve_backend(backend: str | ModuleType | Any, *, deterministic: bool = Fa
         if found is None:
             raise TwofoldError(f"--deterministic: the backend {backend} has no batch-invariant ops")
     return found
+
+
+def runner_type(backend: Any, device: str | None, *, max_num_seqs: int) -> tuple[Callable[..., Runner], int]:
+    """Who executes the steps, and how many it likes to have scheduled ahead: `fast`'s own runner where it has a GPU."""
+    if getattr(backend, "__name__", "").partition(".")[0] == "fast":
+        from fast.runner import GraphRunner, is_on_gpu
+
+        if is_on_gpu(device):
+            return partial(GraphRunner, most_seqs=max_num_seqs), 1
+    return ModelRunner, 0
 
 
 def _import(name: str) -> Any:

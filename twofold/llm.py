@@ -13,10 +13,9 @@ from typing import Any
 
 from reference.batching.engine import Engine
 from reference.batching.request import SamplingParams
-from reference.batching.runner import ModelRunner
 from reference.batching.trace import Record
 from reference.model.decoder import AdapterBank, Decoder
-from twofold.backends import resolve_backend
+from twofold.backends import resolve_backend, runner_type
 from twofold.checkpoints import Checkpoint, load_checkpoint
 from twofold.errors import TwofoldError
 from twofold.generation import Generation, Prompt
@@ -52,7 +51,8 @@ class LLM:
         max_model_len: Longest prompt plus answer; by default the model's context, or what the pool holds if less.
         preemption: "recompute" or "swap".
         enable_prefix_caching: Share the blocks of equal prompt beginnings.
-        lookahead: Steps scheduled ahead of the tokens read: 0 or 1.
+        lookahead: Steps scheduled ahead of the tokens read: 0 or 1. By default 1 where steps run in the background
+            (``backend="fast"`` on a GPU), else 0.
         deterministic: Use the backend's batch-invariant ops.
         lora_modules: Adapters by name: folders as `peft` saves them.
         speculate: "ngram:K": draft K tokens by look-up in the text so far; or a model's name or path, with ":K" or not.
@@ -79,7 +79,7 @@ class LLM:
         max_model_len: int | None = None,
         preemption: str = "recompute",
         enable_prefix_caching: bool = True,
-        lookahead: int = 0,
+        lookahead: int | None = None,
         deterministic: bool = False,
         lora_modules: Mapping[str, str | Path] | None = None,
         speculate: str | None = None,
@@ -91,6 +91,8 @@ class LLM:
         self.tokenizer = self.checkpoint.tokenizer
         config = self.checkpoint.config
         dtype = "float32" if dtype == "auto" else dtype
+        make_runner, ahead = runner_type(self.backend, device, max_num_seqs=max_num_seqs)
+        lookahead = ahead if lookahead is None else lookahead
         sizes = pool_sizes(
             config,
             kv_cache_dtype,
@@ -128,7 +130,7 @@ class LLM:
             )
             self.engine = Engine(
                 engine_config,
-                ModelRunner(self.decoder, self.cache, adapters=self.adapters),
+                make_runner(self.decoder, self.cache, adapters=self.adapters),
                 drafter=make_drafter(speculate, self.decoder, engine_config) if speculate else None,
                 adapters={name: (i, self.adapters.digests[name]) for i, name in enumerate(self.adapters.names)},
                 trace=trace,
