@@ -15,7 +15,7 @@ as ordinary launches over the same logits.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fast._runner.staging import Readback, to_device
-from fast._runner.step import RecordedStep, StepShape, Upload
+from fast._runner.step import RecordedStep, StepShape, Upload, only_draws
 from fast._triton.platform import default_device
 from reference.batching.packing import Batch, SamplingBatch
 from reference.batching.runner import NOT_FINITE, Logprobs, StepResult, verified_tokens
@@ -67,7 +67,7 @@ class GraphRunner:
         self.device: torch.device = cache.pools[0].device
         self.host: dict[tuple[int, int], Tensor] = {}
         self._recorded: dict[StepShape, RecordedStep] = {}
-        self._drawn = torch.zeros(most_seqs, dtype=torch.int64, device=self.device)
+        self._drawn = torch.full((most_seqs + 1,), -1, dtype=torch.int32, device=self.device)
 
     @cached_property
     def _memory(self) -> Any:
@@ -76,15 +76,18 @@ class GraphRunner:
 
     def launch(self, batch: Batch) -> "InFlight":
         """Queue a step."""
+        sampling = batch.sampling
+        if sampling.num_drawn > self.most_seqs:
+            raise ValueError(f"GraphRunner: expected at most {self.most_seqs} draws a step, got {sampling.num_drawn}")
         self._move_blocks(batch)
         if batch.num_tokens == 0:
-            return InFlight(batch.sampling, Readback({}))
-        inputs, logits, drawn = self._compute_step(batch)
-        sampling, results = batch.sampling, {"sound": logits.amax(dim=1).isfinite()}
-        if _only_draws(sampling):
-            results["token_ids"] = drawn[: sampling.num_drawn]
+            return InFlight(sampling, Readback({}))
+        step = self._compute_step(batch)
+        results = {"best": step["best"]}
+        if only_draws(sampling):
+            results["token_ids"] = step["drawn"][: sampling.num_drawn]
         else:
-            results |= Sampling(self.backend, batch, inputs, logits, drawn).results()
+            results |= Sampling(self.backend, batch, step).results()
             self._remember(results["token_ids"])
         return InFlight(sampling, Readback(results))
 
@@ -111,28 +114,30 @@ class GraphRunner:
 
     # From tokens to logits.
 
-    def _compute_step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The step's arrays on the device, its logits, and what is drawn of them."""
+    def _compute_step(self, batch: Batch) -> dict[str, Tensor]:
+        """What the step has on the device in the end: its arrays, and what `_compute` makes of them."""
         shape, num_rows = StepShape.of(batch), len(batch.logit_rows)
         if shape.num_tokens <= self.most_recorded:
-            shape = shape.padded(self.most_seqs)
-            if shape not in self._recorded:
-                self._recorded[shape] = RecordedStep(shape, self._compute, self.device, self._memory)
-            step = self._recorded[shape]
-            token_ids, logits, drawn = step.run(batch)
-            inputs = step.upload.tensors
+            step = self._recorded_step(shape.padded(self.most_seqs))
+            inputs, results = step.upload.tensors, step.run(batch)
         else:
             upload = Upload(shape, self.device)
             upload.send(batch)
-            inputs = upload.tensors
-            token_ids, logits, drawn = self._compute(inputs)
-        return inputs | {"token_ids": token_ids}, logits[:num_rows], drawn[:num_rows]
+            inputs, results = upload.tensors, self._compute(shape.keeps_logits, upload.tensors)
+        return inputs | {name: x[:num_rows] if name in OF_ROWS else x for name, x in results.items()}
 
-    def _compute(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What is recorded: tokens (those in flight among them), logits, and a token drawn of each row."""
-        sources = inputs["token_sources"]
-        in_flight = self._drawn[sources.clamp(min=0)].to(torch.int32)
-        token_ids = torch.where(sources >= 0, in_flight, inputs["token_ids"])
+    def _recorded_step(self, shape: StepShape) -> RecordedStep:
+        if shape not in self._recorded:
+            in_flight = self._drawn.clone()  # what is recorded is computed once before, and draws
+            compute = partial(self._compute, shape.keeps_logits)
+            self._recorded[shape] = RecordedStep(shape, compute, self.device, self._memory)
+            self._drawn.copy_(in_flight)
+        return self._recorded[shape]
+
+    def _compute(self, keeps_logits: bool, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is recorded. Gives the names of `OF_ROWS`, and ``token_ids``: with those that were in flight."""
+        drawn_before = self._drawn[inputs["token_sources"]]  # from -1, the last place, comes -1
+        token_ids = torch.maximum(inputs["token_ids"], drawn_before)
         view = CacheView(
             **{name: inputs[name] for name in ("cu_seqlens_q", "seq_lens", "block_table", "slot_mapping")},
             window_block_table=inputs.get("window_block_table"),
@@ -149,31 +154,26 @@ class GraphRunner:
         )
         drawn = self.backend.sample(logits, *(inputs[name] for name in FILTERS + COUNTERS))
         self._remember(drawn)
-        return token_ids, logits, drawn
+        results = {"token_ids": token_ids, "drawn": drawn, "best": logits.amax(dim=1)}
+        return results | {"logits": logits} if keeps_logits else results
 
     def _remember(self, drawn: Tensor) -> None:
         """For the step after, which may name these tokens before anybody has read them."""
-        count = min(len(drawn), len(self._drawn))  # a batch draws for at most `most_seqs` rows: what follows is padding
+        count = min(len(drawn), self.most_seqs)  # a batch draws for no more: what follows is padding
         self._drawn[:count] = drawn[:count]
-
-
-def _only_draws(sampling: SamplingBatch) -> bool:
-    """Whether a token of each row, and nothing else, is wanted: then the recorded draw is the answer."""
-    more = (sampling.penalties, sampling.logprob_rows, sampling.cu_drafts, sampling.cu_beams)
-    return all(what is None for what in more) and not sampling.for_drafts
 
 
 class Sampling:
     """What a step asks of its logits beyond a draw from each row; all of it on the device.
 
     Args:
-        inputs: The step's arrays on the device; ``token_ids`` with those that were in flight.
-        drawn: What `sample` draws from the logits as they are.
+        step: The step's arrays on the device; ``token_ids`` with those that were in flight; ``logits``; and ``drawn``,
+            what `sample` draws from them as they are.
     """
 
-    def __init__(self, backend: Any, batch: Batch, inputs: dict[str, Tensor], logits: Tensor, drawn: Tensor):
-        self.backend, self.batch, self.inputs, self.logits, self.drawn = backend, batch, inputs, logits, drawn
-        self.sampling = batch.sampling
+    def __init__(self, backend: Any, batch: Batch, step: dict[str, Tensor]):
+        self.backend, self.batch, self.step, self.sampling = backend, batch, step, batch.sampling
+        self.logits = step["logits"]
 
     def results(self) -> dict[str, Tensor]:
         """By the names of `StepResult`, and those of `Logprobs`."""
@@ -193,14 +193,14 @@ class Sampling:
         return to_device(array, self.logits.device)
 
     def _columns(self, names: tuple[str, ...], rows: slice | Tensor) -> list[Tensor]:
-        return [self.inputs[name][rows] for name in names]
+        return [self.step[name][rows] for name in names]
 
     def _draw(self, scores: Tensor) -> dict[str, Tensor]:
         rows = slice(0, self.sampling.num_drawn)
         if self.sampling.for_drafts:
             return self._draw_drafts(scores, rows)
         if self.sampling.penalties is None or not self.sampling.num_drawn:
-            return {"token_ids": self.drawn[rows]}
+            return {"token_ids": self.step["drawn"][rows]}
         return {"token_ids": self.backend.sample(scores, *self._columns(FILTERS + COUNTERS, rows))}
 
     def _draw_drafts(self, scores: Tensor, rows: slice) -> dict[str, Tensor]:
@@ -221,7 +221,7 @@ class Sampling:
         # The tokens that were in flight when the batch was packed, where they belong. (Longer rows have no history.)
         columns = self.batch.positions[self.batch.logit_rows]
         rows = np.flatnonzero(columns < p.history.shape[1])
-        tokens = self.inputs["token_ids"][self._put(self.batch.logit_rows[rows])]
+        tokens = self.step["token_ids"][self._put(self.batch.logit_rows[rows])]
         history[self._put(rows), self._put(columns[rows])] = tokens.to(history.dtype)
         columns = (p.prompt_lens, p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
         return self.backend.penalize(self.logits, history, *map(self._put, (*columns, p.bias_ids, p.bias_values)))
@@ -277,6 +277,7 @@ class Sampling:
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 COUNTERS = ("seeds", "draw_positions", "sample_indices")
 LOGPROBS = ("logprobs", "ranks", "top_ids", "top_logprobs")
+OF_ROWS = ("logits", "drawn", "best")  # what a step gives for each row of logits; ``best`` is the largest of them
 
 
 @dataclass
@@ -289,10 +290,11 @@ class InFlight:
     def result(self) -> StepResult:
         """Wait for it, and read what it gave."""
         arrays = self.results.wait()
-        sound = arrays.pop("sound", np.ones(0, bool))
+        best = arrays.pop("best", np.zeros(0, np.float32))
         logprobs = {name: arrays.pop(name) for name in LOGPROBS if name in arrays}
         result = StepResult(arrays.pop("token_ids", np.zeros(0, np.int64)), **arrays)
-        result.errors = {int(row): NOT_FINITE for row in np.flatnonzero(~sound)}
+        unsound = ~np.isfinite(best)  # NaN or +inf somewhere, or -inf throughout
+        result.errors = {int(row): NOT_FINITE for row in np.flatnonzero(unsound)}
         if self.sampling.logprob_rows is not None:
             tokens = np.concatenate((result.token_ids, verified_tokens(self.sampling, result)))
             counts = tokens[self.sampling.logprob_rows] >= 0

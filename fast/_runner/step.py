@@ -5,6 +5,9 @@ A recorded step is a CUDA graph: its kernels, their sizes and the addresses they
 padded to the next of them: with tokens whose slot is -1, in sequences of a token each that have no keys (the last of
 them has the rest). The batch as the scheduler made it has no padding, and no kernel's result for a real token depends
 on it.
+
+A sequence's block table comes anew with every step: a quarter of a byte a token, where attention reads some ten
+thousand of its keys and values. So nothing on the device has to be kept in step with the host's tables.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fast._checks import checking_values
 from fast._runner.staging import Layout, host_buffer
-from reference.batching.packing import Batch
+from reference.batching.packing import Batch, SamplingBatch
 
 
 class StepShape(NamedTuple):
@@ -28,27 +32,28 @@ class StepShape(NamedTuple):
     num_blocks: int  # a sequence's, at most
     has_window: bool  # the cache has a second pool
     has_adapters: bool
+    keeps_logits: bool  # more is asked of them than a draw from each row
 
     @classmethod
     def of(cls, batch: Batch) -> "StepShape":
         """As it is: nothing is padded."""
         has_window, has_adapters = len(batch.block_tables) > 1, batch.adapter_ids is not None
         sizes = len(batch.seq_lens), len(batch.logit_rows), batch.block_tables[0].shape[1]
-        return cls(batch.num_tokens, *sizes, has_window, has_adapters)
+        return cls(batch.num_tokens, *sizes, has_window, has_adapters, not only_draws(batch.sampling))
 
     def padded(self, most_seqs: int) -> "StepShape":
         """The bucket that it falls into.
 
         Example:
-            >>> StepShape(5, 5, 5, 9, False, False).padded(256)[:4]
+            >>> StepShape(5, 5, 5, 9, False, False, False).padded(256)[:4]
             (8, 8, 8, 64)
-            >>> StepShape(70, 5, 4, 65, False, False).padded(256)[:4]
+            >>> StepShape(70, 5, 4, 65, False, False, False).padded(256)[:4]
             (128, 8, 8, 128)
         """
         if self.num_tokens == self.num_seqs == self.num_rows:
             num_seqs = num_tokens = num_rows = min(bucket(self.num_seqs), most_seqs)
         else:
-            num_seqs = bucket(self.num_seqs + 1)  # one at least for the tokens that pad
+            num_seqs = power_of_2(self.num_seqs + 1)  # one at least for the tokens that pad
             num_tokens = max(FEWEST_TOKENS, power_of_2(self.num_tokens), num_seqs)
             num_rows = max(num_seqs, bucket(self.num_rows))
         return self._replace(
@@ -63,7 +68,7 @@ class StepShape(NamedTuple):
         tokens, rows = (self.num_tokens,), (self.num_rows,)
         arrays: dict[str, tuple[Any, tuple[int, ...]]] = {
             "token_ids": (np.int32, tokens),
-            "token_sources": (np.int32, tokens),
+            "token_sources": (np.int64, tokens),
             "positions": (np.int32, tokens),
             "cu_seqlens_q": (np.int32, (self.num_seqs + 1,)),
             "seq_lens": (np.int32, (self.num_seqs,)),
@@ -82,6 +87,12 @@ class StepShape(NamedTuple):
         if self.has_adapters:
             arrays["adapter_ids"] = (np.int32, tokens)
         return Layout(arrays)
+
+
+def only_draws(sampling: SamplingBatch) -> bool:
+    """Whether a token of each row, and nothing else, is wanted."""
+    more = (sampling.penalties, sampling.logprob_rows, sampling.cu_drafts, sampling.cu_beams)
+    return all(what is None for what in more) and not sampling.for_drafts
 
 
 FEWEST_TOKENS, FEWEST_BLOCKS = 16, 64
@@ -141,7 +152,7 @@ def fill(arrays: Mapping[str, np.ndarray], batch: Batch) -> None:
 
 PADDING = {"token_sources": -1, "slot_mapping": -1, "window_slot_mapping": -1, "adapter_ids": -1, "top_p": 1}
 
-Compute = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+Compute = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass
@@ -162,39 +173,43 @@ class Upload:
         fill(self.layout.arrays(host), batch)
         self.on_device.copy_(host, non_blocking=True)
 
+    def send_padding(self) -> None:
+        """Arrays of a step that computes nothing for anybody."""
+        for name, value in PADDING.items():
+            if name in self.tensors:
+                self.tensors[name].fill_(value)
+        offsets = torch.arange(self.shape.num_seqs + 1, dtype=torch.int32)
+        self.tensors["cu_seqlens_q"].copy_(offsets.clamp(max=self.shape.num_tokens))
+
 
 class RecordedStep:
     """A step of some shape over buffers of its own.
 
     Args:
-        compute: From the step's tensors to its results; called before and while it is recorded, and without a GPU at
-            every replay.
+        compute: From the step's tensors to its results. It is called twice: to compile kernels and to allocate what
+            they keep, then to record them. Without a GPU nothing is recorded, and it is called for every step; so too
+            while values are checked (``TWOFOLD_CHECK=1``), for which the host has to read them.
         pool: The memory that recorded steps share, since only one runs at a time; None without a GPU.
 
     Attributes:
-        results: What ``compute`` gave, overwritten by each replay of any recorded step of the same pool.
+        results: What ``compute`` gave, overwritten by the next step of this shape.
     """
 
     def __init__(self, shape: StepShape, compute: Compute, device: torch.device, pool: Any):
         self.upload, self._compute, self._graph = Upload(shape, device), compute, None
-        for name, value in PADDING.items():
-            if name in self.upload.tensors:
-                self.upload.tensors[name].fill_(value)
-        if device.type == "cuda":
+        if device.type == "cuda" and not checking_values():
             self._record(pool)
 
     def _record(self, pool: Any) -> None:
         """Over padding alone, which touches nobody's blocks."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # once for the compiler, and for what libraries set up when first called
-            self._compute(self.upload.tensors)
-        torch.cuda.current_stream().wait_stream(aside)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        self.upload.send_padding()
+        self._compute(self.upload.tensors)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
             self.results = self._compute(self.upload.tensors)
+        self._graph = graph
 
-    def run(self, batch: Batch) -> tuple[Tensor, ...]:
+    def run(self, batch: Batch) -> dict[str, Tensor]:
         """Queue the step."""
         self.upload.send(batch)
         if self._graph is None:

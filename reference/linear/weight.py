@@ -115,7 +115,7 @@ class Weight:
     bias: Any = None
     backend: ModuleType | Any = field(default=None, repr=False)
     device: str | None = None
-    _identity: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # by dtype: see `rows`
+    _kept: dict[str | int, Any] = field(default_factory=dict, init=False, repr=False)  # by dtype or size: see `rows`
 
     @classmethod
     def from_float(
@@ -214,11 +214,17 @@ class Weight:
         arrays = {name: self.backend.take_rows(array, rows) for name, array in arrays.items() if array is not None}
         if self._layout:
             arrays["weight"] = self.backend.pack_weight(arrays["weight"], format=self._layout)
-        if dtype not in self._identity:
-            self._identity[dtype] = self.backend.from_host(np.eye(self.in_features), dtype=dtype, device=self.device)
-        columns = self._apply(self.format.row_op, arrays, self._identity[dtype], None, None)
-        in_order = self.backend.from_host(np.arange(len(rows)), device=self.device)
-        return self.backend.take_rows(columns.T, in_order)  # a transposed view, laid out row after row
+        if dtype not in self._kept:
+            self._kept[dtype] = self.backend.from_host(np.eye(self.in_features), dtype=dtype, device=self.device)
+        columns = self._apply(self.format.row_op, arrays, self._kept[dtype], None, None)
+        return self.backend.take_rows(columns.T, self._in_order(len(rows)))  # a transposed view, row after row
+
+    def _in_order(self, count: int) -> Any:
+        """0 to ``count``. Kept on the device: a step that is recorded may bring nothing from the host."""
+        size = 1 << max(count - 1, 0).bit_length()
+        if size not in self._kept:
+            self._kept[size] = self.backend.from_host(np.arange(size), device=self.device)
+        return self._kept[size][:count]
 
     # ---- at load --------------------------------------------------------------------------------------------------
 
