@@ -93,6 +93,23 @@ class GraphRunner:
 
     # Memory.
 
+    def bytes_of_a_step(self, num_tokens: int, num_blocks: int) -> int:
+        """Measured: what the largest step takes while it is computed, beside the weights and the cache.
+
+        Args:
+            num_tokens: Of the step.
+            num_blocks: Of its longest sequence.
+        """
+        num_tokens = max(num_tokens, self.most_seqs)
+        has_window, has_adapters = len(self.cache.pools) > 1, bool(self.adapters and self.adapters.names)
+        shape = StepShape(num_tokens, self.most_seqs, self.most_seqs, num_blocks, has_window, has_adapters, True)
+        upload = Upload(shape, self.device)
+        upload.send_padding()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self._compute(shape.keeps_logits, upload.tensors)
+        return torch.cuda.max_memory_allocated(self.device) - before
+
     def _move_blocks(self, batch: Batch) -> None:
         for swap in batch.swaps_out:
             rows = self.backend.swap_out(self.cache.pools[swap.pool], self._ids(swap.block_ids))

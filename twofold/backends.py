@@ -2,12 +2,13 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import reference
-from reference.batching.runner import ModelRunner, Runner
+from reference.batching.runner import ModelRunner
 from reference.model.overlay import overlay
 from twofold.errors import TwofoldError
 
@@ -25,7 +26,7 @@ def resolve_backend(backend: str | ModuleType | Any, *, deterministic: bool = Fa
     found = _import(backend) if isinstance(backend, str) else backend
     problem = getattr(found, "unavailable", lambda: None)()
     if problem:
-        raise TwofoldError(f"--backend {backend}: {problem}")
+        raise TwofoldError(f"--backend {backend}: {problem}; --backend reference needs none")
     if deterministic:
         found = getattr(found, "invariant", None)
         if found is None:
@@ -33,14 +34,31 @@ def resolve_backend(backend: str | ModuleType | Any, *, deterministic: bool = Fa
     return found
 
 
-def runner_type(backend: Any, device: str | None, *, max_num_seqs: int) -> tuple[Callable[..., Runner], int]:
-    """Who executes the steps, and how many it likes to have scheduled ahead: `fast`'s own runner where it has a GPU."""
+@dataclass(frozen=True)
+class Execution:
+    """Who executes the steps on a backend, and what suits it where nobody says otherwise.
+
+    Attributes:
+        runner: Called with a decoder, its cache, and ``adapters``.
+        room: Bytes of memory that are free, if this share of all may be used; None: memory is not measured.
+    """
+
+    runner: Callable[..., Any] = ModelRunner
+    lookahead: int = 0
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    room: Callable[[float], int] | None = None
+
+
+def execution(backend: Any, device: str | None) -> Execution:
+    """`fast`'s own runner where it has a GPU; everywhere else the plain one."""
     if getattr(backend, "__name__", "").partition(".")[0] == "fast":
+        from fast._runner.memory import room
         from fast.runner import GraphRunner, is_on_gpu
 
         if is_on_gpu(device):
-            return partial(GraphRunner, most_seqs=max_num_seqs), 1
-    return ModelRunner, 0
+            return Execution(GraphRunner, 1, 256, 8192, partial(room, device))
+    return Execution()
 
 
 def _import(name: str) -> Any:

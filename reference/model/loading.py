@@ -92,7 +92,9 @@ class Loader:
         if not isinstance(tensor, Weight):
             return Weight.from_float(self._checked(name, np.asarray(tensor)), format=format)
         allowed = self.as_is or tensor.format.name == format
-        require(allowed, "Decoder", "weight_format", f"as-is, since {name} is in {tensor.format.name}", self.format.name)
+        require(
+            allowed, "Decoder", "weight_format", f"as-is, since {name} is in {tensor.format.name}", self.format.name
+        )
         self._require_shape(name, (tensor.out_features, tensor.in_features))
         if tensor.backend is self.backend and tensor.device == self.device:
             for part, array in tensor.arrays.items():  # only a look: reading it back would take longer than all else

@@ -1,8 +1,9 @@
 """Safetensors: a header of JSON that says where each tensor lies, then the tensors, end to end.
 
 The header is checked here, in full, before anything is read by what it says: every tensor must be as long as its
-shape and type make it, begin where the one before it ends, and the last must end with the file. So a tensor is a stretch of the
-file, mapped into memory: nothing is copied until it is placed where it belongs, and nothing stays mapped afterwards.
+shape and type make it, begin where the one before it ends, and the last must end with the file.
+A tensor is a stretch of the file, mapped into memory: nothing is copied before it is placed where it belongs, and
+nothing stays mapped afterwards.
 
 Source: the format's description in the README of huggingface/safetensors.
 """
