@@ -96,6 +96,8 @@ class GraphRunner:
     def bytes_of_a_step(self, num_tokens: int, num_blocks: int) -> int:
         """Measured: what the largest step takes while it is computed, beside the weights and the cache.
 
+        All memory there is, if that is not enough.
+
         Args:
             num_tokens: Of the step.
             num_blocks: Of its longest sequence.
@@ -107,7 +109,10 @@ class GraphRunner:
         upload.send_padding()
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        self._compute(shape.keeps_logits, upload.tensors)
+        try:
+            self._compute(shape.keeps_logits, upload.tensors)
+        except torch.OutOfMemoryError:
+            return torch.cuda.mem_get_info(self.device)[1]
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def _move_blocks(self, batch: Batch) -> None:

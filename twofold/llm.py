@@ -145,7 +145,8 @@ class LLM:
                 largest = fill_room(
                     sizes, self.decoder, self.adapters, make_runner, room, num_tokens=max_num_batched_tokens
                 )
-                require_room(config, weights, sizes, free=largest.num_bytes, weights_take=0)
+                taken = self.decoder.nbytes
+                require_room(config, weights, sizes, free=taken + largest.num_bytes, weights_take=taken)
                 sizes = largest
             self.cache = sizes.cache(config, backend=self.backend, device=device)
             engine_config = sizes.engine_config(
