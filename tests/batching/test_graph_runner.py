@@ -1,14 +1,17 @@
 """The runner of `fast`: what it gives is what the plain runner gives, recorded or not.
 
 It needs tensors, not kernels: most of these tests run on plain torch, which is quick on a CPU. There a recorded step is
-computed again instead of replayed, so that what pads it is tested too; on a GPU they are graphs.
+computed again instead of replayed, so that what pads it is tested too; on a GPU they are graphs. The runners cut their
+batches in different ways, and so may round differently, except on batch-invariant kernels: there all is equal.
 """
 
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +28,15 @@ from twofold.conformance.strategies.batching import engine_for, nothing_is_left,
 from twofold.conformance.strategies.model import random_model
 
 FORMATS = ("float32", "int8", "kivi4")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def graphs():
+    """On a GPU, values are not looked at here: a step in which they are cannot be recorded."""
+    with pytest.MonkeyPatch.context() as patched:
+        if torch.cuda.is_available():
+            patched.setenv("TWOFOLD_CHECK", "0")
+        yield
 
 
 @cache
@@ -77,7 +89,8 @@ def run(model: Decoder, runner, requests, drafter: bool = False, **engine_settin
     return outputs, [{key: value for key, value in record.items() if key not in times} for record in records]
 
 
-def agree(model: Decoder, job, recorded: int, kv_format: str, drafter: bool = False) -> None:
+def agree(model: Decoder, job, recorded: int, kv_format: str, *, drafter: bool = False, rounding: float = 1e-4) -> None:
+    """Two runners on the same requests. ``rounding``: how far log-probabilities may be apart."""
     requests, engine_settings = job
     engine_settings = engine_settings | {"kv_format": kv_format, "drafter": drafter}
     ours, trace = run(model, partial(GraphRunner, recorded=recorded), requests, **engine_settings)
@@ -86,9 +99,10 @@ def agree(model: Decoder, job, recorded: int, kv_format: str, drafter: bool = Fa
         assert ours[name].error is None, f"request {name}: {ours[name].error}"
         for got, wanted in zip(ours[name].outputs, output.outputs, strict=True):
             assert got.token_ids == wanted.token_ids, f"request {name}"
-            assert got.cumulative_logprob == pytest.approx(wanted.cumulative_logprob, abs=1e-4)
+            if wanted.cumulative_logprob is not None:
+                assert abs(got.cumulative_logprob - wanted.cumulative_logprob) <= len(got.token_ids) * rounding
             for mine, its in zip(got.logprobs or (), wanted.logprobs or (), strict=True):
-                assert mine.logprob == pytest.approx(its.logprob, abs=1e-4)
+                assert abs(mine.logprob - its.logprob) <= rounding
                 assert mine.rank == its.rank
     assert trace == expected, "scheduled otherwise"
 
@@ -108,12 +122,99 @@ def test_speculates_as_the_plain_runner_does(job, recorded):
 
 
 @pytest.mark.interpreted(2)
-@pytest.mark.parametrize("backend", [fast])
+@pytest.mark.parametrize("backend", [fast.invariant], ids=["fast.invariant"])
 @given(job=jobs(), kv_format=st.sampled_from(FORMATS))
 @settings(max_examples=300)
 def test_on_kernels(backend, job, kv_format):
-    """The same over kernels; on a GPU from graphs."""
-    agree(decoder(backend), job, 512, kv_format)
+    """The same over kernels, bit for bit; on a GPU from graphs."""
+    agree(decoder(backend), job, 512, kv_format, rounding=0)
+
+
+class Failing:
+    """A backend whose draws fail while they are told to."""
+
+    def __init__(self, backend: Any, error: Callable[[], Any]):
+        self.backend, self.error, self.fails = backend, error, False
+
+    def __getattr__(self, name: str) -> Any:
+        return self._sample if name == "sample" else getattr(self.backend, name)
+
+    def _sample(self, *args: Any) -> Any:
+        return self.error() if self.fails else self.backend.sample(*args)
+
+
+def check_failure(model: Decoder, error: Callable[[], Any], says: str) -> None:
+    """A step fails, and with it the requests in flight, by name; those after them, and another engine, do not."""
+    failing = Failing(model.backend, error)
+    engine = engine_for(model, lookahead=1)
+    engine.runner = GraphRunner(model, engine.runner.cache)
+    engine.runner.backend = failing
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    alone = run_all(engine_for(model), [Request("alone", [5, 6, 7], params)])["alone"].outputs[0].token_ids
+
+    engine.add(Request("first", [5, 6, 7], params))
+    engine.step()
+    failing.fails = True
+    engine.add(Request("second", [5, 6, 7, 8, 9], params))  # another shape: it has to be computed, not replayed
+    failed: dict[str, Any] = {}
+    while engine.has_unfinished():
+        failed |= {output.request_id: output for output in engine.step().finished}
+    assert set(failed) == {"first", "second"}
+    assert all(says in output.error and output.outputs[0].finish_reason == "error" for output in failed.values())
+    assert says in str(engine.failure)
+    nothing_is_left(engine)
+
+    failing.fails = False
+    for other in (engine, engine_for(model, runner=GraphRunner)):
+        again = run_all(other, [Request("again", [5, 6, 7], params)])["again"]
+        assert again.error is None
+        assert again.outputs[0].token_ids == alone
+
+
+def test_a_step_that_fails_takes_nobody_with_it_who_comes_later():
+    def fail():
+        raise RuntimeError("the device has had enough")
+
+    check_failure(decoder(), fail, "the device has had enough")
+
+
+@pytest.mark.needs("gpu")
+def test_memory_that_runs_out_in_a_step_is_such_a_failure():
+    check_failure(
+        decoder(fast.invariant), lambda: torch.empty(1 << 45, dtype=torch.uint8, device="cuda"), "OutOfMemory"
+    )
+
+
+@pytest.mark.needs("gpu")
+def test_device_memory_does_not_grow():
+    """The second time everything that is kept is there already; aborted requests leave nothing."""
+    model = decoder(fast.invariant)
+    engine = engine_for(model, runner=GraphRunner, lookahead=1, num_blocks=24, preemption="swap", watermark=0.0)
+
+    def soak() -> int:
+        rng = np.random.default_rng(0)
+        for i in range(200):
+            params = SamplingParams(n=1 + i % 2, temperature=0.9, seed=i, max_tokens=1 + i % 9)
+            engine.add(Request(f"{i}", rng.integers(4, 61, 1 + i % 17).tolist(), params))
+        steps = 0
+        while engine.has_unfinished():
+            engine.step()
+            steps += 1
+            if steps % 3 == 0:
+                engine.abort(f"{rng.integers(200)}")
+        nothing_is_left(engine)
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    first = soak()
+    assert soak() == first
+
+
+def test_more_draws_than_there_is_room_for_are_refused():
+    """Tokens in flight are kept in a fixed place."""
+    engine = engine_for(decoder(), runner=partial(GraphRunner, most_seqs=1))
+    outputs = run_all(engine, [Request(f"{i}", [5, 6], SamplingParams(max_tokens=2)) for i in range(2)])
+    assert all("at most 1 draws" in output.error for output in outputs.values())
 
 
 def test_a_row_that_is_not_finite_fails_alone(monkeypatch):
