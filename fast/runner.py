@@ -140,7 +140,7 @@ class GraphRunner:
         """What the step has on the device in the end: its arrays, and what `_compute` makes of them."""
         shape, num_rows = StepShape.of(batch), len(batch.logit_rows)
         if shape.num_tokens <= self.most_recorded:
-            step = self._recorded_step(shape.padded(self.most_seqs))
+            step = self._recorded_step(shape.padded())
             inputs, results = step.upload.tensors, step.run(batch)
         else:
             upload = Upload(shape, self.device)

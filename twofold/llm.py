@@ -128,13 +128,11 @@ class LLM:
             self.adapters = AdapterBank(config, backend=self.backend, dtype=dtype, device=device)
             for name, path in (lora_modules or {}).items():
                 self.adapters.add(name, *read_adapter(path))
-            if load == "dummy":
-                tensors = RandomTensors(config, backend=self.backend, dtype=dtype, format=weights, device=device)
-            else:
-                tensors = self.checkpoint.tensors(as_is=weights == "as-is", on_progress=on_progress)
             self.decoder = Decoder(
                 config,
-                tensors,
+                RandomTensors(config, backend=self.backend, dtype=dtype, format=weights, device=device)
+                if load == "dummy"
+                else self.checkpoint.tensors(as_is=weights == "as-is", on_progress=on_progress),
                 backend=self.backend,
                 dtype=dtype,
                 weight_format=weights,
@@ -142,12 +140,8 @@ class LLM:
                 max_positions=sizes.max_model_len if room is None else sizes.longest,
             )
             if room is not None and num_blocks is None:
-                largest = fill_room(
-                    sizes, self.decoder, self.adapters, make_runner, room, num_tokens=max_num_batched_tokens
-                )
-                taken = self.decoder.nbytes
-                require_room(config, weights, sizes, free=taken + largest.num_bytes, weights_take=taken)
-                sizes = largest
+                parts = (self.decoder, self.adapters, make_runner, room)
+                sizes = fill_room(sizes, weights, *parts, num_tokens=max_num_batched_tokens)
             self.cache = sizes.cache(config, backend=self.backend, device=device)
             engine_config = sizes.engine_config(
                 config,

@@ -1,6 +1,7 @@
 """What fits into memory: the model, the KV cache's pools, and how long a sequence may get in them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,19 +170,33 @@ def require_room(
 
 
 def fill_room(
-    sizes: PoolSizes, decoder: Decoder, adapters: AdapterBank, make_runner: Any, room: Any, *, num_tokens: int
+    sizes: PoolSizes,
+    weights: str,
+    decoder: Decoder,
+    adapters: AdapterBank,
+    make_runner: Callable[..., Any],
+    room: Callable[[], int],
+    *,
+    num_tokens: int,
 ) -> PoolSizes:
     """As many blocks as there is room for beside the weights and a step of ``num_tokens``, which is tried out.
 
     Args:
+        sizes: The fewest blocks that are wanted.
         make_runner: From a decoder and a cache to a runner that can tell ``bytes_of_a_step``.
         room: Gives the bytes that are free.
+
+    Raises:
+        TwofoldError: If there is no room for the fewest.
     """
-    cache = replace(sizes, num_blocks=1).cache(decoder.config, backend=decoder.backend, device=decoder.device)
+    config = decoder.config
+    cache = replace(sizes, num_blocks=1).cache(config, backend=decoder.backend, device=decoder.device)
     runner = make_runner(decoder, cache, adapters=adapters)
     step = runner.bytes_of_a_step(num_tokens, -(-sizes.longest // sizes.block_size))
     del runner, cache
-    return sizes.filling(room() - step)
+    left = room() - step
+    require_room(config, weights, sizes, free=left + decoder.nbytes, weights_take=decoder.nbytes)
+    return sizes.filling(left)
 
 
 def _gb(num_bytes: int) -> str:

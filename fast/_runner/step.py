@@ -41,17 +41,17 @@ class StepShape(NamedTuple):
         sizes = len(batch.seq_lens), len(batch.logit_rows), batch.block_tables[0].shape[1]
         return cls(batch.num_tokens, *sizes, has_window, has_adapters, not only_draws(batch.sampling))
 
-    def padded(self, most_seqs: int) -> "StepShape":
+    def padded(self) -> "StepShape":
         """The bucket that it falls into.
 
         Example:
-            >>> StepShape(5, 5, 5, 9, False, False, False).padded(256)[:4]
+            >>> StepShape(5, 5, 5, 9, False, False, False).padded()[:4]
             (8, 8, 8, 64)
-            >>> StepShape(70, 5, 4, 65, False, False, False).padded(256)[:4]
+            >>> StepShape(70, 5, 4, 65, False, False, False).padded()[:4]
             (128, 8, 8, 128)
         """
         if self.num_tokens == self.num_seqs == self.num_rows:
-            num_seqs = num_tokens = num_rows = min(bucket(self.num_seqs), most_seqs)
+            num_seqs = num_tokens = num_rows = bucket(self.num_seqs)
         else:
             num_seqs = power_of_2(self.num_seqs + 1)  # one at least for the tokens that pad
             num_tokens = max(FEWEST_TOKENS, power_of_2(self.num_tokens), num_seqs)

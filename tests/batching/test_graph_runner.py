@@ -237,10 +237,10 @@ def test_a_row_that_is_not_finite_fails_alone(monkeypatch):
 def test_buckets_hold_what_they_are_for():
     """A step fits into its bucket, and no bucket is much larger than what falls into it."""
     for num_seqs in range(1, 257):
-        shape = StepShape(num_seqs, num_seqs, num_seqs, 5, False, False, False).padded(256)
+        shape = StepShape(num_seqs, num_seqs, num_seqs, 5, False, False, False).padded()
         assert num_seqs <= shape.num_seqs == shape.num_tokens == shape.num_rows <= max(2 * num_seqs - 1, num_seqs + 15)
     for num_tokens in range(2, 513):
-        shape = StepShape(num_tokens, 1, 0, 70, False, False, False).padded(256)
+        shape = StepShape(num_tokens, 1, 0, 70, False, False, False).padded()
         assert num_tokens <= shape.num_tokens <= max(16, 2 * num_tokens - 1)
         assert (shape.num_seqs, shape.num_rows, shape.num_blocks) == (2, 2, 128)
     assert bucket(0) == 1
