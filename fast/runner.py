@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast._runner.staging import Readback, to_device
+from fast._runner.staging import Readback, stamp, to_device
 from fast._runner.step import RecordedStep, StepShape, Upload, only_draws
 from fast._triton.platform import default_device
 from reference.batching.packing import Batch, SamplingBatch
@@ -79,9 +79,10 @@ class GraphRunner:
         sampling = batch.sampling
         if sampling.num_drawn > self.most_seqs:
             raise ValueError(f"GraphRunner: expected at most {self.most_seqs} draws a step, got {sampling.num_drawn}")
+        start = stamp(self.device)
         self._move_blocks(batch)
         if batch.num_tokens == 0:
-            return InFlight(sampling, Readback({}))
+            return InFlight(sampling, Readback({}, self.device, start))
         step = self._compute_step(batch)
         results = {"best": step["best"]}
         if only_draws(sampling):
@@ -89,7 +90,7 @@ class GraphRunner:
         else:
             results |= Sampling(self.backend, batch, step).results()
             self._remember(results["token_ids"])
-        return InFlight(sampling, Readback(results))
+        return InFlight(sampling, Readback(results, self.device, start))
 
     # Memory.
 
@@ -314,7 +315,8 @@ class InFlight:
         arrays = self.results.wait()
         best = arrays.pop("best", np.zeros(0, np.float32))
         logprobs = {name: arrays.pop(name) for name in LOGPROBS if name in arrays}
-        result = StepResult(arrays.pop("token_ids", np.zeros(0, np.int64)), **arrays)
+        tokens = arrays.pop("token_ids", np.zeros(0, np.int64))
+        result = StepResult(tokens, **arrays, device_time=self.results.seconds)
         unsound = ~np.isfinite(best)  # NaN or +inf somewhere, or -inf throughout
         result.errors = {int(row): NOT_FINITE for row in np.flatnonzero(unsound)}
         if self.sampling.logprob_rows is not None:

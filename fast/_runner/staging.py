@@ -69,28 +69,39 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def stamp(device: torch.device) -> torch.cuda.Event | None:
+    """A mark at this place of the stream; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 class Readback:
     """Tensors on their way to the host.
 
     Args:
         tensors: Those wanted, by name. They may be overwritten afterwards by whatever the stream does next.
+        start: Marks where their computation began; None without a GPU.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self._event: torch.cuda.Event | None = None
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, start: torch.cuda.Event | None):
         self._tensors = {}
         for name, tensor in tensors.items():
-            if tensor.is_cuda:
-                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                self._tensors[name] = host.copy_(tensor, non_blocking=True)
-            else:
-                self._tensors[name] = tensor.clone()
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            self._event = torch.cuda.Event()
-            self._event.record()
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._tensors[name] = host.copy_(tensor, non_blocking=True)
+        self._start, self._end = start, stamp(device)
 
     def wait(self) -> dict[str, np.ndarray]:
         """Wait until they have come."""
-        if self._event is not None:
-            self._event.synchronize()
+        if self._end is not None:
+            self._end.synchronize()
         return {name: tensor.numpy() for name, tensor in self._tensors.items()}
+
+    @property
+    def seconds(self) -> float | None:
+        """From the start until they had come, on the device; None without a GPU."""
+        if self._start is None or self._end is None:
+            return None
+        return self._start.elapsed_time(self._end) / 1e3

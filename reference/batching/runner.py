@@ -44,6 +44,7 @@ class StepResult:
         beam_scores, beam_rows, beam_tokens: Candidates of each beam search, best first.
         probs: The distribution of each drawn row, if ``SamplingBatch.for_drafts``.
         errors: Logit rows that gave no result, and why. Their tokens mean nothing.
+        device_time: Seconds that a device spent on the step, where the runner measures it.
     """
 
     token_ids: Int64[Array, " num_drawn"]
@@ -55,6 +56,7 @@ class StepResult:
     logprobs: Logprobs | None = None
     probs: Float32[Array, "num_drawn vocab_size"] | None = None
     errors: dict[int, str] = field(default_factory=dict)
+    device_time: float | None = None
 
 
 class Pending(Protocol):

@@ -37,8 +37,9 @@ def figures(**deck) -> dict[str, Figure]:
 
 def test_latency_is_a_first_token_and_a_step():
     found = figures(latency=[(3, 9, 4)], targets={"3 x 9, step": Target(1.0)})
-    assert set(found) == {"3 x 9, step", "3 x 9, first token"}
-    for figure in found.values():
+    assert set(found) == {"3 x 9, step", "3 x 9, first token", "3 x 9, device idle"}
+    for name in ("3 x 9, step", "3 x 9, first token"):
+        figure = found[name]
         assert 0 < figure.limit < figure.value
         assert figure.of_limit == pytest.approx(figure.limit / figure.value)
     assert found["3 x 9, step"].target == Target(1.0)

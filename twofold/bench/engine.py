@@ -84,6 +84,7 @@ DECKS = [
             "128 x 1024, step": Target(6.5, 6.0, 7.4),
             "1 x 512, first token": Target(6.5, 4.0, 9.3),
             "32 x 1024, first token": Target(70.0, 60.0, 84.0),
+            "32 x 1024, device idle": Target(2.0),
             "throughput": Target(22_000, 24_000, 19_000),
         },
     ),
@@ -146,10 +147,12 @@ class Run:
 
     Attributes:
         first_token: Seconds until every request had one.
+        device: Seconds of them that the device was given something to do.
         waits, gaps: Seconds to the first token of each request, and between the tokens of each.
     """
 
     seconds: float
+    device: float
     first_token: float
     num_tokens: int
     waits: list[float]
@@ -162,6 +165,7 @@ def play(llm: LLM, requests: Iterable[Request], arrivals: Sequence[float] | None
     due = [0.0] * len(waiting) if arrivals is None else list(arrivals)
     added, last, waits, gaps = {}, {}, [], []
     num_tokens, first_token = 0, 0.0
+    before = engine.metrics.device_time
     start = now = time.perf_counter()
     while waiting or engine.has_unfinished():
         while waiting and due[0] <= now - start:
@@ -181,7 +185,7 @@ def play(llm: LLM, requests: Iterable[Request], arrivals: Sequence[float] | None
         errors = [done.error for done in output.finished if done.error]
         if errors:
             raise TwofoldError(f"bench engine: a request failed: {errors[0]}")
-    return Run(now - start, first_token, num_tokens, waits, gaps)
+    return Run(now - start, engine.metrics.device_time - before, first_token, num_tokens, waits, gaps)
 
 
 class Bench:
@@ -253,24 +257,27 @@ class Bench:
 
     def _latency(self, num_seqs: int, prompt: int, tokens: int) -> Iterator[Figure]:
         name = f"{num_seqs} x {prompt}"
-        step, first = self._times(num_seqs, prompt, tokens)
+        step, first, idle = self._times(num_seqs, prompt, tokens)
         limit = self.limits.step([prompt + tokens / 2] * num_seqs)
         yield self._figure(f"{name}, step", "ms", step * 1e3, limit * 1e3)
         limit = self.limits.prompts([prompt] * num_seqs)
         yield self._figure(f"{name}, first token", "ms", first * 1e3, limit * 1e3)
+        yield self._figure(f"{name}, device idle", "%", 100 * idle)
 
-    def _times(self, num_seqs: int, prompt: int, tokens: int, **how: Any) -> tuple[float, float]:
-        """Seconds of a step, and to the first token of all; the time after the first token, over the other tokens."""
+    def _times(self, num_seqs: int, prompt: int, tokens: int, **how: Any) -> tuple[float, float, float]:
+        """Seconds of a step (the time after the first token, over the other tokens); to the first token of all; and
+        the share of time in which the device was given nothing to do."""
         runs = [play(self.llm, self._requests([(prompt, tokens)] * num_seqs, **how)) for _ in range(self.rounds + 1)]
         step = statistics.median((run.seconds - run.first_token) / (tokens - 1) for run in runs[1:])
-        return step, statistics.median(run.first_token for run in runs[1:])
+        idle = statistics.median(1 - run.device / run.seconds for run in runs[1:])
+        return step, statistics.median(run.first_token for run in runs[1:]), idle
 
     def _adapters(self, count: int, rank: int) -> Iterator[Figure]:
         """The same steps with adapters on all linear layers, and what they cost."""
         names = add_adapters(self.llm, count, rank)
         for num_seqs, prompt, tokens in self.deck.latency:
-            plain, _ = self._times(num_seqs, prompt, tokens)
-            step, _ = self._times(num_seqs, prompt, tokens, adapters=names)
+            plain, _, _ = self._times(num_seqs, prompt, tokens)
+            step, _, _ = self._times(num_seqs, prompt, tokens, adapters=names)
             yield self._figure(f"{num_seqs} x {prompt}, step with {count} of rank {rank}", "ms", step * 1e3)
             yield self._figure(f"{num_seqs} x {prompt}, cost of adapters", "%", 100 * (step / plain - 1))
 
