@@ -3,6 +3,7 @@
 A step's inputs are a dozen small arrays. They are laid end to end in one buffer, so that a single copy brings them all.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ class Column:
 
     @property
     def stop(self) -> int:
-        return self.start + self.dtype.itemsize * int(np.prod(self.shape))
+        return self.start + self.dtype.itemsize * math.prod(self.shape)
 
 
 class Layout:
@@ -52,8 +53,9 @@ class Layout:
         }
 
     def arrays(self, buffer: Tensor) -> dict[str, np.ndarray]:
-        """The same of a buffer on the host, as NumPy sees it."""
-        return {name: tensor.numpy() for name, tensor in self.tensors(buffer).items()}
+        """The same of a buffer on the host, as NumPy sees it (which makes a view several times as fast)."""
+        host = buffer.numpy()
+        return {name: host[c.start : c.stop].view(c.dtype).reshape(c.shape) for name, c in self.columns.items()}
 
 
 def host_buffer(num_bytes: int, device: torch.device) -> Tensor:
