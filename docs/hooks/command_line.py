@@ -6,7 +6,8 @@ import os
 
 MARK = "<!-- help of every command -->"
 COMMANDS = [
-    "generate", "chat", "models", "pull", "trace", "bench cpu", "bench memory", "bench lossless", "bench planner",
+    "generate", "chat", "models", "pull", "trace", "bench cpu", "bench kernels", "bench engine", "bench memory",
+    "bench lossless", "bench planner",
 ]  # fmt: skip
 
 

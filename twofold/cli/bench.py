@@ -2,11 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from twofold.cli import options
+
+if TYPE_CHECKING:
+    from twofold.bench.engine import Figure
 
 app = typer.Typer(help="Measure, side by side with the best alternatives.", rich_markup_mode=None)
 
@@ -116,6 +119,60 @@ def kernels(
     for name, mean in geometric_means(measured, ceilings).items():
         console.print(f"geometric mean of {name}: {mean:.2f}")
     return 0
+
+
+@app.command()
+def engine(
+    only: Annotated[
+        list[str] | None, typer.Option(help="A word of a deck's model or name; again to narrow it down.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer tokens, requests and rounds.")] = False,
+    profile: Annotated[bool, typer.Option(help="Also decoding steps kernel by kernel.")] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Where the JSON goes; by default benchmarks/results/engine-DEVICE.json.", metavar="FILE"),
+    ] = None,
+) -> int:
+    """Whole runs of the engine on a GPU, with random weights of well-known shapes, beside what is possible."""
+    from rich.console import Console
+
+    from twofold import __version__
+    from twofold.bench.engine import SEED, VLLM_SOURCE, Figure, chosen, run
+    from twofold.bench.report import gpu_name, save
+
+    decks = chosen(only or (), quick=quick)
+    device = gpu_name()
+    results = results or Path(f"benchmarks/results/engine-{device.lower().replace(' ', '-')}.json")
+    command = " ".join(
+        ["twofold bench engine", *(f"--only '{word}'" for word in only or ())]
+        + ["--quick"] * quick
+        + ["--profile"] * profile
+    )
+    figures: dict[str, dict[str, Any]] = {}
+    profiles: dict[str, Any] = {}
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for found in run(decks, rounds=1 if quick else 3, profiled=profile):
+        if isinstance(found, Figure):
+            figures.setdefault(found.model, {})[found.name] = found.as_json()
+            console.print(_line(found))
+        else:
+            name, profiles[name] = found
+            console.print(f"{name}: {profiles[name]['span_us']:.0f} us a step, busy {profiles[name]['busy']:.1%}")
+        about = {"seed": SEED, "interface": __version__, "vllm": VLLM_SOURCE}
+        save(results, command, {**about, "figures": figures, "profiles": profiles}, device=device)
+    return 0
+
+
+def _line(figure: "Figure") -> str:
+    """What was measured, and beside it what it is to be judged by."""
+    line = f"{figure.model}, {figure.name}: {figure.value:,.2f} {figure.unit}"
+    if figure.limit is not None and figure.of_limit is not None:
+        line += f", limit {figure.limit:,.2f} ({figure.of_limit:.0%} of it)"
+    if figure.target is not None:
+        wanted = f", at least {figure.target.at_least:,g}"
+        wanted += "" if figure.target.reach_for is None else f", reach for {figure.target.reach_for:,g}"
+        line += wanted + ("" if figure.target.vllm is None else f", vLLM {figure.target.vllm:,g}")
+    return line
 
 
 @app.command()
