@@ -8,7 +8,7 @@ Same protocol as `reference.batching.runner`, whose `ModelRunner` is the plain o
 
 With a lookahead of 1 the host schedules and launches step n + 1 while the device computes step n: the tokens of step n
 that step n + 1 continues from are read on the device, where ``token_sources`` says. Nothing in ``launch`` waits for the
-device, and no kernel's grid depends on what is on it.
+device, and no kernel's grid depends on what is on it. (A coded swap does wait: how long the codes are is known there.)
 
 What a step asks beyond drawing tokens (penalties, log-probabilities, verification, beams) follows the recorded part
 as ordinary launches over the same logits.
@@ -28,6 +28,7 @@ from fast._triton.platform import default_device
 from reference.batching.packing import Batch, SamplingBatch
 from reference.batching.runner import NOT_FINITE, Logprobs, StepResult, verified_tokens
 from reference.kv_cache.cache import CacheView, KVCache, copy_waves
+from reference.kv_cache.coded_rows import CodedRows
 from reference.model.decoder import AdapterBank, Decoder
 from reference.numerics.philox import PURPOSE_DRAFT
 
@@ -48,7 +49,7 @@ class GraphRunner:
         recorded: Steps of at most so many tokens are recorded when first met, and replayed from then on; 0: none.
 
     Attributes:
-        host: Swapped blocks in pinned memory, by key and pool.
+        host: Swapped blocks by key and pool, in pinned memory; coded ones in as much memory as they need.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class GraphRunner:
         self.vocab_size = decoder.config.vocab_size
         self.most_seqs, self.most_recorded = most_seqs, recorded
         self.device: torch.device = cache.pools[0].device
-        self.host: dict[tuple[int, int], Tensor] = {}
+        self.host: dict[tuple[int, int], Tensor | CodedRows] = {}
         self._recorded: dict[StepShape, RecordedStep] = {}
         self._drawn = torch.full((most_seqs + 1,), -1, dtype=torch.int32, device=self.device)
 
@@ -119,11 +120,18 @@ class GraphRunner:
     def _move_blocks(self, batch: Batch) -> None:
         for swap in batch.swaps_out:
             rows = self.backend.swap_out(self.cache.pools[swap.pool], self._ids(swap.block_ids))
-            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
-            self.host[swap.key, swap.pool] = host.copy_(rows, non_blocking=True)
+            layout = self.cache.word_layouts[swap.pool]
+            if swap.coded and layout is not None:
+                self.host[swap.key, swap.pool] = CodedRows.encode(rows, layout, self.backend)
+            else:
+                host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
+                self.host[swap.key, swap.pool] = host.copy_(rows, non_blocking=True)
         for swap in batch.swaps_in:
-            rows = self.host.pop((swap.key, swap.pool)).to(self.device, non_blocking=True)
-            rows = self.backend.take_rows(rows, self._ids(swap.host_rows))
+            host = self.host.pop((swap.key, swap.pool))
+            if isinstance(host, CodedRows):
+                rows = host[swap.host_rows].decode(self.backend, device=str(self.device))
+            else:
+                rows = self.backend.take_rows(host.to(self.device, non_blocking=True), self._ids(swap.host_rows))
             self.backend.swap_in(rows, self.cache.pools[swap.pool], self._ids(swap.block_ids))
         for key in batch.drops:
             for pool in range(len(batch.copies)):

@@ -24,7 +24,7 @@ from reference.batching.request import FinishReason, Request, SamplingParams
 from reference.batching.runner import ModelRunner
 from reference.model.decoder import Decoder
 from twofold.conformance import plain_torch
-from twofold.conformance.strategies.batching import engine_for, nothing_is_left, run_all
+from twofold.conformance.strategies.batching import engine_for, nothing_is_left, preemptions, run_all
 from twofold.conformance.strategies.model import random_model
 
 FORMATS = ("float32", "int8", "kivi4")
@@ -71,7 +71,7 @@ def jobs(draw):
     return requests, {
         "num_blocks": draw(st.sampled_from([16, 60]), label="num_blocks"),
         "max_num_batched_tokens": draw(st.sampled_from([7, 64]), label="max_num_batched_tokens"),
-        "preemption": draw(st.sampled_from(["recompute", "swap"]), label="preemption"),
+        **draw(preemptions(), label="preemption"),
         "enable_prefix_caching": draw(st.booleans(), label="enable_prefix_caching"),
         "lookahead": draw(st.integers(0, 1), label="lookahead"),
         "watermark": 0.0,
