@@ -4,6 +4,7 @@ import ast
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -121,6 +122,20 @@ def test_verdicts(tmp_path, monkeypatch, capfd):
     status, text = judge("assert least(1, 2) == 2")
     assert status == 2, text
     assert "do not pass without a fault" in text
+
+
+def test_the_order_of_tests(tmp_path):
+    """Who saw most faults comes first, then the quickest, then who never ran."""
+    order = mutants.Order()
+    order.log = tmp_path / "log"
+    runs = [("slow", 2.0, False), ("keen", 3.0, True), ("keen", 3.0, True), ("quick", 1.0, False), ("lucky", 9.0, True)]
+    for name, seconds, failed in runs:
+        order.pytest_runtest_logreport(SimpleNamespace(nodeid=name, duration=seconds, failed=failed, when="call"))
+    order.pytest_runtest_logreport(SimpleNamespace(nodeid="quick", duration=0.0, failed=False, when="teardown"))
+    order.learn(order.log)
+    items = [SimpleNamespace(nodeid=name) for name in ("new", "slow", "quick", "lucky", "keen")]
+    order.pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == ["keen", "lucky", "quick", "slow", "new"]
 
 
 def test_a_file_that_no_deck_names(tmp_path, capsys):

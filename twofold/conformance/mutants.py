@@ -15,6 +15,7 @@ import copy
 import importlib.machinery
 import importlib.util
 import json
+import math
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -235,21 +237,51 @@ class Verdict:
     seconds: float
 
 
-def judge(mutant: Mutant, module: str, pytest_arguments: list[str], seconds: float) -> Verdict:
+class Order:
+    """A plugin of pytest, for one file's mutants: first the tests that saw most of them, then the quickest ones.
+
+    So most mutants cost the time of a test or two, whatever the tests of the file take together.
+    """
+
+    def __init__(self):
+        self.kills: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
+        self.log: Path | None = None  # of the run at hand: it is another process, so it writes down what the next needs
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Before they run; tests that never ran come last."""
+        items.sort(key=lambda item: (-self.kills[item.nodeid], self.seconds.get(item.nodeid, math.inf)))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """After each."""
+        if self.log is not None and (report.when == "call" or report.failed):
+            with self.log.open("a") as file:
+                file.write(json.dumps([report.nodeid, report.duration, report.failed]) + "\n")
+
+    def learn(self, log: Path) -> None:
+        """What the run of a mutant showed."""
+        for name, seconds, failed in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+            self.kills[name] += failed
+            self.seconds.setdefault(name, seconds)
+
+
+def judge(mutant: Mutant, module: str, pytest_arguments: list[str], seconds: float, order: Order) -> Verdict:
     """Run the tests against a mutant in a process of their own."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / (module.rsplit(".", 1)[-1] + ".py")
+        file, log = Path(folder) / (module.rsplit(".", 1)[-1] + ".py"), Path(folder) / "log"
         file.write_text(mutant.source)
         child = os.fork()
         if child == 0:
             os.setpgid(0, 0)
-            run_tests(f"{module}={file}", pytest_arguments)
+            order.log = log
+            run_tests(f"{module}={file}", pytest_arguments, order)
         outcome = wait(child, start + seconds)
+        order.learn(log)
     return Verdict(mutant.line, mutant.what, outcome, round(time.monotonic() - start, 1))
 
 
-def run_tests(setting: str, pytest_arguments: list[str]) -> None:
+def run_tests(setting: str, pytest_arguments: list[str], order: Order) -> None:
     """In the child: the tests, silently; never returns."""
     try:
         import pytest
@@ -259,7 +291,8 @@ def run_tests(setting: str, pytest_arguments: list[str]) -> None:
             os.dup2(nothing.fileno(), 2)
             install(setting)
             os.environ.setdefault("TWOFOLD_PROFILE", "judge")  # a failure need not be shrunk
-            os._exit(int(pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", *pytest_arguments])))
+            options = ["-x", "-n", "0", "-p", "no:cacheprovider"]
+            os._exit(int(pytest.main([*options, *pytest_arguments], plugins=[order])))
     finally:
         os._exit(1)
 
@@ -354,11 +387,12 @@ def judge_file(file: Path, tests: list[str], options: argparse.Namespace) -> Rep
     if options.sample and options.sample < made:
         mutants = sorted(random.Random(0).sample(mutants, options.sample), key=lambda mutant: mutant.line)
     module = ".".join(file.with_suffix("").parts)
-    original = judge(Mutant(0, "nothing", file.read_text()), module, tests, 10 * options.seconds)
+    order = Order()
+    original = judge(Mutant(0, "nothing", file.read_text()), module, tests, 10 * options.seconds, order)
     if original.outcome != "survived":
         return None
     with ThreadPoolExecutor(options.jobs) as pool:
-        verdicts = list(pool.map(lambda m: judge(m, module, tests, options.seconds), mutants))
+        verdicts = list(pool.map(lambda m: judge(m, module, tests, options.seconds, order), mutants))
     return Report(str(file), made, elsewhere, verdicts)
 
 
