@@ -65,18 +65,24 @@ def mutants_of(source: str, *, kernels_only: bool = True, interpreted: bool = Tr
         ['without mask', 'without other', 'x < n becomes x <= n']
     """
     tree = ast.parse(source)
-    places = []
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef) and (not kernels_only or is_kernel(function)):
-            places += [node for statement in function.body for node in ast.walk(statement)]
     skipped = {node for top in ast.walk(tree) for branch in never_run(top, interpreted) for node in ast.walk(branch)}
+    parts = [ast.unparse(part) for part in tree.body]  # an edit changes one of them
     made = {}
-    for node in places:
-        for what, edit in edits_of(node):
-            text = edited(tree, node, edit)
-            if text is not None:
-                made.setdefault(text, Mutant(getattr(node, "lineno", 0), what, text, node in skipped))
+    for i, part in enumerate(tree.body):
+        for node in places_in(part, kernels_only):
+            for what, edit in edits_of(node):
+                text = edited(part, node, edit)
+                if text is not None:
+                    whole = "\n".join([*parts[:i], text, *parts[i + 1 :]]) + "\n"
+                    made.setdefault(whole, Mutant(getattr(node, "lineno", 0), what, whole, node in skipped))
     return sorted(made.values(), key=lambda mutant: mutant.line)
+
+
+def places_in(part: ast.stmt, kernels_only: bool) -> Iterator[ast.AST]:
+    """What may be edited of a statement of a file: the bodies of its functions."""
+    for function in ast.walk(part):
+        if isinstance(function, ast.FunctionDef) and (not kernels_only or is_kernel(function)):
+            yield from (node for statement in function.body for node in ast.walk(statement))
 
 
 def is_kernel(function: ast.FunctionDef) -> bool:
@@ -186,8 +192,8 @@ def with_swapped(node: ast.AST, index: int) -> ast.AST:
     return node
 
 
-def edited(tree: ast.Module, node: ast.AST, edit: Edit) -> str | None:
-    """The whole file with this node edited; None if that is not another program."""
+def edited(part: ast.stmt, node: ast.AST, edit: Edit) -> str | None:
+    """A statement of a file, with a node of it edited; None if that is not another program."""
 
     class Replace(ast.NodeTransformer):
         def visit(self, visited: ast.AST) -> ast.AST:
@@ -203,7 +209,7 @@ def edited(tree: ast.Module, node: ast.AST, edit: Edit) -> str | None:
 
     if ast.dump(edit(copy.deepcopy(node))) == ast.dump(node):
         return None
-    return ast.unparse(ast.fix_missing_locations(Replace().visit(tree)))
+    return ast.unparse(ast.fix_missing_locations(Replace().visit(part)))
 
 
 # ---- running tests against them ---------------------------------------------------------------------------------
