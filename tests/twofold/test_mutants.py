@@ -124,6 +124,14 @@ def test_verdicts(tmp_path, monkeypatch, capfd):
     assert "do not pass without a fault" in text
 
 
+def test_a_mutant_that_never_ends(tmp_path, monkeypatch):
+    """It counts as seen, by the time that it takes of a processor."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_endless.py").write_text("def test():\n    while True:\n        pass\n")
+    verdict = mutants.judge(mutants.Mutant(1, "endless", ""), "judged", ["test_endless.py"], 1, mutants.Order())
+    assert verdict.outcome == "timeout"
+
+
 def test_the_order_of_tests(tmp_path):
     """Who saw most faults comes first, then the quickest, then who never ran."""
     order = mutants.Order()

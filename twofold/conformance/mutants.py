@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "TWOFOLD_MUTANT"  # module=file: what a test run imports in place of the module
+IDLE = 20  # times its seconds on a processor, a run may last in all: the machine may be busy with something else
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,7 @@ class Order:
 
 
 def judge(mutant: Mutant, module: str, pytest_arguments: list[str], seconds: float, order: Order) -> Verdict:
-    """Run the tests against a mutant in a process of their own."""
+    """Run the tests against a mutant in a process of their own, which may use so many seconds of a processor."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         file, log = Path(folder) / (module.rsplit(".", 1)[-1] + ".py"), Path(folder) / "log"
@@ -280,9 +282,10 @@ def judge(mutant: Mutant, module: str, pytest_arguments: list[str], seconds: flo
         child = os.fork()
         if child == 0:
             os.setpgid(0, 0)
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds),) * 2)
             order.log = log
             run_tests(f"{module}={file}", pytest_arguments, order)
-        outcome = wait(child, start + seconds)
+        outcome = wait(child, start + IDLE * seconds)
         order.learn(log)
     return Verdict(mutant.line, mutant.what, outcome, round(time.monotonic() - start, 1))
 
@@ -306,6 +309,8 @@ def run_tests(setting: str, pytest_arguments: list[str], order: Order) -> None:
 def wait(child: int, deadline: float) -> str:
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
+        if done and os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
+            return "timeout"
         if done:
             return "survived" if status == 0 else "killed"
         time.sleep(0.05)
@@ -347,7 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tests", nargs="+", help="arguments of pytest")
     parser.add_argument("--deck", type=Path, help="TOML: tables of file = [arguments of pytest]")
     parser.add_argument("--sample", type=int, help="judge so many of a file's, drawn with seed 0; default: all")
-    parser.add_argument("--seconds", type=float, default=120.0, help="a mutant's time")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of a processor, for a mutant")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--all-functions", action="store_true", help="not only Triton's kernels")
     parser.add_argument("--at-least", type=float, default=0.9)
