@@ -135,12 +135,12 @@ def test_a_mutant_that_never_ends(tmp_path, monkeypatch):
 def test_the_order_of_tests(tmp_path):
     """Who saw most faults comes first, then the quickest, then who never ran."""
     order = mutants.Order()
-    order.log = tmp_path / "log"
+    log = order.log = tmp_path / "log"
     runs = [("slow", 2.0, False), ("keen", 3.0, True), ("keen", 3.0, True), ("quick", 1.0, False), ("lucky", 9.0, True)]
     for name, seconds, failed in runs:
         order.pytest_runtest_logreport(SimpleNamespace(nodeid=name, duration=seconds, failed=failed, when="call"))
     order.pytest_runtest_logreport(SimpleNamespace(nodeid="quick", duration=0.0, failed=False, when="teardown"))
-    order.learn(order.log)
+    order.learn(log)
     items = [SimpleNamespace(nodeid=name) for name in ("new", "slow", "quick", "lucky", "keen")]
     order.pytest_collection_modifyitems(items)
     assert [item.nodeid for item in items] == ["keen", "lucky", "quick", "slow", "new"]

@@ -282,7 +282,7 @@ def judge(mutant: Mutant, module: str, pytest_arguments: list[str], seconds: flo
         child = os.fork()
         if child == 0:
             os.setpgid(0, 0)
-            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds),) * 2)
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds)))
             order.log = log
             run_tests(f"{module}={file}", pytest_arguments, order)
         outcome = wait(child, start + IDLE * seconds)
