@@ -70,6 +70,8 @@ def kernel(x, dtype: tl.constexpr):
     if not INTERPRETED:
         y = y * 5
     z = y - 6 if INTERPRETED or dtype == tl.int16 else y - 7
+    if OVERLAP and y > 8:
+        z = y + 9
     return z
 """
 
@@ -83,6 +85,8 @@ def test_what_does_not_run_here_is_told_apart():
         "0 becomes 1",
         "y * 5 becomes y + 5",
         "y - 7 becomes y + 7",
+        "y > 8 becomes y >= 8",
+        "y + 9 becomes y - 9",
     }
 
     def elsewhere(interpreted: bool) -> set[str]:

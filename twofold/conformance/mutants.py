@@ -109,6 +109,8 @@ def truth(test: ast.expr, interpreted: bool) -> bool | None:
     """What a condition comes to in the interpreter, or on a GPU; None if that depends on more."""
     if isinstance(test, ast.Name) and test.id in ("INTERPRETED", "INTERPRETING"):
         return interpreted
+    if isinstance(test, ast.Name) and test.id == "OVERLAP" and interpreted:  # kernels that follow each other on a GPU
+        return False
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         value = truth(test.operand, interpreted)
         return None if value is None else not value
