@@ -108,7 +108,7 @@ def test_filters_are_those_of_transformers(temperature, top_k, top_p, min_p):
 def test_filters_that_keep_few_and_many(backend):
     """From a token or two to half of the row: what is kept is found in several ways."""
     spread, top_k, top_p, min_p = zip(
-        (2.0, 3, 0.7, 0.0), (8.0, 20, 1.0, 0.0), (8.0, 20, 0.9, 0.0), (2.0, 20, 0.7, 0.02), (0.3, 50, 0.95, 0.0),
+        (2.0, 3, 0.7, 0.0), (20.0, 20, 1.0, 0.0), (8.0, 20, 0.9, 0.0), (2.0, 20, 0.7, 0.02), (0.3, 50, 0.95, 0.0),
         (1.5, 0, 0.2, 0.0), (2.0, 0, 0.3, 0.0), (2.5, 0, 0.4, 0.0), (3.0, 0, 0.5, 0.0), (8.0, 0, 0.95, 0.0),
         (1.0, 200, 0.7, 0.02), (2.0, 0, 0.95, 0.02),
     )  # fmt: skip
@@ -133,6 +133,7 @@ def test_filters_that_keep_few_and_many(backend):
         (2.0, 1.0, 0, 0.2, 0.0, "mass head gather"),
         (0.3, 1.0, 0, 0.9, 0.0, "mass head full"),  # it cannot be: nobody looks
         (1.0, 1.0, 100, 0.9, 0.0, "head gather full"),  # too many candidates
+        (0.0, 1.0, 0, 0.3, 0.0, "mass head gather full"),  # of equal chunks all are the best
     ],
 )
 def test_a_threshold_costs_what_it_must(monkeypatch, spread, temperature, top_k, top_p, min_p, steps):
