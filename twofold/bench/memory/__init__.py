@@ -64,13 +64,14 @@ class Sweep:
         """All that has to be simulated, but for what `changed_cases` adds where a figure is not met."""
         return all_cases(self.served, quick=self.quick)
 
-    def run(self, on_case: Callable[[Case], None] = lambda case: None) -> dict[str, Any]:
-        """Simulate what is left, then put it together."""
+    def run(self, on_case: Callable[[Case, int], None] = lambda case, total: None) -> dict[str, Any]:
+        """Simulate what is left, then put it together. ``on_case`` hears what begins, and how many there are in all."""
         cases = self.cases()
         for case in cases:
             case.simulation(self.forks[case.forks])  # whatever is wrong with one is said before an hour of others
-        figures = self._run_all(cases, on_case)
-        figures |= self._run_all(changed_cases(figures, self.served, quick=self.quick), on_case)
+        figures = self._run_all(cases, lambda case: on_case(case, len(cases)))
+        more = changed_cases(figures, self.served, quick=self.quick)
+        figures |= self._run_all(more, lambda case: on_case(case, len(cases) + len(more)))
         results = self.results(figures)
         self.unfinished.unlink(missing_ok=True)
         return results
