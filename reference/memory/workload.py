@@ -7,7 +7,7 @@ choose. To see what depends on this, there are two more shapes: *log-normal* wit
 and *constant*, where all have the mean length.
 
 Prompt and answer are drawn apart from each other, and pairs longer than the context are drawn again; the means hold for
-what remains. So that a few hundred requests stand for many, each 64 in a row have one from every 64th of a distribution.
+what remains. So that a few hundred stand for many, each 64 in a row have one from every 64th of a distribution.
 What this cannot show: that a real prompt's length says something of its answer's.
 """
 
