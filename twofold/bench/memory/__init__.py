@@ -21,7 +21,7 @@ from twofold.bench.memory.published import (
     claims,
 )
 
-LENGTH = {"num_finished": 256, "num_answers": 10}  # of each simulation: see `measure`
+LENGTH = {"num_finished": 512, "num_answers": 10}  # of each simulation: see `measure`
 QUICK_LENGTH = {"num_finished": 24, "num_answers": 2}
 
 
