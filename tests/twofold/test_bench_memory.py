@@ -82,7 +82,7 @@ def test_the_served_models_have_the_published_cache():
 
 def test_forks_come_with_the_package_for_every_number_of_beams():
     """Of short answers and of long ones, every step naming beams that are there."""
-    assert set(FORKS) == {"short", "long"}
+    assert set(FORKS) == {"short", "long", "divergent"}
     for recorded in FORKS.values():
         assert set(recorded.searches) == set(NUM_BEAMS)
         for num_beams, searches in recorded.searches.items():

@@ -79,7 +79,7 @@ class Case:
         rate: Requests a second; inf: somebody is always waiting, so that memory is what limits.
         step_time: By the data sheet, or by the published figures (`PUBLISHED_STEP_TIME`).
         allocator: Of a reservation.
-        forks: Which recording beams go by: of short answers, or of long ones.
+        forks: Which recording beams go by: of short answers, of long ones, or of the one whose beams agree latest.
     """
 
     workload: Workload
@@ -91,7 +91,7 @@ class Case:
     block_size: int = 16
     num_samples: int = 1
     num_beams: int = 0
-    forks: Literal["short", "long"] = "short"
+    forks: Literal["short", "long", "divergent"] = "short"
     prefix_len: int = 0
 
     @property

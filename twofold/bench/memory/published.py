@@ -129,7 +129,7 @@ def _batched(served: Served) -> Iterator[Claim]:
 def _saved(served: Served) -> Iterator[Claim]:
     """Figure 15, and section 6.3 for ShareGPT: at such a rate that as many sequences are asked for as in figure 13."""
     waiting = "the load: with somebody always waiting memory is full, and those that have hardly begun share the most"
-    text = "whose beams they are: forks of the model's short answers, which agree sooner than its long ones"
+    text = "the text: of the long answers only the one whose beams run side by side the longest"
     for workload, rate, way, published, change in (
         (ALPACA, 30.0, "parallel", ((6.1,), (8.5,), (9.8,)), SHAPE),
         (ALPACA, 30.0, "beam", ((37.6,), (53.1,), (55.2,)), SHAPE),
@@ -145,7 +145,7 @@ def _saved(served: Served) -> Iterator[Claim]:
             changed = {
                 SHAPE: replace(case, workload=replace(workload, shape="log-normal")),
                 waiting: replace(case, rate=math.inf),
-                text: replace(case, forks="short"),
+                text: replace(case, forks="divergent"),
             }[change]
             name = f"saved by sharing, {workload.name}, {way} {count}"
             yield Claim(name, figures, (case,), _percent("saved"), change, (changed,), unit="%")
