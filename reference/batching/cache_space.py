@@ -40,6 +40,7 @@ class CacheSpace:
         self.max_chunk = config.max_num_batched_tokens
         self.pools = [BlockPool(num_blocks) for num_blocks in config.pool_sizes]
         self.windows = config.windows
+        self.codes_swaps = config.swap_coding == "lossless"
         self.reserve = [int(config.watermark * num_blocks) for num_blocks in config.pool_sizes]
         self.caches = [PrefixCache(pool) for pool in self.pools] if config.enable_prefix_caching else []
         self.rows = rows
@@ -291,7 +292,7 @@ class CacheSpace:
                     ids = seq.tables[pool].block_ids
                     seq.host_rows.append([b if b == RELEASED else places.setdefault(b, len(places)) for b in ids])
             if places:
-                swaps.append(Swap(key, pool, [*places], [*places.values()]))
+                swaps.append(Swap(key, pool, [*places], [*places.values()], coded=self.codes_swaps))
         for seq in request.live:
             seq.last_step = self._step  # which reads the blocks: until then they are held
             self.close(seq)

@@ -17,6 +17,8 @@ class EngineConfig:
         max_num_batched_tokens: Most tokens of a step. A longer prompt is computed in chunks.
         preemption: What becomes of the newest request's blocks when the pool runs out: computed again later, or
             swapped to the host and back.
+        swap_coding: How swapped blocks travel and wait: as they are ("none"), or "lossless": coded in fewer bytes, and
+            bit for bit the same when they are back (`CodedRows`).
         enable_prefix_caching: Find the blocks of prompts computed before.
         lookahead: How many steps are scheduled before the tokens of the last one are read: 0 or 1.
         watermark: Share of the pool that the admission of a request leaves free, lest it be preempted at once.
@@ -34,6 +36,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     preemption: Literal["recompute", "swap"] = "recompute"
+    swap_coding: Literal["none", "lossless"] = "none"
     enable_prefix_caching: bool = True
     lookahead: int = 0
     watermark: float = 0.01
@@ -48,6 +51,9 @@ class EngineConfig:
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("lookahead", self.lookahead in (0, 1), "0 or 1")
         self._check("preemption", self.preemption in ("recompute", "swap"), "recompute or swap")
+        self._check("swap_coding", self.swap_coding in ("none", "lossless"), "none or lossless")
+        nothing_to_code = self.swap_coding != "none" and self.preemption != "swap"
+        self._check("swap_coding", not nothing_to_code, "none, unless preemption is swap")
         self._check("watermark", 0 <= self.watermark < 1, "a share in [0, 1)")
         self._check("sliding_window", self.sliding_window is None or self.sliding_window >= 1, "at least 1, or none")
         self._check("kv_window", self.kv_window >= 0, "at least 0")

@@ -17,12 +17,14 @@ class Swap:
         key: Names what the host keeps, from the way out until it is dropped.
         block_ids: In the pool.
         host_rows: Which of the rows kept under ``key`` they are, as many as ``block_ids``.
+        coded: On the way out: whether they are to travel, and to be kept, coded (`CodedRows`).
     """
 
     key: int
     pool: int
     block_ids: list[int]
     host_rows: list[int]
+    coded: bool = False
 
 
 @dataclass

@@ -19,13 +19,14 @@ A pool starts as memory found lying about: a slot that no sequence has written m
 with block tables of its own: such a block is released when no later query is near enough (`KVFormat.window_start`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from reference.kv_cache.coded_rows import CodedRows, word_layout
 from reference.kv_cache.formats import (
     ALIGNMENT,
     KV_FORMATS,
@@ -70,6 +71,7 @@ class KVCache:
         format: The resolved format: never "auto".
         pools: Backend arrays of bytes, a row a block: one, and for KIVI the window's after it.
         block_bytes: The length of a row, for each pool.
+        word_layouts: How each pool's rows are coded; None: they are not.
 
     Args:
         num_window_blocks: How many blocks the window's pool has, for a format that has one (`KVFormat.window_blocks`).
@@ -107,6 +109,7 @@ class KVCache:
         self._write, self._attend = self._op(self.format.write_op), self._op(self.format.attend_op)
         self._fused = self._op(self.format.fused_op) if self.format.fused_op else None
         self._window = {"window": self.format.window} if len(specs) > 1 else {}
+        self.word_layouts = [word_layout(pool_specs) for pool_specs in specs]
 
         rows = zip((num_blocks, num_window_blocks), self.block_bytes)
         self.pools = [backend.empty(shape, dtype="uint8", device=device) for shape in rows]
@@ -198,31 +201,45 @@ class KVCache:
     def copy_blocks(self, copies: Sequence[tuple[int, int]], *, pool: int = 0) -> None:
         """Copy blocks from source to target, as if one pair after the other.
 
-        The op moves all rows at once, in no order. So a pair that touches what an earlier one writes, or writes what
-        an earlier one reads, waits for the next call of it; tables that append once a step make no such pairs.
+        The op moves all rows at once, in no order: see `copy_waves`.
         """
-        source_of: dict[int, int] = {}  # by target
-        read: set[int] = set()
-        for source, target in copies:
-            if source in source_of or target in source_of or target in read:
-                self._copy(source_of, pool)
-                source_of, read = {}, set()
-            source_of[target] = source
-            read.add(source)
-        if source_of:
-            self._copy(source_of, pool)
+        for sources, targets in copy_waves(copies):
+            self.backend.copy_blocks(self.pools[pool], self._ids(sources), self._ids(targets))
 
-    def _copy(self, source_of: dict[int, int], pool: int) -> None:
-        self.backend.copy_blocks(self.pools[pool], self._ids([*source_of.values()]), self._ids([*source_of]))
+    def swap_out(self, block_ids: Sequence[int], *, pool: int = 0, coded: bool = False) -> np.ndarray | CodedRows:
+        """These blocks' rows on the host, all layers, in the order given; coded, if that is asked for and saves any."""
+        rows, layout = self.backend.swap_out(self.pools[pool], self._ids(block_ids)), self.word_layouts[pool]
+        return CodedRows.encode(rows, layout, self.backend) if coded and layout else self.backend.to_host(rows)
 
-    def swap_out(self, block_ids: Sequence[int], *, pool: int = 0) -> np.ndarray:
-        """These blocks' rows on the host, all layers, in the order given."""
-        return self.backend.to_host(self.backend.swap_out(self.pools[pool], self._ids(block_ids)))
-
-    def swap_in(self, rows: np.ndarray, block_ids: Sequence[int], *, pool: int = 0) -> None:
+    def swap_in(self, rows: np.ndarray | CodedRows, block_ids: Sequence[int], *, pool: int = 0) -> None:
         """Rows from ``swap_out`` into these blocks; they need not be those they came from."""
-        on_device = self.backend.from_host(rows, device=self.device)
+        if isinstance(rows, CodedRows):
+            on_device = rows.decode(self.backend, device=self.device)
+        else:
+            on_device = self.backend.from_host(rows, device=self.device)
         self.backend.swap_in(on_device, self.pools[pool], self._ids(block_ids))
 
     def _ids(self, block_ids: Sequence[int]) -> Any:
         return self.backend.from_host(np.array(block_ids, np.int64), device=self.device)
+
+
+def copy_waves(copies: Sequence[tuple[int, int]]) -> Iterator[tuple[list[int], list[int]]]:
+    """Copies meant one after the other, as (sources, targets) that may be moved at once.
+
+    A pair that touches what an earlier one writes, or writes what an earlier one reads, waits for the next wave; tables
+    that append once a step make no such pairs.
+
+    Example:
+        >>> list(copy_waves([(0, 1), (0, 2), (1, 3)]))
+        [([0, 0], [1, 2]), ([1], [3])]
+    """
+    source_of: dict[int, int] = {}  # by target
+    read: set[int] = set()
+    for source, target in copies:
+        if source in source_of or target in source_of or target in read:
+            yield [*source_of.values()], [*source_of]
+            source_of, read = {}, set()
+        source_of[target] = source
+        read.add(source)
+    if source_of:
+        yield [*source_of.values()], [*source_of]

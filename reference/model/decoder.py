@@ -161,8 +161,8 @@ class Decoder:
         return logits if self.dtype == "float32" else self.backend.cast(logits, "float32")
 
     def _embed(self, token_ids: Any) -> Any:
-        x = self.embedding.rows(token_ids)
-        same = self.embedding.format.name == self.dtype == "float32"
+        x, format = self.embedding.rows(token_ids), self.embedding.format
+        same = self.dtype == (format.name if format.is_float else "float32")
         return x if same else self.backend.cast(x, self.dtype)
 
     def _attention(self, i: int, layer: Layer, x: Any, positions: Any, view: CacheView, cache: KVCache, deltas: Any):

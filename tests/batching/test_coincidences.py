@@ -7,6 +7,7 @@ import pytest
 from reference.batching.config import EngineConfig
 from reference.batching.engine import Engine
 from reference.batching.request import FinishReason, Request, SamplingParams, Status
+from reference.kv_cache.coded_rows import CodedRows
 from twofold.conformance.strategies.batching import FakeModel, FakeRunner, nothing_is_left, run_all
 
 CONFIG = EngineConfig(num_blocks=40, max_model_len=30, block_size=2, enable_prefix_caching=False, watermark=0.0)
@@ -29,10 +30,11 @@ def tokens_alone(request: Request, index: int = 0) -> list[int]:
     return FakeModel().tokens_alone(request, index, frozenset(), request.limit)
 
 
+@pytest.mark.parametrize("swap_coding", ["none", "lossless"])
 @pytest.mark.parametrize("lookahead", [0, 1])
-def test_aborted_on_the_host(lookahead):
+def test_aborted_on_the_host(lookahead, swap_coding):
     """A request that is aborted while its blocks are on the host: the host forgets them with the next step."""
-    engine = make_engine(num_blocks=8, preemption="swap", lookahead=lookahead)
+    engine = make_engine(num_blocks=8, preemption="swap", swap_coding=swap_coding, lookahead=lookahead)
     requests = [Request(name, [1, 2, 3, 4], SamplingParams(max_tokens=9, seed=1)) for name in "ab"]
     for request in requests:
         engine.add(request)
@@ -40,6 +42,8 @@ def test_aborted_on_the_host(lookahead):
         engine.step()
     engine.step()
     assert engine.runner.host, "nothing is on the host: the test shows nothing"
+    coded = {isinstance(rows, CodedRows) for rows in engine.runner.host.values()}
+    assert coded == {swap_coding == "lossless"}
     result = engine.abort("b")
     assert result.outputs[0].token_ids == tokens_alone(requests[1])[: len(result.outputs[0].token_ids)]
     assert drain(engine)["a"].outputs[0].token_ids == tokens_alone(requests[0])
@@ -115,6 +119,8 @@ def test_a_scheduler_with_nothing_to_do_says_so():
         ("max_model_len", 0),
         ("lookahead", 2),
         ("preemption", "never"),
+        ("swap_coding", "zip"),
+        ("swap_coding", "lossless"),
         ("watermark", 1.0),
         ("sliding_window", 0),
         ("kv_window", -1),

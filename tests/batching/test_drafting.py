@@ -13,7 +13,7 @@ from reference.batching.drafting import ModelDrafter, NgramDrafter
 from reference.batching.request import Request, SamplingParams
 from reference.model.decoder import Decoder
 from twofold.conformance import plain_torch
-from twofold.conformance.strategies.batching import engine_for, nothing_is_left, run_all
+from twofold.conformance.strategies.batching import engine_for, nothing_is_left, preemptions, run_all
 from twofold.conformance.strategies.model import random_model
 
 BACKENDS = {"reference": reference, "plain_torch": plain_torch}
@@ -47,7 +47,7 @@ def speculations(draw):
         {
             "num_blocks": draw(st.sampled_from([14, 60]), label="num_blocks"),
             "max_num_batched_tokens": draw(st.sampled_from([3, 12, 200]), label="max_num_batched_tokens"),
-            "preemption": draw(st.sampled_from(["recompute", "swap"]), label="preemption"),
+            **draw(preemptions(), label="preemption"),
             "lookahead": draw(st.integers(0, 1), label="lookahead"),
         },
     )

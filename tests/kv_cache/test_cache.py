@@ -79,9 +79,9 @@ def test_chunked_is_whole(backend, run):
 
 
 @over_backends
-@given(run=cache_runs())
-def test_swapped_is_uninterrupted(backend, run):
-    properties.swapped_is_uninterrupted(backend, run)
+@given(run=cache_runs(), coded=st.booleans())
+def test_swapped_is_uninterrupted(backend, run, coded):
+    properties.swapped_is_uninterrupted(backend, run, coded=coded)
 
 
 @over_backends

@@ -143,6 +143,7 @@ BAD = {
     "system without a template": (["generate", "x", "-m", "RAW", "--system", "y"], "chat template"),
     "backend": (["generate", "x", "-m", "MODEL", "--backend", "nosuch"], "nosuch"),
     "preemption": (["generate", "x", "-m", "MODEL", "--preemption", "never"], "preemption"),
+    "swap coding": (["generate", "x", "-m", "MODEL", "--swap-coding", "lossless"], "preemption"),
 }
 
 

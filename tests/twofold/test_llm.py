@@ -235,6 +235,8 @@ def test_a_folder_without_a_tokenizer_serves_token_ids(tmp_path):
         ({"dtype": "float8"}, "float8"),
         ({"backend": "no_such_module"}, "no_such_module"),
         ({"preemption": "kill"}, "kill"),
+        ({"preemption": "swap", "swap_coding": "zip"}, "none or lossless"),
+        ({"swap_coding": "lossless"}, "preemption"),
         ({"block_size": 0}, "block size"),
         ({"num_blocks": 0}, "number of blocks"),
         ({"max_model_len": 10_000}, "10000"),
@@ -257,5 +259,5 @@ def test_a_backend_that_cannot_run_here_says_so_at_once(monkeypatch):
     from twofold.errors import TwofoldError
 
     monkeypatch.setattr(fast, "unavailable", lambda: "there is no GPU")
-    with pytest.raises(TwofoldError, match="--backend fast: there is no GPU"):
+    with pytest.raises(TwofoldError, match="--backend fast: there is no GPU; --backend reference needs none"):
         LLM("no-such-model", backend="fast")

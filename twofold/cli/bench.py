@@ -2,11 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from twofold.cli import options
+
+if TYPE_CHECKING:
+    from twofold.bench.engine import Figure
 
 app = typer.Typer(help="Measure, side by side with the best alternatives.", rich_markup_mode=None)
 
@@ -33,6 +36,40 @@ def cpu(
         found[name] = figures
         table(name, ("figure", "value"), list(figures.items()))
         save(results, f"twofold bench cpu --rounds {rounds}", found)  # what is measured is kept, whatever comes
+    return 0
+
+
+@app.command()
+def lossless(
+    model: options.Model = None,
+    quick: Annotated[bool, typer.Option(help="One KV format, short answers, a matrix of each kind.")] = False,
+    results: Results = Path("benchmarks/results/lossless.json"),
+) -> int:
+    """What lossless coding makes of swapped KV blocks and of real weights."""
+    from twofold.bench.lossless import run
+    from twofold.bench.report import save, table
+
+    found: dict[str, dict[str, float]] = {}
+    for name, figures in run(model, quick=quick):
+        found[name] = figures
+        save(results, "twofold bench lossless" + " --quick" * quick, found)  # what is measured is kept, whatever comes
+    columns = ("blocks", "bytes", "coded_bytes", "ratio")
+    table(
+        "Lossless coding", ("of", *columns), [(name, *(row.get(c, "") for c in columns)) for name, row in found.items()]
+    )
+    return 0
+
+
+@app.command()
+def planner(model: options.Model = None, results: Results = Path("benchmarks/results/planner.json")) -> int:
+    """The memory of a step's activations: in an arena, at the least, and with none sharing any."""
+    from twofold.bench.planner import run
+    from twofold.bench.report import save, table
+
+    found = dict(run(model))
+    save(results, "twofold bench planner", found)
+    columns = list(next(iter(found.values())))
+    table("Activations", ("step", *columns), [(step, *figures.values()) for step, figures in found.items()])
     return 0
 
 
@@ -69,18 +106,73 @@ def kernels(
     console.print(f"{device}: copies {ceilings.copy / 1e12:.3f} TB/s, multiplies {ceilings.matmul / 1e12:.0f} TFLOP/s")
     measured = []
     for _, of_one_op in groupby(rows, key=lambda found: found.row.op):
-        found = list(of_one_op)
-        measured += found
-        table(found, ceilings, console)
-        figures = {
-            "ceilings": {"copy_TB/s": ceilings.copy / 1e12, "matmul_TFLOP/s": ceilings.matmul / 1e12},
-            "geometric_means": geometric_means(measured, ceilings),
-            "rows": [row.as_json(ceilings) for row in measured],
-        }
-        save(results, command, figures, device=device)  # what is measured is kept, whatever comes
+        start = len(measured)
+        for found in of_one_op:
+            measured.append(found)
+            figures = {
+                "ceilings": {"copy_TB/s": ceilings.copy / 1e12, "matmul_TFLOP/s": ceilings.matmul / 1e12},
+                "geometric_means": geometric_means(measured, ceilings),
+                "rows": [row.as_json(ceilings) for row in measured],
+            }
+            save(results, command, figures, device=device)  # what is measured is kept, whatever comes
+        table(measured[start:], ceilings, console)
     for name, mean in geometric_means(measured, ceilings).items():
         console.print(f"geometric mean of {name}: {mean:.2f}")
     return 0
+
+
+@app.command()
+def engine(
+    only: Annotated[
+        list[str] | None, typer.Option(help="A word of a deck's model or name; again to narrow it down.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer tokens, requests and rounds.")] = False,
+    profile: Annotated[bool, typer.Option(help="Also decoding steps kernel by kernel.")] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Where the JSON goes; by default benchmarks/results/engine-DEVICE.json.", metavar="FILE"),
+    ] = None,
+) -> int:
+    """Whole runs of the engine on a GPU, with random weights of well-known shapes, beside what is possible."""
+    from rich.console import Console
+
+    from twofold import __version__
+    from twofold.bench.engine import SEED, VLLM_SOURCE, Figure, chosen, run
+    from twofold.bench.report import gpu_name, save
+
+    decks = chosen(only or (), quick=quick)
+    device = gpu_name()
+    results = results or Path(f"benchmarks/results/engine-{device.lower().replace(' ', '-')}.json")
+    command = " ".join(
+        ["twofold bench engine", *(f"--only '{word}'" for word in only or ())]
+        + ["--quick"] * quick
+        + ["--profile"] * profile
+    )
+    figures: dict[str, dict[str, Any]] = {}
+    profiles: dict[str, Any] = {}
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for found in run(decks, rounds=1 if quick else 3, profiled=profile):
+        if isinstance(found, Figure):
+            figures.setdefault(found.model, {})[found.name] = found.as_json()
+            console.print(_line(found))
+        else:
+            name, profiles[name] = found
+            console.print(f"{name}: {profiles[name]['span_us']:.0f} us a step, busy {profiles[name]['busy']:.1%}")
+        about = {"seed": SEED, "interface": __version__, "vllm": VLLM_SOURCE}
+        save(results, command, {**about, "figures": figures, "profiles": profiles}, device=device)
+    return 0
+
+
+def _line(figure: "Figure") -> str:
+    """What was measured, and beside it what it is to be judged by."""
+    line = f"{figure.model}, {figure.name}: {figure.value:,.2f} {figure.unit}"
+    if figure.limit is not None and figure.of_limit is not None:
+        line += f", limit {figure.limit:,.2f} ({figure.of_limit:.0%} of it)"
+    if figure.target is not None:
+        wanted = f", at least {figure.target.at_least:,g}"
+        wanted += "" if figure.target.reach_for is None else f", reach for {figure.target.reach_for:,g}"
+        line += wanted + ("" if figure.target.vllm is None else f", vLLM {figure.target.vllm:,g}")
+    return line
 
 
 @app.command()

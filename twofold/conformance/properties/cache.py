@@ -103,13 +103,13 @@ class Loop:
             window_slot_mapping=window_slots,
         )
 
-    def swap(self, stream: Stream) -> None:
+    def swap(self, stream: Stream, *, coded: bool) -> None:
         """To the host and back, into other blocks."""
         for index, (pool, table) in enumerate(zip(self.pools, stream.tables)):
             held = [block_id for block_id in table.block_ids if block_id != RELEASED]
             places = [block_id != RELEASED for block_id in table.block_ids]
             length = table.num_tokens
-            rows = self.cache.swap_out(held, pool=index)
+            rows = self.cache.swap_out(held, pool=index, coded=coded)
             self.release(index, table.free())
             moved_past = pool.allocate(min(1, pool.num_free - len(held)))  # so that it cannot come back to the same
             fresh = pool.allocate(len(held))
@@ -120,8 +120,8 @@ class Loop:
             stream.tables[index] = BlockTable(pool, self.run.block_size, block_ids=block_ids, num_tokens=length)
 
 
-def run_through(loop: Loop, *, swap_after: int | None = None) -> list[Stream]:
-    """All steps of a run, its sequences together."""
+def run_through(loop: Loop, *, swap_after: int | None = None, coded: bool = False) -> list[Stream]:
+    """All steps of a run, its sequences together. After one of them all go to the host and back."""
     streams = [loop.open() for _ in loop.run.lengths]
     tensors = [loop.run.tensors(sequence) for sequence in range(len(streams))]
     for number, counts in enumerate(loop.run.steps):
@@ -134,7 +134,7 @@ def run_through(loop: Loop, *, swap_after: int | None = None) -> list[Stream]:
             loop.step(*zip(*work))
         if number == swap_after:
             for stream in streams:
-                loop.swap(stream)
+                loop.swap(stream, coded=coded)
     return streams
 
 
@@ -212,10 +212,10 @@ def released_is_kept(backend: Any, run: CacheRun) -> None:
         assert np.array_equal(a.output, b.output), f"sequence {sequence} needed a block of the window that was released"
 
 
-def swapped_is_uninterrupted(backend: Any, run: CacheRun) -> None:
+def swapped_is_uninterrupted(backend: Any, run: CacheRun, *, coded: bool) -> None:
     """To the host and back, into other blocks, between two steps: bit for bit the same."""
     stayed = run_through(Loop(backend, run, slide=True))
-    swapped = run_through(Loop(backend, run, slide=True), swap_after=(len(run.steps) - 1) // 2)
+    swapped = run_through(Loop(backend, run, slide=True), swap_after=(len(run.steps) - 1) // 2, coded=coded)
     for sequence, (a, b) in enumerate(zip(stayed, swapped)):
         assert np.array_equal(a.output, b.output), f"sequence {sequence} came back from the host another"
 

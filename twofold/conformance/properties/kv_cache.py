@@ -13,6 +13,8 @@ import ml_dtypes
 import numpy as np
 from numpy import ndarray as Array
 
+from reference.kv_cache.coded_rows import CodedRows, WordLayout
+from reference.kv_cache.lossless import HEADER_BYTES
 from reference.numerics.arrays import dtype_named
 from twofold.conformance.backends import assume_supported
 from twofold.conformance.strategies.kv_cache import Batch, Layout, Tokens, garbage
@@ -597,6 +599,19 @@ def lossless_codes_are_the_oracles(backend: Backend, oracle: Backend, words: Arr
     )
     assert same_bits(got[1], expected[1]), f"sizes: expected {expected[1]}, got {got[1]}"
     assert same_bits(got[0], expected[0]), "codes: not the oracle's bytes"
+
+
+def coded_rows_come_back(backend: Backend, words: Array, layout: WordLayout) -> None:
+    """Rows come back bit for bit, those and in the order asked for; none has grown by more than a header."""
+    rows = np.ascontiguousarray(words).view(np.uint8)
+    coded = CodedRows.encode(backend.from_host(rows.copy()), layout, backend)
+    assert len(coded) == len(rows)
+    assert coded.nbytes <= rows.nbytes + HEADER_BYTES * len(rows), f"{rows.nbytes} bytes grew to {coded.nbytes}"
+    order = [*range(len(rows))][::-2]
+    for got, expected in ((coded, rows), (coded[order], rows[order])):
+        back = np.array(backend.to_host(got.decode(backend)))
+        assert back.dtype == np.uint8, f"rows: expected uint8, got {back.dtype}"
+        assert same_bits(back, expected), f"{np.count_nonzero(back != expected)} bytes changed"
 
 
 # ---- the door ---------------------------------------------------------------------------------------------------

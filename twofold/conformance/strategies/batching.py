@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+import reference
 from reference.batching.config import EngineConfig
 from reference.batching.engine import Engine
 from reference.batching.packing import Batch
 from reference.batching.request import Request, RequestOutput, SamplingParams, Sequence
-from reference.batching.runner import Logprobs, ModelRunner, StepResult
+from reference.batching.runner import Logprobs, ModelRunner, Runner, StepResult
 from reference.kv_cache.cache import KVCache, KVFormat, resolve_format
+from reference.kv_cache.coded_rows import WORD_LAYOUTS, CodedRows
 from reference.model.decoder import Decoder
 
 VOCAB = 31
@@ -109,7 +111,7 @@ class FakeRunner:
     broken: set[int] = field(default_factory=set)
     fail_next: bool = False
     vocab_size: int = VOCAB
-    host: dict[tuple[int, int], dict[int, np.ndarray]] = field(default_factory=dict)
+    host: dict[tuple[int, int], np.ndarray | CodedRows] = field(default_factory=dict)
     steps: list[Batch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -154,10 +156,13 @@ class FakeRunner:
         """Swaps out, swaps in, copies."""
         for swap in batch.swaps_out:
             rows = self.pools[swap.pool][swap.block_ids]
-            self.host[swap.key, swap.pool] = dict(zip(swap.host_rows, rows))
+            if swap.coded:
+                rows = CodedRows.encode(rows.view(np.uint8), WORD_LAYOUTS["float64"], reference)
+            self.host[swap.key, swap.pool] = rows
         for swap in batch.swaps_in:
-            kept = self.host.pop((swap.key, swap.pool))
-            self.pools[swap.pool][swap.block_ids] = [kept[row] for row in swap.host_rows]
+            rows = self.host.pop((swap.key, swap.pool))[swap.host_rows]
+            rows = rows.decode(reference).view(np.int64) if isinstance(rows, CodedRows) else rows
+            self.pools[swap.pool][swap.block_ids] = rows
         for key in batch.drops:
             for pool in range(len(self.pools)):
                 self.host.pop((key, pool), None)
@@ -290,6 +295,12 @@ class FakeDrafter:
                     seq.drafts[i] = (seq.drafts[i] + 1) % VOCAB
 
 
+def preemptions() -> st.SearchStrategy[dict[str, Any]]:
+    """What becomes of the blocks of a request that is preempted."""
+    swaps = ({"preemption": "swap", "swap_coding": coding} for coding in ("none", "lossless"))
+    return st.sampled_from([{"preemption": "recompute"}, *swaps])
+
+
 @st.composite
 def engine_configs(draw: st.DrawFn) -> EngineConfig:
     """Small engines: pools too small for everyone, budgets smaller than a prompt, every kind of window."""
@@ -305,7 +316,7 @@ def engine_configs(draw: st.DrawFn) -> EngineConfig:
         num_window_blocks=draw(st.integers(least, least + 12), label="num_window_blocks") if kv_window else 0,
         max_num_seqs=draw(st.sampled_from([6, 3, 2, 1]), label="max_num_seqs"),
         max_num_batched_tokens=draw(st.sampled_from([64, 16, 7, 3, 1]), label="max_num_batched_tokens"),
-        preemption=draw(st.sampled_from(["recompute", "swap"]), label="preemption"),
+        **draw(preemptions(), label="preemption"),
         enable_prefix_caching=draw(st.booleans(), label="enable_prefix_caching"),
         lookahead=draw(st.integers(0, 1), label="lookahead"),
         watermark=draw(st.sampled_from([0.0, 0.01, 0.3]), label="watermark"),
@@ -337,7 +348,13 @@ def prompts(draw: st.DrawFn) -> list[int]:
     return [7 * i % VOCAB for i in range(shared)] + own
 
 
-def engine_for(decoder: Decoder, *, kv_format: KVFormat | str = "float32", **settings: Any) -> Engine:
+def engine_for(
+    decoder: Decoder,
+    *,
+    kv_format: KVFormat | str = "float32",
+    runner: Callable[[Decoder, KVCache], Runner] = ModelRunner,
+    **settings: Any,
+) -> Engine:
     """An engine over a small decoder, roomy unless ``settings`` (of `EngineConfig` and `Engine`) say otherwise."""
     model = decoder.config
     format = resolve_format(kv_format, "float32")
@@ -367,7 +384,7 @@ def engine_for(decoder: Decoder, *, kv_format: KVFormat | str = "float32", **set
         num_window_blocks=config.num_window_blocks,
         backend=decoder.backend,
     )
-    return Engine(config, ModelRunner(decoder, cache), **more)
+    return Engine(config, runner(decoder, cache), **more)
 
 
 def run_all(engine: Engine, requests: list[Request]) -> dict[str, RequestOutput]:

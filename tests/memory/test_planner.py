@@ -1,0 +1,71 @@
+"""A plan of memory, on lifetimes as such."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reference.memory.planner import Lifetime, largest_live_set, plan_memory
+from twofold.conformance.properties import planner as properties
+from twofold.conformance.strategies.planner import chains, graphs
+
+alignments = st.sampled_from([1, 1, 8])
+
+
+@settings(max_examples=200)
+@given(graphs(), alignments)
+def test_no_two_that_are_wanted_at_once_share_a_byte(lifetimes, alignment):
+    plan = plan_memory(lifetimes, alignment=alignment)
+    properties.every_tensor_keeps_its_bytes(lifetimes, plan)
+    assert not any(offset % alignment for offset in plan.offsets)
+
+
+@settings(max_examples=200)
+@given(graphs())
+def test_never_worse_than_the_sum(lifetimes):
+    properties.a_plan_is_between_the_bound_and_the_total(lifetimes, plan_memory(lifetimes, alignment=1))
+
+
+@settings(max_examples=200)
+@given(chains(), alignments)
+def test_a_chain_takes_what_its_largest_neighbours_take(lifetimes, alignment):
+    plan = plan_memory(lifetimes, alignment=alignment)
+    properties.every_tensor_keeps_its_bytes(lifetimes, plan)
+    assert plan.num_bytes == plan.bound
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_what_is_written_over_costs_nothing(length, size):
+    """Ops that write over their arguments: all in the bytes of the first."""
+    chain = [Lifetime(size, op, op + 1, op - 1 if op else None) for op in range(length)]
+    plan = plan_memory(chain, alignment=1)
+    assert plan.num_bytes == plan.bound == size
+    assert set(plan.offsets) == {0}
+    properties.every_tensor_keeps_its_bytes(chain, plan)
+
+
+def test_what_is_wanted_later_is_not_written_over():
+    """Nor is what is of another size, nor anything by two results of one op."""
+    wanted = [Lifetime(4, 0, 2), Lifetime(4, 1, 2, over=0)]
+    small = [Lifetime(4, 0, 1), Lifetime(5, 1, 2, over=0)]
+    twice = [Lifetime(4, 0, 1), Lifetime(4, 1, 2, over=0), Lifetime(4, 1, 2, over=0)]
+    assert [plan_memory(case, alignment=1).num_bytes for case in (wanted, small, twice)] == [8, 9, 8]
+
+
+def test_no_tensor_takes_no_memory():
+    assert plan_memory([]).num_bytes == largest_live_set([]) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [Lifetime(-1, 0, 1)],
+        [Lifetime(1, 2, 1)],
+        [Lifetime(1, 0, 1, over=0)],
+        [Lifetime(1, 0, 1, over=1), Lifetime(1, 1, 2)],
+        [Lifetime(1, 0, 1), Lifetime(1, 2, 3, over=0)],
+        [Lifetime(1, 0, 1), Lifetime(1, 0, 3, over=0)],
+    ],
+)
+def test_lifetimes_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"^plan_memory: lifetimes: expected "):
+        plan_memory(wrong)
