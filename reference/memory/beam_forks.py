@@ -74,8 +74,12 @@ class BeamForks:
         steps = recorded[index]
         return steps[(step + 37 * turn) % len(steps)]  # the second time round it begins elsewhere
 
+    def most_divergent(self) -> "BeamForks":
+        """Of each number of beams the one search whose beams run side by side the longest."""
+        return BeamForks(self.model, {k: [max(found, key=mean_divergence)] for k, found in self.searches.items()})
+
     def save(self, path: Path) -> None:
-        """Write it as JSON, a step as its digits: ``"0012 0123"`` are two steps of four beams."""
+        """Write it as JSON, a step as its digits: ``"0012 0123"`` are two steps of four beams; of ten at most."""
         searches = {
             beams: [" ".join("".join(map(str, parents)) for parents in steps) for steps in recorded]
             for beams, recorded in self.searches.items()
@@ -91,6 +95,23 @@ class BeamForks:
             for beams, recorded in content["searches"].items()
         }
         return cls(content["model"], searches)
+
+
+def mean_divergence(steps: list[Parents]) -> float:
+    """How many steps ago the beams' last common ancestor stood, on average over the steps.
+
+    Example:
+        >>> mean_divergence([[0, 0], [0, 1], [0, 1], [1, 1]])      # after the steps: 1, 2, 3 and 1
+        1.75
+    """
+    distances = []
+    for step in range(len(steps)):
+        ancestors, back = {*range(len(steps[step]))}, 0
+        while len(ancestors) > 1 and back <= step:
+            ancestors = {steps[step - back][beam] for beam in ancestors}
+            back += 1
+        distances.append(back)
+    return float(np.mean(distances))
 
 
 def record(

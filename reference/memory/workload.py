@@ -7,7 +7,8 @@ choose. To see what depends on this, there are two more shapes: *log-normal* wit
 and *constant*, where all have the mean length.
 
 Prompt and answer are drawn apart from each other, and pairs longer than the context are drawn again; the means hold for
-what remains. What this cannot show: that a real prompt's length says something of its answer's.
+what remains. So that a few hundred stand for many, each 64 in a row have one from every 64th of a distribution.
+What this cannot show: that a real prompt's length says something of its answer's.
 """
 
 import itertools
@@ -23,6 +24,7 @@ from numpy import ndarray as Array
 from reference.batching.request import Request, SamplingParams
 
 SIGMA = 1.0  # of the log-normal shape
+GROUP = 64  # requests whose lengths are spread evenly
 CHUNK = 1024  # requests drawn at a time
 
 Shape = Literal["geometric", "log-normal", "constant"]
@@ -49,10 +51,17 @@ class Workload:
         distributions = np.cumsum(_distributions(self), axis=1)
         kept = np.zeros((0, 2), np.int64)
         while len(kept) < count:
-            drawn = [1 + np.searchsorted(upto, rng.random(2 * count)) for upto in distributions]
+            drawn = [1 + np.searchsorted(upto, _spread_evenly(2 * count, rng)) for upto in distributions]
             pairs = np.stack(drawn, axis=1)
             kept = np.concatenate((kept, pairs[pairs.sum(axis=1) <= self.max_model_len]))
         return kept[:count]
+
+
+def _spread_evenly(count: int, rng: np.random.Generator) -> Float64[Array, " count"]:
+    """Numbers in [0, 1) in groups, of which each has one in every part of the same width, in any order."""
+    groups = -(-count // GROUP)
+    parts = rng.permuted(np.tile(np.arange(GROUP), (groups, 1)), axis=1)
+    return ((parts + rng.random(parts.shape)) / GROUP).reshape(-1)[:count]
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import pytest
 
-from reference.memory.beam_forks import BeamForks
+from reference.memory.beam_forks import BeamForks, mean_divergence
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -19,3 +19,11 @@ def test_any_search_and_any_step_can_be_asked_for():
     assert forks.parents(2, search=10, step=2) == forks.parents(2, search=10, step=5)
     with pytest.raises(ValueError, match=r"recorded \(2\), got 3"):
         forks.parents(3, search=0, step=0)
+
+
+def test_the_most_divergent_search_is_found():
+    """Beams that never fork from each other run side by side; those that all come of the best one do not."""
+    apart, together = [[0, 1]] * 6, [[0, 0]] * 6
+    assert mean_divergence(apart) == sum(range(1, 7)) / 6, "no common ancestor: it stood before the first step"
+    assert mean_divergence(together) == 1
+    assert BeamForks("a model", {2: [together, apart]}).most_divergent().searches == {2: [apart]}

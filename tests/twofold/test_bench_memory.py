@@ -57,7 +57,7 @@ def test_a_simulation_of_today_gives_what_the_results_say(results):
     """Few requests, so within their noise: the share of slots that hold tokens."""
     for strategy in ("max", "paged"):
         case = Case(SHAREGPT, strategy)
-        ours = measure(case, seed=3, num_finished=20, forks=FORKS)["tokens"]
+        ours = measure(case, seed=3, num_finished=20, num_answers=2, forks=FORKS)["tokens"]
         assert ours == pytest.approx(results["simulations"][case.name]["tokens"], rel=0.35)
 
 
@@ -82,7 +82,7 @@ def test_the_served_models_have_the_published_cache():
 
 def test_forks_come_with_the_package_for_every_number_of_beams():
     """Of short answers and of long ones, every step naming beams that are there."""
-    assert set(FORKS) == {"short", "long"}
+    assert set(FORKS) == {"short", "long", "divergent"}
     for recorded in FORKS.values():
         assert set(recorded.searches) == set(NUM_BEAMS)
         for num_beams, searches in recorded.searches.items():

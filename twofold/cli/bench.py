@@ -206,8 +206,8 @@ def memory(
     sweep = Sweep(results, forks, seed=seed, quick=quick, num_slots=slots)
     if sweep.done:
         console.print(f"{len(sweep.done)} simulations of an interrupted run are kept")
-    with counting("simulations", len(sweep.cases())) as count:
-        found = sweep.run(lambda case: count(case.name))
+    with counting("simulations") as count:
+        found = sweep.run(lambda case, total: count(case.name, total))
     save(results, f"twofold bench memory {' '.join(parts)}", found)
     for title, columns, rows, notes in tables(found):
         table(title, columns, rows)

@@ -30,8 +30,8 @@ def progress() -> Iterator[Callable[[str, int, int | None], None]]:
 
 
 @contextmanager
-def counting(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A callback that is told what begins, of ``total`` things; a bar with an estimate on stderr, if a terminal."""
+def counting(what: str) -> Iterator[Callable[[str, int], None]]:
+    """A callback that is told what begins, and of how many; draws a bar with an estimate on stderr, if a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -44,12 +44,12 @@ def counting(what: str, total: int) -> Iterator[Callable[[str], None]]:
         TextColumn("{task.fields[now]}"),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task(what, total=total, now="")
+        task = bars.add_task(what, total=None, now="")
         begun = 0
 
-        def on_begin(now: str) -> None:
+        def on_begin(now: str, total: int) -> None:
             nonlocal begun
-            bars.update(task, completed=begun, now=now)
+            bars.update(task, completed=begun, total=total, now=now)
             begun += 1
 
         yield on_begin

@@ -21,7 +21,8 @@ from twofold.bench.memory.published import (
     claims,
 )
 
-NUM_FINISHED, NUM_FINISHED_QUICK = 400, 30  # sequences measured in each simulation
+LENGTH = {"num_finished": 512, "num_answers": 10}  # of each simulation: see `measure`
+QUICK_LENGTH = {"num_finished": 24, "num_answers": 2}
 
 
 class Sweep:
@@ -45,7 +46,7 @@ class Sweep:
         self.served = OPT_13B if num_slots is None else replace(OPT_13B, num_slots=num_slots)
         self.settings = {
             "seed": seed,
-            "num_finished": NUM_FINISHED_QUICK if quick else NUM_FINISHED,
+            **(QUICK_LENGTH if quick else LENGTH),
             "num_slots": self.served.num_slots,
             "forks": {kind: recorded.model for kind, recorded in forks.items()},
         }
@@ -64,13 +65,14 @@ class Sweep:
         """All that has to be simulated, but for what `changed_cases` adds where a figure is not met."""
         return all_cases(self.served, quick=self.quick)
 
-    def run(self, on_case: Callable[[Case], None] = lambda case: None) -> dict[str, Any]:
-        """Simulate what is left, then put it together."""
+    def run(self, on_case: Callable[[Case, int], None] = lambda case, total: None) -> dict[str, Any]:
+        """Simulate what is left, then put it together. ``on_case`` hears what begins, and how many there are in all."""
         cases = self.cases()
         for case in cases:
             case.simulation(self.forks[case.forks])  # whatever is wrong with one is said before an hour of others
-        figures = self._run_all(cases, on_case)
-        figures |= self._run_all(changed_cases(figures, self.served, quick=self.quick), on_case)
+        figures = self._run_all(cases, lambda case: on_case(case, len(cases)))
+        more = changed_cases(figures, self.served, quick=self.quick)
+        figures |= self._run_all(more, lambda case: on_case(case, len(cases) + len(more)))
         results = self.results(figures)
         self.unfinished.unlink(missing_ok=True)
         return results
@@ -84,8 +86,8 @@ class Sweep:
         return {case: self.done[case.name] for case in cases}
 
     def _measure(self, case: Case) -> Figures:
-        seed, num_finished = self.settings["seed"], self.settings["num_finished"]
-        return measure(case, seed=seed, num_finished=num_finished, forks=self.forks)
+        length = QUICK_LENGTH if self.quick else LENGTH
+        return measure(case, seed=self.settings["seed"], forks=self.forks, **length)
 
     def _keep(self) -> None:
         self.unfinished.parent.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ class Case:
         rate: Requests a second; inf: somebody is always waiting, so that memory is what limits.
         step_time: By the data sheet, or by the published figures (`PUBLISHED_STEP_TIME`).
         allocator: Of a reservation.
-        forks: Which recording beams go by: of short answers, or of long ones.
+        forks: Which recording beams go by: of short answers, of long ones, or of the one whose beams agree latest.
     """
 
     workload: Workload
@@ -91,7 +91,7 @@ class Case:
     block_size: int = 16
     num_samples: int = 1
     num_beams: int = 0
-    forks: Literal["short", "long"] = "short"
+    forks: Literal["short", "long", "divergent"] = "short"
     prefix_len: int = 0
 
     @property
@@ -136,10 +136,14 @@ class Case:
         return Simulation(config, step_time, scheduler=scheduler, forks=forks)
 
 
-def measure(case: Case, *, seed: int, num_finished: int, forks: Mapping[str, BeamForks]) -> Figures:
-    """Run a case until it is steady, and then until so many sequences have ended; means over the steps of the latter.
+def measure(case: Case, *, seed: int, num_finished: int, num_answers: int, forks: Mapping[str, BeamForks]) -> Figures:
+    """Run a case until it is steady, and then a while; means over the steps of the latter.
 
-    It is taken to be steady after three times a mean answer, and measured for at least as long again.
+    It is taken to be steady after three times a mean answer.
+
+    Args:
+        num_finished: It is measured until so many requests have ended, or half as many that fork,
+        num_answers: and for at least so many times a mean answer.
     """
     simulation = case.simulation(forks[case.forks])
     asked = requests(
@@ -150,7 +154,9 @@ def measure(case: Case, *, seed: int, num_finished: int, forks: Mapping[str, Bea
         num_samples=case.num_samples,
         num_beams=case.num_beams,
     )
-    warm_up = least = math.ceil(3 * case.workload.mean_output_len)
+    warm_up = math.ceil(3 * case.workload.mean_output_len)
+    least = math.ceil(num_answers * case.workload.mean_output_len)
+    wanted = num_finished if case.num_sequences == 1 else num_finished // 2
     steps: list[SimulatedStep] = []
     start, finished = 0.0, 0
     for count, step in enumerate(simulation.run(asked)):
@@ -158,8 +164,8 @@ def measure(case: Case, *, seed: int, num_finished: int, forks: Mapping[str, Bea
             start = step.time
             continue
         steps.append(step)
-        finished += step.num_finished * case.num_sequences
-        if finished >= num_finished and len(steps) >= least:
+        finished += step.num_finished
+        if finished >= wanted and len(steps) >= least:
             break
     seconds = steps[-1].time - start
     num_slots = case.served.num_slots

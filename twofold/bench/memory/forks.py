@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct answered eight short questions with 192 tokens each, and f
 search with 2, 4 and 6 beams, going on past the end of its text: the lengths that are simulated are drawn otherwise.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from reference.memory.beam_forks import BeamForks, record
@@ -42,13 +42,13 @@ PROMPTS = {
 
 
 def load_forks() -> dict[str, BeamForks]:
-    """The recordings that come with the package."""
-    return {kind: BeamForks.load(FOLDER / f"beam_forks_{kind}.json") for kind in PROMPTS}
+    """The recordings that come with the package; "divergent" is one of the long answers."""
+    return _with_divergent({kind: BeamForks.load(FOLDER / f"beam_forks_{kind}.json") for kind in PROMPTS})
 
 
-def record_forks(llm: LLM, on_progress: Callable[[str], None] = lambda what: None) -> Mapping[str, BeamForks]:
+def record_forks(llm: LLM, on_progress: Callable[[str], None] = lambda what: None) -> dict[str, BeamForks]:
     """The same from another model. Takes minutes: 6 beams of 640 tokens are many steps."""
-    recorded = {}
+    recorded: dict[str, BeamForks] = {}
     for kind, prompts in PROMPTS.items():
         token_ids = [llm.render(prompt)["prompt_token_ids"] for prompt in prompts]
         searches = {}
@@ -56,4 +56,8 @@ def record_forks(llm: LLM, on_progress: Callable[[str], None] = lambda what: Non
             on_progress(f"{kind} answers, {num_beams} beams")
             searches[num_beams] = record(llm.engine, token_ids, num_beams=num_beams, num_tokens=NUM_TOKENS[kind])
         recorded[kind] = BeamForks(llm.checkpoint.name, searches)
-    return recorded
+    return _with_divergent(recorded)
+
+
+def _with_divergent(recorded: dict[str, BeamForks]) -> dict[str, BeamForks]:
+    return recorded | {"divergent": recorded["long"].most_divergent()}

@@ -57,7 +57,7 @@ def batched(results: dict[str, Any]) -> Any:
 
 
 def sharing(results: dict[str, Any]) -> Any:
-    """Memory saved by sharing."""
+    """Memory saved by sharing; where a range is published, it is a band."""
     drawn, axes = plot_style.figure(7, 3.2, columns=2, sharey=True)
     for axis, workload in zip(axes, ("Alpaca", "ShareGPT")):
         for color, way in zip(plot_style.COLORS, ("parallel", "beam")):
@@ -65,8 +65,11 @@ def sharing(results: dict[str, Any]) -> Any:
             rows = [row for row in results["claims"] if row["figure"].startswith(start)]
             counts = [int(row["figure"].rsplit(" ", 1)[1]) for row in rows]
             axis.plot(counts, [row["ours"] for row in rows], "o-", color=color, label=f"{way}, ours")
-            known = [(count, row["published"][0]) for count, row in zip(counts, rows) if len(row["published"]) == 1]
-            axis.plot(*zip(*known), "x", color=color, ms=9, label=f"{way}, published")
+            published = [row["published"] for row in rows]
+            if all(len(values) == 1 for values in published):
+                axis.plot(counts, published, "x", color=color, ms=9, label=f"{way}, published")
+            else:
+                axis.axhspan(*published[0], color=color, alpha=0.15, lw=0)
         axis.set(title=workload, xlabel="sequences of a request", xticks=[2, 4, 6], ylim=(0, None))
     axes[0].set_ylabel("blocks saved, %")
     axes[0].legend(frameon=False, fontsize=9)
