@@ -15,7 +15,7 @@ as ordinary launches over the same logits.
 """
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,12 +68,8 @@ class GraphRunner:
         self.device: torch.device = cache.pools[0].device
         self.host: dict[tuple[int, int], Tensor | CodedRows] = {}
         self._recorded: dict[StepShape, RecordedStep] = {}
+        self._memory = _memory_of_graphs(self.device)
         self._drawn = torch.full((most_seqs + 1,), -1, dtype=torch.int32, device=self.device)
-
-    @cached_property
-    def _memory(self) -> Any:
-        """What all recorded steps compute in: they run one after another."""
-        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def launch(self, batch: Batch) -> "InFlight":
         """Queue a step."""
@@ -161,7 +157,11 @@ class GraphRunner:
         if shape not in self._recorded:
             in_flight = self._drawn.clone()  # what is recorded is computed once before, and draws
             compute = partial(self._compute, shape.keeps_logits)
-            self._recorded[shape] = RecordedStep(shape, compute, self.device, self._memory)
+            try:
+                self._recorded[shape] = RecordedStep(shape, compute, self.device, self._memory)
+            except Exception:
+                self._memory = _memory_of_graphs(self.device)  # after a capture that failed it takes no other
+                raise
             self._drawn.copy_(in_flight)
         return self._recorded[shape]
 
@@ -192,6 +192,11 @@ class GraphRunner:
         """For the step after, which may name these tokens before anybody has read them."""
         count = min(len(drawn), self.most_seqs)  # a batch draws for no more: what follows is padding
         self._drawn[:count] = drawn[:count]
+
+
+def _memory_of_graphs(device: torch.device) -> Any:
+    """What recorded steps compute in, all in the same, since they run one after another; None without a GPU."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
 class Sampling:

@@ -148,7 +148,9 @@ class Failing:
         return self._sample if name == "sample" else getattr(self.backend, name)
 
     def _sample(self, *args: Any) -> Any:
-        return self.error() if self.fails else self.backend.sample(*args)
+        if self.fails:
+            self.error()
+        return self.backend.sample(*args)
 
 
 def check_failure(model: Decoder, error: Callable[[], Any], says: str) -> None:
@@ -191,6 +193,17 @@ def test_memory_that_runs_out_in_a_step_is_such_a_failure():
     check_failure(
         decoder(fast.invariant), lambda: torch.empty(1 << 45, dtype=torch.uint8, device="cuda"), "OutOfMemory"
     )
+
+
+@pytest.mark.needs("gpu")
+def test_a_step_that_cannot_be_recorded_is_such_a_failure():
+    def look_at_a_value():
+        if torch.cuda.is_current_stream_capturing():
+            torch.zeros(1, device="cuda").item()
+
+    stream = torch.cuda.current_stream()
+    check_failure(decoder(fast.invariant), look_at_a_value, "CUDA error")
+    assert torch.cuda.current_stream() == stream
 
 
 @pytest.mark.needs("gpu")
