@@ -147,6 +147,7 @@ ARGUMENTS: dict[str, str] = {
     "shape": "Lengths of the axes.",
     "rows": "Which rows; or rows of bytes on the host.",
     "pool": "All blocks, a row of bytes each.",
+    "num_slots": "Slots of a memory, each for the keys and values of a token: num_blocks * block_size.",
     "block_ids": "Blocks by their number in the pool.",
     "source_ids": "Blocks to copy from.",
     "target_ids": "Blocks to copy to.",

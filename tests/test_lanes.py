@@ -30,7 +30,7 @@ def _words_kernel(words_ptr, floats_ptr, out_ptr, N: tl.constexpr):
     for n in tl.static_range(4):
         tl.store(out_ptr + (8 + n) * N + i, lanes.load_words(words_ptr + 4 * i, 4)[n])
     for n in tl.static_range(2):
-        tl.store(out_ptr + (12 + n) * N + i, lanes.load_words(words_ptr + 2 * i, 2, AGAIN=True)[n])
+        tl.store(out_ptr + (12 + n) * N + i, lanes.load_words(words_ptr + 2 * i, 2)[n])
     tl.store(out_ptr + 14 * N + i, lanes.load_words(words_ptr + i, 1)[0])
 
 

@@ -7,22 +7,22 @@ print(llm.generate("Why is the sky blue?", SamplingParams(temperature=0, max_tok
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from reference.batching.engine import Engine
 from reference.batching.request import SamplingParams
-from reference.batching.runner import ModelRunner
 from reference.batching.trace import Record
 from reference.model.decoder import AdapterBank, Decoder
-from twofold.backends import resolve_backend
-from twofold.checkpoints import Checkpoint, load_checkpoint
+from twofold.backends import execution, resolve_backend
+from twofold.checkpoints import Checkpoint, RandomTensors, dummy_checkpoint, load_checkpoint
 from twofold.errors import TwofoldError
 from twofold.generation import Generation, Prompt
 from twofold.lora import read_adapter
 from twofold.outputs import Chunk, RequestOutput, RunMetrics
-from twofold.sizing import pool_sizes
+from twofold.sizing import fill_room, pool_sizes, require_room
 from twofold.speculation import make_drafter
 
 __all__ = ["LLM", "SamplingParams"]
@@ -45,19 +45,25 @@ class LLM:
             of the weight formats' table. `twofold models` prints both tables.
         kv_cache_dtype: Format of the KV cache, by name.
         block_size: Tokens in a KV block.
-        num_blocks: In the pool. By default as many as fit in 256 MiB, and enough for one sequence of full length where
-            that takes no more than 1 GiB.
-        max_num_seqs: Sequences that run at once.
-        max_num_batched_tokens: Token budget of a step; longer prompts are computed in chunks.
+        num_blocks: In the pool. By default, on a GPU, as many as there is room for, measured when the weights are
+            there; elsewhere as many as fit in 256 MiB, and enough for one sequence of full length where that takes no
+            more than 1 GiB.
+        gpu_memory_utilization: Share of a GPU's memory that weights, cache and steps may take together.
+        max_num_seqs: Sequences that run at once; by default 64, on a GPU 256.
+        max_num_batched_tokens: Token budget of a step, by default 512, on a GPU 8192; longer prompts are computed in
+            chunks.
         max_model_len: Longest prompt plus answer; by default the model's context, or what the pool holds if less.
         preemption: "recompute" or "swap".
         swap_coding: "none", or "lossless": swapped blocks travel and wait in fewer bytes.
         enable_prefix_caching: Share the blocks of equal prompt beginnings.
-        lookahead: Steps scheduled ahead of the tokens read: 0 or 1.
+        lookahead: Steps scheduled ahead of the tokens read: 0 or 1. By default 1 where steps run in the background
+            (``backend="fast"`` on a GPU), else 0.
         deterministic: Use the backend's batch-invariant ops.
         lora_modules: Adapters by name: folders as `peft` saves them.
         speculate: "ngram:K": draft K tokens by look-up in the text so far; or a model's name or path, with ":K" or not.
         trace: Called with a record of every step, such as a `reference.batching.trace.TraceWriter`.
+        load: "auto", or "dummy": random weights from a config alone (a folder with a ``config.json``, or a name of
+            `twofold.checkpoints.shapes.SHAPES`).
         on_progress: Called with (what, bytes done, bytes in all or None) while fetching and loading.
 
     Raises:
@@ -75,48 +81,69 @@ class LLM:
         kv_cache_dtype: str = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int = 512,
+        gpu_memory_utilization: float = 0.9,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
         max_model_len: int | None = None,
         preemption: str = "recompute",
         swap_coding: str = "none",
         enable_prefix_caching: bool = True,
-        lookahead: int = 0,
+        lookahead: int | None = None,
         deterministic: bool = False,
         lora_modules: Mapping[str, str | Path] | None = None,
         speculate: str | None = None,
         trace: Callable[[Record], None] | None = None,
+        load: str = "auto",
         on_progress: Callable[[str, int, int | None], None] | None = None,
     ):
         self.backend = resolve_backend(backend, deterministic=deterministic)
-        self.checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model, on_progress=on_progress)
+        self.checkpoint = _checkpoint(model, load, on_progress)
         self.tokenizer = self.checkpoint.tokenizer
         config = self.checkpoint.config
         dtype = "float32" if dtype == "auto" else dtype
+        how = execution(self.backend, device)
+        lookahead = how.lookahead if lookahead is None else lookahead
+        max_num_seqs = how.max_num_seqs if max_num_seqs is None else max_num_seqs
+        max_num_batched_tokens = (
+            how.max_num_batched_tokens if max_num_batched_tokens is None else max_num_batched_tokens
+        )
+        if not 0 < gpu_memory_utilization <= 1:
+            raise TwofoldError(f"--gpu-memory-utilization {gpu_memory_utilization}: expected a share in (0, 1]")
+        room = None if how.room is None else partial(how.room, gpu_memory_utilization)
+        make_runner = how.runner if room is None else partial(how.runner, most_seqs=max_num_seqs)
+        fewest_blocks = None if room is None else -(-(max_model_len or 1) // max(block_size, 1))
         sizes = pool_sizes(
             config,
             kv_cache_dtype,
             dtype,
             block_size=block_size,
-            num_blocks=num_blocks,
+            num_blocks=fewest_blocks if num_blocks is None else num_blocks,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             lookahead=lookahead,
         )
         try:
+            if room is not None:
+                as_they_come = self.checkpoint.nbytes if weights == "as-is" else None
+                require_room(config, weights, sizes, free=room(), weights_take=as_they_come)
             self.adapters = AdapterBank(config, backend=self.backend, dtype=dtype, device=device)
             for name, path in (lora_modules or {}).items():
                 self.adapters.add(name, *read_adapter(path))
             self.decoder = Decoder(
                 config,
-                self.checkpoint.tensors(as_is=weights == "as-is"),
+                RandomTensors(config, backend=self.backend, dtype=dtype, format=weights, device=device)
+                if load == "dummy"
+                else self.checkpoint.tensors(as_is=weights == "as-is", on_progress=on_progress),
                 backend=self.backend,
                 dtype=dtype,
                 weight_format=weights,
                 device=device,
-                max_positions=sizes.max_model_len,
+                max_positions=sizes.max_model_len if room is None else sizes.longest,
             )
+            if room is not None and num_blocks is None:
+                parts = (self.decoder, self.adapters, make_runner, room)
+                sizes = fill_room(sizes, weights, *parts, num_tokens=max_num_batched_tokens)
             self.cache = sizes.cache(config, backend=self.backend, device=device)
             engine_config = sizes.engine_config(
                 config,
@@ -131,7 +158,7 @@ class LLM:
             )
             self.engine = Engine(
                 engine_config,
-                ModelRunner(self.decoder, self.cache, adapters=self.adapters),
+                make_runner(self.decoder, self.cache, adapters=self.adapters),
                 drafter=make_drafter(speculate, self.decoder, engine_config) if speculate else None,
                 adapters={name: (i, self.adapters.digests[name]) for i, name in enumerate(self.adapters.names)},
                 trace=trace,
@@ -278,6 +305,14 @@ class LLM:
         if self._run is None:
             raise TwofoldError("nothing has been run yet")
         return self._run.metrics()
+
+
+def _checkpoint(model: str | Path | Checkpoint | None, load: str, on_progress: Any) -> Checkpoint:
+    if load not in ("auto", "dummy"):
+        raise TwofoldError(f"--load {load}: expected auto or dummy")
+    if isinstance(model, Checkpoint):
+        return model
+    return dummy_checkpoint(model) if load == "dummy" else load_checkpoint(model, on_progress=on_progress)
 
 
 def _one_each(value: Any, prompts: Sequence[Any], name: str) -> list[Any]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from twofold import plot_style
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -39,25 +41,11 @@ def body(function: Callable[..., Any]) -> Any:
 
 
 def figure(width: float = 7.0, height: float = 3.4, columns: int = 1, **settings: Any) -> tuple[Any, Any]:
-    """A matplotlib figure and its axes, drawn as SVG, legible on a phone and on light or dark paper."""
-    import matplotlib
-    import matplotlib.pyplot as plt
-    from cycler import cycler
+    """A matplotlib figure and its axes in the project's style, drawn as SVG where it stands."""
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
     set_matplotlib_formats("svg")
-    matplotlib.rcParams.update(
-        {
-            "font.size": 11,
-            "svg.fonttype": "none",
-            "svg.hashsalt": "twofold",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.prop_cycle": cycler(color=["#26486f", "#c2571a", "#5a8f3d", "#8d5ba6", "#888888"]),
-            "figure.constrained_layout.use": True,
-        }
-    )
-    return plt.subplots(1, columns, figsize=(width, height), **settings)
+    return plot_style.figure(width, height, columns, **settings)
 
 
 def check(name: str, attempt: Callable[[], Any], expected: Callable[[], Any]) -> None:

@@ -5,7 +5,10 @@ import io
 import os
 
 MARK = "<!-- help of every command -->"
-COMMANDS = ["generate", "chat", "models", "pull", "trace", "bench cpu", "bench lossless", "bench planner"]
+COMMANDS = [
+    "generate", "chat", "models", "pull", "trace", "bench cpu", "bench kernels", "bench engine", "bench memory",
+    "bench lossless", "bench planner",
+]  # fmt: skip
 
 
 def on_page_markdown(markdown, page, config, files):

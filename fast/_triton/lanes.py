@@ -144,9 +144,8 @@ def _load_asm(count):
 
 
 @triton.jit
-def load_words(ptr, COUNT: tl.constexpr, AGAIN: tl.constexpr = False):
-    """COUNT (1, 2 or 4) words side by side, in one load. AGAIN: even if they were loaded before, because to keep them
-    takes registers."""
+def load_words(ptr, COUNT: tl.constexpr):
+    """COUNT (1, 2 or 4) words side by side, in one load."""
     if COUNT == 1:
         words = (tl.load(ptr),)
     elif INTERPRETED:
@@ -156,12 +155,12 @@ def load_words(ptr, COUNT: tl.constexpr, AGAIN: tl.constexpr = False):
     elif COUNT == 2:
         asm: tl.constexpr = _load_asm(COUNT)
         address = ptr.to(tl.int64)
-        words = tl.inline_asm_elementwise(asm, "=r,=r,l", [address], (tl.int32, tl.int32), is_pure=not AGAIN, pack=1)
+        words = tl.inline_asm_elementwise(asm, "=r,=r,l", [address], (tl.int32, tl.int32), is_pure=True, pack=1)
     else:
         asm: tl.constexpr = _load_asm(COUNT)
         address = ptr.to(tl.int64)
         kinds: tl.constexpr = (tl.int32, tl.int32, tl.int32, tl.int32)
-        words = tl.inline_asm_elementwise(asm, "=r,=r,=r,=r,l", [address], kinds, is_pure=not AGAIN, pack=1)
+        words = tl.inline_asm_elementwise(asm, "=r,=r,=r,=r,l", [address], kinds, is_pure=True, pack=1)
     return words
 
 

@@ -379,12 +379,17 @@ def hopper_fits(q: Array, k_cache: Array, v_cache: Array, block_table: Array) ->
     return q.dtype == k_cache.dtype == v_cache.dtype != torch.float32 and q.data_ptr() % 16 == 0
 
 
-def describe_cache(cache: Array, layout: gl.NVMMASharedLayout) -> tuple[TensorDescriptor, int]:
-    """A cache that fits, as the copy engine brings blocks of it: a row a slot; and how many rows blocks lie apart."""
+def describe_cache(cache: Array, layout: gl.NVMMASharedLayout, tile_kv: int) -> tuple[TensorDescriptor, int]:
+    """A cache that fits, as the copy engine brings blocks of it: a row a slot; and how many rows blocks lie apart.
+
+    One copy brings a block, or a tile of keys where that is less: what it brings must have room there.
+    """
     num_blocks, block_size, num_kv_heads, head_dim = cache.shape
     rows_per_block = cache.stride(0) // cache.stride(1)
     shape = [(num_blocks - 1) * rows_per_block + block_size, num_kv_heads * head_dim]
-    return TensorDescriptor(cache, shape, [cache.stride(1), 1], [block_size, head_dim], layout), rows_per_block
+    return TensorDescriptor(
+        cache, shape, [cache.stride(1), 1], [min(block_size, tile_kv), head_dim], layout
+    ), rows_per_block
 
 
 def heads_of_a_tile(group: int, queries_per_seq: float) -> int:
@@ -418,7 +423,9 @@ def attend_chunks_on_hopper(
     heads = heads_of_a_tile(num_heads // num_kv_heads, num_tokens / num_seqs)
     q_block = [min(TILE_Q // 2, TILE_Q // heads), head_dim]
     q_desc = TensorDescriptor(q, [num_tokens, num_heads * head_dim], [q.stride(0), 1], q_block, layout)
-    (k_desc, k_rows_per_block), (v_desc, v_rows_per_block) = (describe_cache(x, layout) for x in (k_cache, v_cache))
+    (k_desc, k_rows_per_block), (v_desc, v_rows_per_block) = (
+        describe_cache(x, layout, TILE_KV) for x in (k_cache, v_cache)
+    )
     queries = TILE_Q // heads
     num_slots = cdiv(num_tokens, queries) if num_seqs == 1 else num_tokens // queries + num_seqs
     most_parts = parts_of_an_item(max(num_seqs, cdiv(num_tokens, queries)) * (num_heads // heads), num_processors(q))

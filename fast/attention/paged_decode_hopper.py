@@ -44,15 +44,9 @@ class Ring(NamedTuple):
     max_registers: int | None  # of a thread on average
 
 
-def choose_ring(num_segments: int, tile_q: int, processors: int) -> Ring:
-    """Two programs a processor, so that one loads while the other ends a segment; one where segments are few.
-
-    With fewer segments than processors they are cut anyway, and half the programs make half the parts to merge. More
-    than 16 rows need the registers of two.
-    """
-    if num_segments < processors or tile_q > 16:
-        return Ring(6, 1, None)
-    return Ring(3, 2, 128)
+def choose_ring(tile_q: int) -> Ring:
+    """Two programs a processor, so that one loads while the other ends a segment; one where rows take the registers."""
+    return Ring(6, 1, None) if tile_q > 16 else Ring(3, 2, 128)
 
 
 @gluon.jit
@@ -194,21 +188,32 @@ def load_parts(
     step, steps, first, last, num_rows, parts_ptr, stats_ptr,
     TILE_Q: gl.constexpr, TILE_D: gl.constexpr, ROWS: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """A few rows of some parts: (sums of values, tops, totals)."""
+    """A few rows of some parts: (sums of values, tops, totals), these last a number a lane, in one load each."""
     ENTRY: gl.constexpr = gl.SliceLayout(2, LAYOUT)
-    row = step // steps * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, ENTRY))
-    part = first + step % steps * PARTS + gl.arange(0, PARTS, gl.SliceLayout(1, ENTRY))
-    dim = gl.arange(0, TILE_D, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
-    loaded = (part <= last)[:, None] & (row < num_rows)[None, :]
-    place = (part * 2 + (part == first).to(gl.int32)).to(gl.int64)[:, None] * TILE_Q
-    stats = stats_ptr + place * 2 + row[None, :]
+    LANES: gl.constexpr = gl.BlockedLayout([1, 1], [32 // ROWS, ROWS], [gl.num_warps(), 1], [1, 0])
+    place, row, loaded = places_of_parts(step, steps, first, last, num_rows, TILE_Q, ROWS, PARTS, LANES)
+    stats = stats_ptr + place * 2 + row
     top = gl.load(stats, mask=loaded, other=float("-inf"), cache_modifier=".cg")
     total = gl.load(stats + TILE_Q, mask=loaded, other=0.0, cache_modifier=".cg")
+    place, row, loaded = places_of_parts(step, steps, first, last, num_rows, TILE_Q, ROWS, PARTS, ENTRY)
+    dim = gl.arange(0, TILE_D, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
     values = gl.load(
-        parts_ptr + ((place + row[None, :]) * TILE_D)[:, :, None] + dim[None, :][None, :, :],
+        parts_ptr + ((place + row) * TILE_D)[:, :, None] + dim[None, :][None, :, :],
         mask=loaded[:, :, None], other=0.0, cache_modifier=".cg",
     )  # fmt: skip
     return values, top, total
+
+
+@gluon.jit
+def places_of_parts(
+    step, steps, first, last, num_rows,
+    TILE_Q: gl.constexpr, ROWS: gl.constexpr, PARTS: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Of the rows and parts of a step: (places in the scratch, in rows; the rows; whether there are such)."""
+    row = step // steps * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))
+    part = first + step % steps * PARTS + gl.arange(0, PARTS, gl.SliceLayout(1, LAYOUT))
+    loaded = (part <= last)[:, None] & (row < num_rows)[None, :]
+    return (part * 2 + (part == first).to(gl.int32)).to(gl.int64)[:, None] * TILE_Q, row[None, :], loaded
 
 
 @gluon.jit
@@ -234,7 +239,9 @@ def merge_parts(
         0, steps, first, last, num_rows, parts_ptr, stats_ptr, TILE_Q, HEAD_DIM, ROWS, PARTS, LAYOUT
     )
     for step in range((num_rows + ROWS - 1) // ROWS * steps):
-        values, part_top, part_total = next_values, next_top, next_total
+        values = next_values
+        part_top = gl.convert_layout(next_top, gl.SliceLayout(2, LAYOUT))
+        part_total = gl.convert_layout(next_total, gl.SliceLayout(2, LAYOUT))
         next_values, next_top, next_total = load_parts(
             step + 1, steps, first, last, num_rows, parts_ptr, stats_ptr, TILE_Q, HEAD_DIM, ROWS, PARTS, LAYOUT
         )
@@ -403,10 +410,11 @@ def attend_decodes_on_hopper(
     num_seqs, max_blocks_per_seq = block_table.shape
     dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([TILE_KV, head_dim], dtype)
-    (k_desc, k_rows_per_block), (v_desc, v_rows_per_block) = (describe_cache(x, layout) for x in (k_cache, v_cache))
-    processors = num_processors(q)
-    ring = choose_ring(num_seqs * num_kv_heads, tile_q, processors)
-    num_programs = ring.programs_per_processor * processors
+    (k_desc, k_rows_per_block), (v_desc, v_rows_per_block) = (
+        describe_cache(x, layout, TILE_KV) for x in (k_cache, v_cache)
+    )
+    ring = choose_ring(tile_q)
+    num_programs = ring.programs_per_processor * num_processors(q)
     scratch = merging.make_scratch(q, num_programs, tile_q, head_dim)
     paged_decode_hopper_kernel[(num_programs,)](
         q, k_desc, v_desc, block_table, seq_lens, cu_seqlens_q, sinks, out, *scratch, scale * LOG2E.value,

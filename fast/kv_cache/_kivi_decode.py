@@ -59,12 +59,12 @@ LOWEST = tl.constexpr(-3.0e38)  # a top before any key: finite, as its differenc
 
 
 @triton.jit
-def load_queries(q_rows, there, PIECES: tl.constexpr, AGAIN: tl.constexpr = False):
+def load_queries(q_rows, there, PIECES: tl.constexpr):
     """The words of a lane's channels, of its column's query; zeros where there is none."""
     c = tl.arange(0, there.shape[0]) % 4
     words = ()
     for j in tl.static_range(PIECES):
-        four = load_words(q_rows + (16 * j + 4 * c), 4, AGAIN)
+        four = load_words(q_rows + (16 * j + 4 * c), 4)
         for i in tl.static_range(4):
             words = words + (tl.where(there, four[i], 0),)
     return words
@@ -88,10 +88,33 @@ def update(scores, top, total, scale_log2):
 
 
 @triton.jit
-def attend_old_pages(
-    q, memory, unit0, unit1, boundary0, boundary1, position0, position1, start, stop, lowest, last,
-    row_ptr, stride_table_block, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr,
-    scale, logit_cap, sliding_window, stride_cache_block, stride_k_scale_block, stride_v_scale_block, num_blocks,
+def copy_first_tiles(
+    memory, start, stop, lowest, last, row_ptr, stride_table_block, num_blocks, sources, targets, block_strides,
+    stride_cache_token: tl.constexpr, stride_k_scale_group: tl.constexpr, stride_v_scale_token: tl.constexpr,
+    BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Let the tiles be copied that `attend_old_tiles` begins with; (the memory, the blocks of the tile after them)."""
+    wait_for_copies(0)  # whatever was read before is read
+    ids = load_ids(row_ptr, stride_table_block, start, lowest, last, BLOCK_SIZE)
+    for stage in tl.static_range(STAGES - 1):
+        next_ids = load_ids(row_ptr, stride_table_block, start + stage + 1, lowest, last, BLOCK_SIZE)
+        if start + stage < stop:
+            memory = copy_tile(
+                memory, stage * tile_words(BITS, PIECES, GROUP_SIZE), ids, start + stage, lowest, last, num_blocks,
+                sources, targets, block_strides, stride_cache_token, stride_k_scale_group, stride_v_scale_token,
+                BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE,
+            )  # fmt: skip
+        commit_copies()
+        ids = next_ids
+    return memory, ids
+
+
+@triton.jit
+def attend_old_tiles(
+    q, accs, top0, top1, total0, total1, memory, ids, unit0, unit1, boundary0, boundary1, position0, position1,
+    start, stop, lowest, last, row_ptr, stride_table_block, num_blocks, sources, targets, block_strides,
+    scale, logit_cap, sliding_window,
     stride_cache_token: tl.constexpr, stride_k_scale_group: tl.constexpr, stride_v_scale_token: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, BITS: tl.constexpr, PIECES: tl.constexpr, NUM_GROUPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, GROUP_SIZE: tl.constexpr, QUERIES: tl.constexpr, COLS: tl.constexpr,
@@ -100,7 +123,7 @@ def attend_old_pages(
     """Let tiles ``start`` to ``stop`` pass; what is read of them are the pages ``lowest`` to ``last``.
 
     Pages that are not, at the end of a tile or before a sliding window, are another page with weights 0: whatever is
-    read was written. Returns the memory, the sums of values, all in one unit, and (top, total) of both columns.
+    read was written. ``accs`` are sums of values; until the end each piece's are in the unit of its codes.
     """
     PARTS: tl.constexpr = 8 // BITS
     ROW: tl.constexpr = PIECES * BITS
@@ -108,34 +131,19 @@ def attend_old_pages(
     GROUPS: tl.constexpr = (2 * ROW + TOKEN) * TILE  # where their scales and zeros begin
     lane = tl.arange(0, unit0.shape[0]) % 32
     g, c = lane // 4, lane % 4
-    sources, targets = places_of_lanes(
-        lane, k_ptr, v_ptr, k_scale_ptr, k_zero_ptr, v_scale_ptr, v_zero_ptr, stride_cache_token,
-        stride_v_scale_token, ROW, PIECES,
-    )  # fmt: skip
-    top0, total0 = tl.full(unit0.shape, LOWEST, tl.float32), tl.zeros(unit0.shape, tl.float32)
-    top1, total1 = top0, total0
-    accs = ()
-    for _ in tl.static_range(8 * PIECES + 2):
-        accs = accs + (tl.zeros(unit0.shape, tl.float32),)
     if CAPPED:
         scale0 = tl.full(unit0.shape, softmax.LOG2E, tl.float32)
         scale1 = scale0
     else:
         scale0, scale1 = unit0 * (2.0**24 * scale * softmax.LOG2E), unit1 * (2.0**24 * scale * softmax.LOG2E)
+    in_codes = ()
+    for i in tl.static_range(8 * PIECES):
+        acc = accs[i] * 2.0 ** (BITS * (i // 8 // (PIECES // PARTS)) - 24)
+        if COLS < COLUMNS:
+            acc = tl.where(c < 2, acc, 0.0)  # not in the columns that will be added to these
+        in_codes = in_codes + (acc,)
+    accs = in_codes + (tl.zeros(unit0.shape, tl.float32), tl.zeros(unit0.shape, tl.float32))
 
-    block_strides = (stride_cache_block, stride_k_scale_block, stride_v_scale_block)
-    wait_for_copies(0)  # whatever was read before is read
-    ids = load_ids(row_ptr, stride_table_block, start, lowest, last, BLOCK_SIZE)
-    for stage in tl.static_range(STAGES - 1):
-        next_ids = load_ids(row_ptr, stride_table_block, start + stage + 1, lowest, last, BLOCK_SIZE)
-        if start + stage < stop:
-            memory = copy_tile(
-                memory, stage * WORDS, ids, start + stage, lowest, last, num_blocks, sources, targets, block_strides,
-                stride_cache_token, stride_k_scale_group, stride_v_scale_token, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE,
-                GROUP_SIZE,
-            )  # fmt: skip
-        commit_copies()
-        ids = next_ids
     at, into = start * 0, start * 0 + (STAGES - 1) * WORDS
     for tile in tl.range(start, stop, num_stages=1):
         wait_for_copies(STAGES - 2)
@@ -231,18 +239,26 @@ def load_young_page(
 
 @triton.jit
 def attend_young_pages(
-    q, accs, top0, top1, total0, total1, boundary0, boundary1, position0, position1, start, stop, lowest, end,
+    q, boundary0, boundary1, position0, position1, start, stop, lowest, end,
     row_ptr, stride_table_block, k_ptr, v_ptr, scale, logit_cap, sliding_window,
     stride_window_block, stride_window_token, num_blocks,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PIECES: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Let pages ``start`` to ``stop`` pass from the window; what is read of them are the keys ``lowest`` to ``end``."""
-    g = tl.arange(0, top0.shape[0]) % 32 // 4
+    """Let pages ``start`` to ``stop`` pass from the window; what is read of them are the keys ``lowest`` to ``end``.
+
+    Returns the sums of values, and (top, total) of both columns.
+    """
+    g = tl.arange(0, boundary0.shape[0]) % 32 // 4
     scale_log2 = scale * softmax.LOG2E
     if CAPPED:
         scale_log2 = softmax.LOG2E
-    none = tl.zeros(top0.shape, tl.float32)
+    none = tl.zeros(boundary0.shape, tl.float32)
+    top0, total0 = tl.full(boundary0.shape, LOWEST, tl.float32), none
+    top1, total1 = top0, none
+    accs = ()
+    for _ in tl.static_range(8 * PIECES):
+        accs = accs + (none,)
     last_block = tl.maximum(end - 1, 0) // BLOCK_SIZE
     block = tl.load(row_ptr + tl.minimum(start * PAGE // BLOCK_SIZE, last_block) * stride_table_block)
     for page in tl.range(start, stop, num_stages=1):
@@ -406,11 +422,26 @@ def decode_attention_kernel(
 ):  # fmt: skip
     lane, warp = tl.arange(0, 32 * HEADS) % 32, tl.arange(0, 32 * HEADS) // 32
     c = lane % 4
-    program = tl.program_id(0)
+    # Programs side by side have the same tiles of keys of neighbouring heads, whose bytes lie side by side.
+    bundle, worker = tl.program_id(0) % num_bundles, tl.program_id(0) // num_bundles
+    most_workers = tl.num_programs(0) // num_bundles
+    parts_ptr += bundle * most_workers * (2 * HEADS * COLUMNS * PIECES * 32)
+    stats_ptr += bundle * most_workers * (4 * HEADS * COLUMNS)
+    counters_ptr += bundle * most_workers
     line, num_workers, begin, end, seq, seq_begin = paging.find_share(
-        program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens,
-        max_blocks_per_seq * BLOCK_SIZE, num_bundles, sliding_window, QUERIES, TILE, WINDOWED,
+        worker, most_workers, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens,
+        max_blocks_per_seq * BLOCK_SIZE, 1, sliding_window, QUERIES, TILE, WINDOWED,
     )  # fmt: skip
+    kv_head = bundle * HEADS + warp
+    head64 = kv_head.to(tl.int64)
+    in_cache, in_window = head64 * stride_cache_head, head64 * stride_window_head
+    in_k_scales, in_v_scales = head64 * stride_k_scale_head, head64 * stride_v_scale_head
+    sources, targets = places_of_lanes(
+        lane, k_cache_ptr + in_cache, v_cache_ptr + in_cache, k_scale_ptr + in_k_scales, k_zero_ptr + in_k_scales,
+        v_scale_ptr + in_v_scales, v_zero_ptr + in_v_scales, stride_cache_token, stride_v_scale_token, PIECES * BITS,
+        PIECES,
+    )  # fmt: skip
+    block_strides = (stride_cache_block, stride_k_scale_block, stride_v_scale_block)
     memory = warp_memory(STAGES * tile_words(BITS, PIECES, GROUP_SIZE), HEADS)
     unit = begin
     while unit < end:
@@ -418,67 +449,66 @@ def decode_attention_kernel(
             seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, max_blocks_per_seq * BLOCK_SIZE
         )
         per_head, width = paging.units_per_head(num_queries, seq_len, sliding_window, QUERIES, TILE, WINDOWED)
-        if unit >= seq_begin + per_head * num_bundles:
-            seq_begin += per_head * num_bundles
+        if unit >= seq_begin + per_head:
+            seq_begin += per_head
             seq += 1
         else:
-            bundle, tile, first_tile, seg_begin, seg_end, following = paging.find_segment(
+            _head, tile, first_tile, seg_begin, seg_end, following = paging.find_segment(
                 unit, seq_begin, per_head, width, num_queries, seq_len, sliding_window, QUERIES, TILE, WINDOWED
             )
             if unit < seg_end:
-                kv_head = bundle * HEADS + warp
-                query, head, there = paging.query_of(lane // 4, tile, QUERIES, GROUP, COLS)
-                there = there & (query < num_queries)
-                in_q = (first_row + query).to(tl.int64) * stride_q_token + (kv_head * GROUP + head) * stride_q_head
-                q_rows = q_ptr + tl.where(there, in_q, 0)
-                small, column_unit = below_one(load_queries(q_rows, there, PIECES), DTYPE)
-                unit0, unit1 = from_lane(column_unit, 8 * c), from_lane(column_unit, 8 * c + 4)
-
                 context = seq_len - num_queries
-                query0, _, _ = paging.query_of(2 * c, tile, QUERIES, GROUP, COLS)
-                query1, _, _ = paging.query_of(2 * c + 1, tile, QUERIES, GROUP, COLS)
-                position0, position1 = context + query0, context + query1
                 last_key = context + tl.minimum((tile + 1) * QUERIES, num_queries)
                 first_young = quantized_before(context + tile * QUERIES, window, GROUP_SIZE)
                 end_old = quantized_before(last_key - 1, window, GROUP_SIZE)
-                boundary0 = tl.minimum(quantized_before(position0, window, GROUP_SIZE), end_old)
-                boundary1 = tl.minimum(quantized_before(position1, window, GROUP_SIZE), end_old)
                 lowest = paging.oldest_key(context + tile * QUERIES, sliding_window, WINDOWED)
-
                 start = first_tile + unit - seg_begin
                 stop = first_tile + tl.minimum(end, seg_end) - seg_begin
                 stop_old = tl.minimum(stop, (end_old + TILE - 1) // TILE)
                 stop_old = tl.where(lowest < end_old, stop_old, 0)
-                head64 = kv_head.to(tl.int64)
-                in_k_scales, in_v_scales = head64 * stride_k_scale_head, head64 * stride_v_scale_head
-                memory, accs, top0, top1, total0, total1 = attend_old_pages(
-                    small, memory, unit0, unit1, boundary0, boundary1, position0, position1,
-                    start, stop_old, lowest // PAGE, tl.maximum(end_old // PAGE - 1, 0),
-                    block_table_ptr + seq.to(tl.int64) * stride_table_seq, stride_table_block,
-                    k_cache_ptr + head64 * stride_cache_head, v_cache_ptr + head64 * stride_cache_head,
-                    k_scale_ptr + in_k_scales, k_zero_ptr + in_k_scales,
-                    v_scale_ptr + in_v_scales, v_zero_ptr + in_v_scales, scale, logit_cap, sliding_window,
-                    stride_cache_block, stride_k_scale_block, stride_v_scale_block, num_blocks,
-                    stride_cache_token, stride_k_scale_group, stride_v_scale_token,
-                    WINDOWED, CAPPED, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE, QUERIES, COLS, STAGES,
+                lowest_page, last_page = lowest // PAGE, tl.maximum(end_old // PAGE - 1, 0)
+                table_row = block_table_ptr + seq.to(tl.int64) * stride_table_seq
+                # While the first tiles are on their way, queries are loaded, and young keys attended.
+                memory, ids = copy_first_tiles(
+                    memory, start, stop_old, lowest_page, last_page, table_row, stride_table_block, num_blocks,
+                    sources, targets, block_strides, stride_cache_token, stride_k_scale_group, stride_v_scale_token,
+                    BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE, STAGES,
                 )  # fmt: skip
+
+                query, head, there = paging.query_of(lane // 4, tile, QUERIES, GROUP, COLS)
+                there = there & (query < num_queries)
+                in_q = (first_row + query).to(tl.int64) * stride_q_token + (kv_head * GROUP + head) * stride_q_head
+                q = load_queries(q_ptr + tl.where(there, in_q, 0), there, PIECES)
+                query0, _, _ = paging.query_of(2 * c, tile, QUERIES, GROUP, COLS)
+                query1, _, _ = paging.query_of(2 * c + 1, tile, QUERIES, GROUP, COLS)
+                position0, position1 = context + query0, context + query1
+                boundary0 = tl.minimum(quantized_before(position0, window, GROUP_SIZE), end_old)
+                boundary1 = tl.minimum(quantized_before(position1, window, GROUP_SIZE), end_old)
                 accs, top0, top1, total0, total1 = attend_young_pages(
-                    load_queries(q_rows, there, PIECES, AGAIN=True), accs, top0, top1, total0, total1,
-                    boundary0, boundary1, position0, position1,
+                    q, boundary0, boundary1, position0, position1,
                     tl.maximum(start * PAGES, tl.maximum(first_young, lowest) // PAGE),
                     tl.minimum(stop * PAGES, (last_key + PAGE - 1) // PAGE), tl.maximum(first_young, lowest), last_key,
                     window_block_table_ptr + seq.to(tl.int64) * stride_window_table_seq, stride_window_table_block,
-                    k_window_ptr + head64 * stride_window_head, v_window_ptr + head64 * stride_window_head,
+                    k_window_ptr + in_window, v_window_ptr + in_window,
                     scale, logit_cap, sliding_window, stride_window_block, stride_window_token, num_window_blocks,
                     WINDOWED, CAPPED, PIECES, BLOCK_SIZE, DTYPE,
+                )  # fmt: skip
+                small, column_unit = below_one(q, DTYPE)
+                unit0, unit1 = from_lane(column_unit, 8 * c), from_lane(column_unit, 8 * c + 4)
+                memory, accs, top0, top1, total0, total1 = attend_old_tiles(
+                    small, accs, top0, top1, total0, total1, memory, ids, unit0, unit1, boundary0, boundary1,
+                    position0, position1, start, stop_old, lowest_page, last_page, table_row, stride_table_block,
+                    num_blocks, sources, targets, block_strides, scale, logit_cap, sliding_window,
+                    stride_cache_token, stride_k_scale_group, stride_v_scale_token,
+                    WINDOWED, CAPPED, BITS, PIECES, NUM_GROUPS, BLOCK_SIZE, GROUP_SIZE, QUERIES, COLS, STAGES,
                 )  # fmt: skip
 
                 tl.debug_barrier()  # the part of a segment before this one may still be read
                 store_part(
-                    accs, top0, top1, sum_of(total0), sum_of(total1), program * 2 + (seg_begin >= begin).to(tl.int32),
+                    accs, top0, top1, sum_of(total0), sum_of(total1), worker * 2 + (seg_begin >= begin).to(tl.int32),
                     parts_ptr, stats_ptr, ROWS, HEADS, PIECES,
                 )  # fmt: skip
-                first, last = program, program
+                first, last = worker, worker
                 complete = (seg_begin >= begin) & (seg_end <= end)
                 if complete:
                     tl.debug_barrier()  # other lanes read what a lane has stored

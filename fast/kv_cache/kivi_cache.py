@@ -471,17 +471,6 @@ def choose_decode(
     return DecodeTiles(1 if most_queries == 1 else columns // group, columns, heads, min(3, STATIC_MEMORY // tile))
 
 
-def seen_on_a_gpu(cache: KiviArrays, tiles: DecodeTiles, options: dict) -> bool:
-    """Whether a GPU has been seen to compute such decodes right; it is given no others.
-
-    The interpreter computes all that `choose_decode` names, but not the instructions that the kernel is made of.
-    """
-    _, block_size, _, head_dim = cache.k_window.shape
-    sizes = cache.bits, head_dim, cache.v_scale.shape[3], block_size, cache.group_size
-    plain = cache.k_window.dtype == torch.bfloat16 and all(value is None for value in options.values())
-    return plain and tiles == DecodeTiles(1, 4, 4, 3) and sizes in ((2, 128, 4, 16, 16), (2, 128, 4, 32, 32))
-
-
 def loads_whole_words(q: Array, cache: KiviArrays) -> bool:
     """Whether everything lies where the kernel for decodes loads it: many bytes at once, blocks not too far apart."""
     token_scales = 2 * cache.v_scale.shape[3]
@@ -514,7 +503,9 @@ def _decode(
     num_blocks, block_size, num_kv_heads, _ = cache.k_cache.shape
     num_seqs, max_blocks_per_seq = block_table.shape
     group = num_heads // num_kv_heads
-    num_programs = 3 if INTERPRETING else num_processors(q) * (WARPS_PER_PROCESSOR // tiles.heads)
+    num_bundles = num_kv_heads // tiles.heads
+    at_a_time = num_processors(q) * (WARPS_PER_PROCESSOR // tiles.heads)
+    num_programs = num_bundles * (2 if INTERPRETING else max(at_a_time // num_bundles, 1))
     scratch = merging.make_scratch(q, num_programs, tiles.heads * COLUMNS.value, head_dim)
     words = [triton.reinterpret(x, tl.int32) for x in (q, *cache)]
     strided = q, cache.k_window, cache.k_cache, cache.k_scale, cache.v_scale
@@ -523,7 +514,7 @@ def _decode(
         *words, window_block_table, block_table, seq_lens, cu_seqlens_q,
         sinks, out, *scratch, min(window, LONGEST_WINDOW), scale, logit_cap or 0.0,
         min(sliding_window or 0, LONGEST_WINDOW), *strides, *window_block_table.stride(), *block_table.stride(),
-        *out.stride(), num_tokens, num_seqs, num_kv_heads // tiles.heads, len(cache.k_window), num_blocks,
+        *out.stride(), num_tokens, num_seqs, num_bundles, len(cache.k_window), num_blocks,
         max_blocks_per_seq,
         WINDOWED=sliding_window is not None, CAPPED=logit_cap is not None,
         DTYPE=tl.bfloat16 if q.dtype == torch.bfloat16 else tl.float16, BITS=cache.bits, GROUP=group,
@@ -586,8 +577,6 @@ def paged_attention_kivi(
     decode = choose_decode(num_tokens, num_seqs, group, q.dtype, q.stride(2), cache)
     options = {"sliding_window": sliding_window, "sinks": sinks, "logit_cap": logit_cap}
     may_decode = bool(num_blocks and len(k_window) and max_blocks_per_seq)  # it reads some block for every sequence
-    if decode is not None and q.is_cuda:
-        may_decode = may_decode and seen_on_a_gpu(cache, decode, options)
     if decode is not None and may_decode and loads_whole_words(q, cache):
         _decode(q, cache, window_block_table, *tables, decode, window=window, scale=scale, out=out, **options)
         return out

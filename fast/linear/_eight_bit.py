@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor as Array
 
-from fast._triton.overlap import overlapped, wait_for_predecessor
+from fast._triton.overlap import let_successor_come, overlapped, wait_for_predecessor
 from fast._triton.platform import INTERPRETED, cdiv, next_power_of_2
 from fast._triton.rounding import dot_in_order, store, to_dtype
 
@@ -121,7 +121,7 @@ def _few_tokens_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Each warp has columns of its own, and a sum of its own for every row; they are added up at the end."""
-    wait_for_predecessor(OVERLAP)
+    wait_for_predecessor(OVERLAP, EARLY=False)
     o = tl.program_id(0) * TILE_O + tl.arange(0, TILE_O)
     token = tl.program_id(1) * TILE_T + tl.arange(0, TILE_T)
     in_batch = token < num_tokens
@@ -147,6 +147,7 @@ def _few_tokens_kernel(
             acc += scale.to(tl.float32)[:, :, None] * dot_of(codes, x, tl.zeros([PARTS, TILE_O, TILE_T], SUM))
         else:
             acc = dot_of(codes, x, acc)
+    let_successor_come(OVERLAP)
     mask = in_batch[None, :] & (o < out_features)[:, None]
     scale_ptr = None if IN_GROUPS else weight_scale_ptr
     y = tl.sum(acc, axis=0)

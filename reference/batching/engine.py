@@ -175,6 +175,7 @@ class Engine:
         read = self.scheduler.now = self.clock()
         output = self.scheduler.update(result)
         times.wait_time, times.update_time = read - start, self.clock() - read
+        times.device_time = result.device_time
         self.metrics.add(times)
         self.metrics.num_output_tokens += sum(len(gained.new_token_ids) for gained in output.sequences)
         if self.trace and record is not None:

@@ -96,6 +96,7 @@ class StepRecord:
         launch_time: In ``launch``: on a synchronous runner, all of the model's time.
         wait_time: In ``result``.
         update_time: Reading the result.
+        device_time: Of a device, behind the host's back; None: nobody measured it.
     """
 
     step: int
@@ -107,6 +108,7 @@ class StepRecord:
     launch_time: float = 0.0
     wait_time: float = 0.0
     update_time: float = 0.0
+    device_time: float | None = None
 
 
 @dataclass(slots=True)
@@ -126,6 +128,7 @@ class EngineMetrics:
     launch_time: float = 0.0
     wait_time: float = 0.0
     update_time: float = 0.0
+    device_time: float = 0.0
     peak_blocks: int = 0
     peak: list[PoolUsage] = field(default_factory=list)
 
@@ -136,6 +139,7 @@ class EngineMetrics:
         self.num_preemptions += record.num_preempted
         for name in ("schedule_time", "launch_time", "wait_time", "update_time"):
             setattr(self, name, getattr(self, name) + getattr(record, name))
+        self.device_time += record.device_time or 0.0
 
     @property
     def host_time_per_step(self) -> float:

@@ -17,6 +17,8 @@ from reference.kv_cache.coded_rows import CodedRows
 from reference.model.decoder import AdapterBank, Decoder
 from reference.numerics.philox import PURPOSE_DRAFT
 
+NOT_FINITE = "the model's logits are not finite"
+
 
 @dataclass
 class Logprobs:
@@ -43,6 +45,7 @@ class StepResult:
         beam_scores, beam_rows, beam_tokens: Candidates of each beam search, best first.
         probs: The distribution of each drawn row, if ``SamplingBatch.for_drafts``.
         errors: Logit rows that gave no result, and why. Their tokens mean nothing.
+        device_time: Seconds that a device spent on the step, where the runner measures it.
     """
 
     token_ids: Int64[Array, " num_drawn"]
@@ -54,6 +57,7 @@ class StepResult:
     logprobs: Logprobs | None = None
     probs: Float32[Array, "num_drawn vocab_size"] | None = None
     errors: dict[int, str] = field(default_factory=dict)
+    device_time: float | None = None
 
 
 class Pending(Protocol):
@@ -170,7 +174,7 @@ class ModelRunner:
             if not bad.any():
                 raise
             result = self._sample_rows(sampling, self._put(np.where(bad[:, None], np.float32(0), host)))
-            result.errors = {int(row): "the model's logits are not finite" for row in np.flatnonzero(bad)}
+            result.errors = {int(row): NOT_FINITE for row in np.flatnonzero(bad)}
             return result
 
     def _sample_rows(self, sampling: SamplingBatch, logits: Any) -> StepResult:
@@ -243,7 +247,7 @@ class ModelRunner:
     def _logprobs(self, sampling: SamplingBatch, logits: Any, result: StepResult) -> Logprobs:
         """Of the model's own distribution, for the tokens that came of the rows that want them."""
         assert sampling.logprob_rows is not None
-        tokens = np.concatenate((result.token_ids, _verified_tokens(sampling, result)))
+        tokens = np.concatenate((result.token_ids, verified_tokens(sampling, result)))
         rows = sampling.logprob_rows[tokens[sampling.logprob_rows] >= 0]
         found = self.backend.log_probs(
             self.backend.take_rows(logits, self._put(rows)), self._put(tokens[rows]), num_top=sampling.num_top
@@ -259,7 +263,7 @@ def _complete_history(batch: Batch, token_ids: np.ndarray) -> None:
     history[rows, columns[rows]] = token_ids[batch.logit_rows[rows]]
 
 
-def _verified_tokens(sampling: SamplingBatch, result: StepResult) -> np.ndarray:
+def verified_tokens(sampling: SamplingBatch, result: StepResult) -> np.ndarray:
     """For each verified row the token that came of it; -1 where it was rejected before."""
     tokens = np.full(sampling.num_verified_rows, -1, np.int64)
     if sampling.cu_drafts is None or result.num_accepted is None or result.next_token_ids is None:

@@ -16,6 +16,7 @@ a ``kind``; times are seconds of the engine's clock, durations seconds.
 
     {"kind": "step", "step": 3, "time": 12.7,                        # when it was scheduled
      "schedule_time": 1e-4, "launch_time": 0.02, "wait_time": 0.0, "update_time": 1e-4,
+     "device_time": null,                                            # of a GPU, behind the host's back
      "num_tokens": 18, "running": 2, "waiting": 0,                   # requests, after it was scheduled
      "admitted": ["b"], "preempted": [],                             # requests
      "sequences": [{"seq": 0, "request": "a", "sample": 0,
@@ -131,6 +132,7 @@ def finish_step_record(record: Record, times: StepRecord, output: StepOutput) ->
         "launch_time": times.launch_time,
         "wait_time": times.wait_time,
         "update_time": times.update_time,
+        "device_time": times.device_time,
         "output": [
             {"request": o.request_id, "sample": o.index, "tokens": o.new_token_ids, "finish_reason": o.finish_reason}
             for o in output.sequences

@@ -19,7 +19,7 @@ A pool starts as memory found lying about: a slot that no sequence has written m
 with block tables of its own: such a block is released when no later query is near enough (`KVFormat.window_start`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -201,22 +201,10 @@ class KVCache:
     def copy_blocks(self, copies: Sequence[tuple[int, int]], *, pool: int = 0) -> None:
         """Copy blocks from source to target, as if one pair after the other.
 
-        The op moves all rows at once, in no order. So a pair that touches what an earlier one writes, or writes what
-        an earlier one reads, waits for the next call of it; tables that append once a step make no such pairs.
+        The op moves all rows at once, in no order: see `copy_waves`.
         """
-        source_of: dict[int, int] = {}  # by target
-        read: set[int] = set()
-        for source, target in copies:
-            if source in source_of or target in source_of or target in read:
-                self._copy(source_of, pool)
-                source_of, read = {}, set()
-            source_of[target] = source
-            read.add(source)
-        if source_of:
-            self._copy(source_of, pool)
-
-    def _copy(self, source_of: dict[int, int], pool: int) -> None:
-        self.backend.copy_blocks(self.pools[pool], self._ids([*source_of.values()]), self._ids([*source_of]))
+        for sources, targets in copy_waves(copies):
+            self.backend.copy_blocks(self.pools[pool], self._ids(sources), self._ids(targets))
 
     def swap_out(self, block_ids: Sequence[int], *, pool: int = 0, coded: bool = False) -> np.ndarray | CodedRows:
         """These blocks' rows on the host, all layers, in the order given; coded, if that is asked for and saves any."""
@@ -233,3 +221,25 @@ class KVCache:
 
     def _ids(self, block_ids: Sequence[int]) -> Any:
         return self.backend.from_host(np.array(block_ids, np.int64), device=self.device)
+
+
+def copy_waves(copies: Sequence[tuple[int, int]]) -> Iterator[tuple[list[int], list[int]]]:
+    """Copies meant one after the other, as (sources, targets) that may be moved at once.
+
+    A pair that touches what an earlier one writes, or writes what an earlier one reads, waits for the next wave; tables
+    that append once a step make no such pairs.
+
+    Example:
+        >>> list(copy_waves([(0, 1), (0, 2), (1, 3)]))
+        [([0, 0], [1, 2]), ([1], [3])]
+    """
+    source_of: dict[int, int] = {}  # by target
+    read: set[int] = set()
+    for source, target in copies:
+        if source in source_of or target in source_of or target in read:
+            yield [*source_of.values()], [*source_of]
+            source_of, read = {}, set()
+        source_of[target] = source
+        read.add(source)
+    if source_of:
+        yield [*source_of.values()], [*source_of]

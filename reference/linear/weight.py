@@ -115,7 +115,7 @@ class Weight:
     bias: Any = None
     backend: ModuleType | Any = field(default=None, repr=False)
     device: str | None = None
-    _identity: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # by dtype: see `rows`
+    _kept: dict[str | int, Any] = field(default_factory=dict, init=False, repr=False)  # by dtype or size: see `rows`
 
     @classmethod
     def from_float(
@@ -146,6 +146,8 @@ class Weight:
 
     def to(self, backend: ModuleType | Any, *, device: str | None = None) -> "Weight":
         """The same weight on ``backend`` (None: on the host), in the layout that its kernels like."""
+        if backend is self.backend and device == self.device:
+            return self
         arrays, bias = self.host_arrays(), self._host(self.bias)
         if backend is not None:
             arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}  # kernels read along rows
@@ -214,11 +216,17 @@ class Weight:
         arrays = {name: self.backend.take_rows(array, rows) for name, array in arrays.items() if array is not None}
         if self._layout:
             arrays["weight"] = self.backend.pack_weight(arrays["weight"], format=self._layout)
-        if dtype not in self._identity:
-            self._identity[dtype] = self.backend.from_host(np.eye(self.in_features), dtype=dtype, device=self.device)
-        columns = self._apply(self.format.row_op, arrays, self._identity[dtype], None, None)
-        in_order = self.backend.from_host(np.arange(len(rows)), device=self.device)
-        return self.backend.take_rows(columns.T, in_order)  # a transposed view, laid out row after row
+        if dtype not in self._kept:
+            self._kept[dtype] = self.backend.from_host(np.eye(self.in_features), dtype=dtype, device=self.device)
+        columns = self._apply(self.format.row_op, arrays, self._kept[dtype], None, None)
+        return self.backend.take_rows(columns.T, self._in_order(len(rows)))  # a transposed view, row after row
+
+    def _in_order(self, count: int) -> Any:
+        """0 to ``count``. Kept on the device: a step that is recorded may bring nothing from the host."""
+        size = 1 << max(count - 1, 0).bit_length()
+        if size not in self._kept:
+            self._kept[size] = self.backend.from_host(np.arange(size), device=self.device)
+        return self._kept[size][:count]
 
     # ---- at load --------------------------------------------------------------------------------------------------
 
@@ -229,15 +237,28 @@ class Weight:
         require(
             len(kinds) == 1, "Weight.concatenate", "weights", "one format, one number of in_features", sorted(kinds)
         )
-        parts = [weight.to(None) for weight in weights]
-        arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in parts[0].arrays}
         bias = None
-        if any(part.bias is not None for part in parts):
-            zeros = (np.zeros(part.out_features, np.float32) for part in parts)
-            bias = np.concatenate([zero if part.bias is None else part.bias for part, zero in zip(parts, zeros)])
-        out_features = sum(part.out_features for part in parts)
+        if any(weight.bias is not None for weight in weights):
+            biases = [(weight._host(weight.bias), weight.out_features) for weight in weights]
+            bias = np.concatenate([np.zeros(size, np.float32) if bias is None else bias for bias, size in biases])
+        out_features = sum(weight.out_features for weight in weights)
+        if first.format.is_float and first.backend is not None:  # as large as they are, they stay where they are
+            bias = None if bias is None else first.backend.from_host(bias, device=first.device)
+            arrays = {"weight": first._end_to_end([weight.arrays["weight"] for weight in weights], out_features)}
+            return replace(first, out_features=out_features, arrays=arrays, bias=bias)
+        parts = [weight.host_arrays() for weight in weights]
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         stacked = Weight(first.format, out_features, first.in_features, arrays, bias)
         return stacked.to(first.backend, device=first.device)
+
+    def _end_to_end(self, matrices: list[Any], num_rows: int) -> Any:
+        backend: Any = self.backend
+        stacked = backend.empty((num_rows, self.in_features), dtype=self.format.name, device=self.device)
+        start = 0
+        for matrix in matrices:
+            stacked[start : start + len(matrix)] = matrix
+            start += len(matrix)
+        return stacked
 
     @property
     def _layout(self) -> str | None:

@@ -62,35 +62,44 @@ class Loader:
 
     def table(self, name: str) -> Weight:
         """The embedding or the head: never rounded to a quantized format, but kept in one."""
-        return self._weight(name, self.format.name if self.format.is_float else self.dtype).to(
-            self.backend, device=self.device
-        )
+        return self._placed(self._weight(name, self.format.name if self.format.is_float else self.dtype))
 
     def matrix(self, name: str) -> Weight:
-        return self._host_matrix(name).to(self.backend, device=self.device)
+        return self._placed(self._unplaced_matrix(name))
 
     def stack(self, names: Sequence[str]) -> list[Weight]:
         """Layers that read the same input, as one matrix; apart where their formats differ."""
-        weights = [self._host_matrix(name) for name in names]
+        weights = [self._unplaced_matrix(name) for name in names]
         if len({weight.format.name for weight in weights}) == 1:
+            if weights[0].format.is_float:  # they go from the file to the device, and meet there
+                weights = [self._placed(weight) for weight in weights]
             weights = [Weight.concatenate(weights)]
-        return [weight.to(self.backend, device=self.device) for weight in weights]
+        return [self._placed(weight) for weight in weights]
 
-    def _host_matrix(self, name: str) -> Weight:
+    def _placed(self, weight: Weight) -> Weight:
+        return weight.to(self.backend, device=self.device)
+
+    def _unplaced_matrix(self, name: str) -> Weight:
         weight = self._weight(f"{name}.weight", self.format.name)
         if f"{name}.bias" in self.shapes:
-            weight.bias = from_host(self._array(f"{name}.bias"), dtype=self.dtype)
+            bias = from_host(self._array(f"{name}.bias"), dtype=self.dtype)
+            weight.bias = bias if weight.backend is None else self.backend.from_host(bias, device=self.device)
         return weight
 
     def _weight(self, name: str, format: str) -> Weight:
-        """On the host, in ``format`` unless it came in one."""
+        """In ``format`` unless it came in one; on the host unless it came on the backend."""
         tensor = self.tensors[name]
         if not isinstance(tensor, Weight):
             return Weight.from_float(self._checked(name, np.asarray(tensor)), format=format)
+        allowed = self.as_is or tensor.format.name == format
         require(
-            self.as_is, "Decoder", "weight_format", f"as-is, since {name} is in {tensor.format.name}", self.format.name
+            allowed, "Decoder", "weight_format", f"as-is, since {name} is in {tensor.format.name}", self.format.name
         )
         self._require_shape(name, (tensor.out_features, tensor.in_features))
+        if tensor.backend is self.backend and tensor.device == self.device:
+            for part, array in tensor.arrays.items():  # only a look: reading it back would take longer than all else
+                self.fingerprint.add(f"{name}.{part}", self.backend.to_host(array[:1]))
+            return tensor
         host = tensor.to(None)
         for part, array in host.host_arrays().items():
             self.fingerprint.add(f"{name}.{part}", array)

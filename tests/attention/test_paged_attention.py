@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fast
 from fast._triton import merging, paging
 from fast._triton.platform import INTERPRETING, portable_kernels
-from fast.attention import invariant_attention, paged_attention, paged_decode_hopper
+from fast.attention import invariant_attention, paged_attention, paged_attention_hopper, paged_decode_hopper
 from fast.attention.paged_attention_hopper import heads_of_a_tile, parts_of_an_item
 from reference.numerics.arrays import dtype_named
 from twofold.conformance.properties import attention as properties
@@ -274,11 +274,26 @@ def test_decodes(dtype, num_heads, num_kv_heads, block_size, head_dim):
 
 
 def test_rings_follow_from_shapes():
-    """One program a processor for few segments, which are cut anyway, and for many rows; otherwise two."""
-    of = paged_decode_hopper.choose_ring
-    programs = [of(*case).programs_per_processor for case in ((8, 16, 132), (64, 32, 132), (256, 32, 132))]
-    assert programs == [1, 1, 1], "one long sequence; many heads for one KV head, in a small batch and a large one"
-    assert of(256, 16, 132).programs_per_processor == 2, "32 sequences of 8 KV heads"
+    """Two programs share a processor where their rows leave them the registers."""
+    assert paged_decode_hopper.choose_ring(16).programs_per_processor == 2, "up to 16 query heads a KV head"
+    assert paged_decode_hopper.choose_ring(32).programs_per_processor == 1, "20, say"
+
+
+@pytest.mark.parametrize("kernel", [paged_attention_hopper, paged_decode_hopper], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64, 128])
+def test_what_a_copy_brings_has_room_in_its_tile(kernel, block_size):
+    """A block may be longer than a tile of keys; the tiles' memory ends with them."""
+    tile_kv = int(kernel.TILE_KV)
+    cache = torch.zeros(3, block_size, 2, 64, dtype=torch.float16)
+    layout = paged_attention_hopper.gl.NVMMASharedLayout.get_default_for(
+        [tile_kv, 64], paged_attention_hopper.gl.float16
+    )
+    descriptor, _ = paged_attention_hopper.describe_cache(cache, layout, tile_kv)
+    rows, _ = descriptor.block_shape
+    assert rows <= tile_kv, f"a copy of {rows} rows into a tile of {tile_kv}"
+    assert tile_kv % rows == block_size % rows == 0, (
+        f"copies of {rows} rows, tiles of {tile_kv}, blocks of {block_size}"
+    )
 
 
 def test_decodes_on_hopper_are_plain_ones(monkeypatch):

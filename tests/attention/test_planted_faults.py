@@ -103,6 +103,10 @@ class MultipliesWhatIsNotItsOwn(PagedAttention):
     def keys(self, cache, block_ids, seq_len):
         return cache[block_ids].reshape(-1, *cache.shape[2:])
 
+    @np.errstate(invalid="ignore")
+    def attend(self, q, k, v, seen, options):
+        return super().attend(q, k, v, seen, options)
+
 
 class ReadsTheFirstRowOfTheTable(PagedAttention):
     def row(self, block_table, seq):
@@ -159,7 +163,7 @@ FAULTS = PagedAttention.__subclasses__()
 def run(op: PagedAttention) -> None:
     """The property on the dtypes that this implementation serves, without shrinking."""
 
-    @settings(phases=[Phase.generate], max_examples=100)
+    @settings(phases=[Phase.generate], max_examples=100, derandomize=True)
     @given(case=paged_cases(dtypes=["float32", "bfloat16"]))
     def search(case):
         properties.paged_matches_oracle(SimpleNamespace(**vars(reference) | {"paged_attention": op}), case)

@@ -14,7 +14,7 @@ from reference.kv_cache.block_pool import BlockPool
 from reference.kv_cache.block_table import BlockTable
 from twofold.conformance.strategies.batching import FakeModel, FakeRunner, run_all
 
-TIMES = {"time", "schedule_time", "launch_time", "wait_time", "update_time", "metrics"}
+TIMES = {"time", "schedule_time", "launch_time", "wait_time", "update_time", "device_time", "metrics"}
 
 
 class Eager(FakeRunner):

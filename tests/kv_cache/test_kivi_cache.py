@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fast
 import reference
 from fast._triton.platform import INTERPRETING
-from fast.kv_cache.kivi_cache import KiviArrays, choose_decode, choose_tiles, seen_on_a_gpu
+from fast.kv_cache.kivi_cache import KiviArrays, choose_decode, choose_tiles
 from twofold.conformance.properties import kv_cache as properties
 from twofold.conformance.strategies.attention import COUNTED_FEATURES
 from twofold.conformance.strategies.kv_cache import EXTREME, ORDINARY, Layout, batches, cuts, valid_calls, values
@@ -176,26 +176,6 @@ def test_tiles_in_memory(sizes, stages):
     tiles = choose_decode(32, 32, 4, torch.bfloat16, 1, kivi_arrays(**sizes))
     assert tiles is not None
     assert tiles.stages == stages
-
-
-@pytest.mark.parametrize(
-    ("sizes", "group", "options", "seen"),
-    [
-        ({}, 4, {"sinks": None}, True),
-        ({"block_size": 32, "group_size": 32}, 4, {"sinks": None}, True),
-        ({"block_size": 32}, 4, {}, False),
-        ({"bits": 4}, 4, {}, False),
-        ({"num_groups": 2}, 4, {}, False),
-        ({"num_kv_heads": 2}, 4, {}, False),
-        ({}, 8, {}, False),
-        ({}, 4, {"sliding_window": 9}, False),
-    ],
-)
-def test_a_gpu_computes_what_one_was_seen_to(sizes, group, options, seen):
-    arrays = kivi_arrays(**sizes)
-    tiles = choose_decode(32, 32, group, torch.bfloat16, 1, arrays)
-    assert tiles is not None
-    assert seen_on_a_gpu(arrays, tiles, options) is seen
 
 
 def test_the_drawn_decodes_are_decodes():

@@ -259,5 +259,5 @@ def test_a_backend_that_cannot_run_here_says_so_at_once(monkeypatch):
     from twofold.errors import TwofoldError
 
     monkeypatch.setattr(fast, "unavailable", lambda: "there is no GPU")
-    with pytest.raises(TwofoldError, match="--backend fast: there is no GPU"):
+    with pytest.raises(TwofoldError, match="--backend fast: there is no GPU; --backend reference needs none"):
         LLM("no-such-model", backend="fast")

@@ -47,6 +47,36 @@ def test_a_reduced_deck_is_reduced(tmp_path):
     assert json.loads(record.read_text())["results"]["examples"] == 3
 
 
+def test_parts_are_put_together(tmp_path):
+    """What failed and then passed has passed; examples add up over the parts that passed."""
+    (tmp_path / "test_some.py").write_text(TESTS)
+    (tmp_path / "test_more.py").write_text("def test_more():\n    pass\n")
+    parts = [tmp_path / f"{n}.json" for n in range(2)]
+    for part in parts:
+        plugin = ["-p", "twofold.conformance.record", "--record", str(part)]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *plugin]
+        subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        (tmp_path / "test_some.py").write_text(TESTS.replace("assert False", "assert True"))
+    whole = tmp_path / "whole.json"
+    merge = [sys.executable, "-m", "twofold.conformance.record", str(whole), *map(str, parts)]
+    subprocess.run(merge, check=True, capture_output=True)
+    results = json.loads(whole.read_text())["results"]
+    assert results["outcomes"] == {"passed": 4}
+    assert results["not passed"] == []
+    assert results["examples"] == 40
+    assert results["other tests that passed"] == {
+        "test_more.py": ["test_more"],
+        "test_some.py": ["test_fails", "test_plain"],
+    }
+    assert [run["outcomes"].get("failed", 0) for run in results["runs"]] == [1, 0]
+
+    other = json.loads(parts[0].read_text()) | {"device": "another"}
+    parts[0].write_text(json.dumps(other))
+    refused = subprocess.run(merge, check=False, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "different machines: device" in refused.stderr
+
+
 def test_nothing_is_written_unless_asked(tmp_path):
     """The plugin alone changes nothing."""
     (tmp_path / "test_some.py").write_text("def test():\n    pass\n")

@@ -14,9 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from reference.batching.request import SamplingParams
 from reference.kv_cache.formats import KV_FORMATS
 from reference.linear.weight import WEIGHT_FORMATS
+from twofold.bench.report import gpu_name, save
 from twofold.llm import LLM
 from twofold.outputs import RequestOutput
 
@@ -32,6 +35,22 @@ PROMPTS = [
 ]
 NUM_TOKENS = 64
 
+# What stands before the prompts where a format keeps a window of tokens as they are: without it nothing is quantized.
+LONG_AGO = """\
+When in the Course of human events, it becomes necessary for one people to dissolve the political bands which
+have connected them with another, and to assume among the powers of the earth, the separate and equal station to which
+the Laws of Nature and of Nature's God entitle them, a decent respect to the opinions of mankind requires that they
+should declare the causes which impel them to the separation.
+
+We hold these truths to be self-evident, that all men are created equal, that they are endowed by their Creator with
+certain unalienable Rights, that among these are Life, Liberty and the pursuit of Happiness.--That to secure these
+rights, Governments are instituted among Men, deriving their just powers from the consent of the governed, --That
+whenever any Form of Government becomes destructive of these ends, it is the Right of the People to alter or to abolish
+it, and to institute new Government, laying its foundation on such principles and organizing its powers in such form, as
+to them shall seem most likely to effect their Safety and Happiness.
+
+"""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -41,7 +60,11 @@ class Setting:
     weights: str = "auto"
 
     def llm(self, model: str | None, **options: Any) -> LLM:
-        return LLM(model, max_model_len=256, **asdict(self), **options)
+        return LLM(model, max_model_len=512, **asdict(self), **options)
+
+    def prompts(self) -> list[str]:
+        """Short ones, or long enough for something to leave the format's window."""
+        return [LONG_AGO + prompt for prompt in PROMPTS] if KV_FORMATS[self.kv_cache_dtype].window else PROMPTS
 
 
 def settings() -> list[Setting]:
@@ -55,7 +78,7 @@ def make(model: str | None, backend: str) -> list[dict[str, Any]]:
     answers = []
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2)
     for setting in settings():
-        outputs = setting.llm(model, backend=backend).generate(PROMPTS, params)
+        outputs = setting.llm(model, backend=backend).generate(setting.prompts(), params)
         answers.append({"setting": asdict(setting), "answers": [answer(output) for output in outputs]})
         print(setting, file=sys.stderr)
     return answers
@@ -93,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--backend", default="reference")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", default=["auto"], nargs="+")
     parser.add_argument("--json", type=Path, help="where `check` writes what it found")
     options = parser.parse_args(arguments)
     if options.what == "make":
@@ -101,12 +124,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     answers = json.loads(options.file.read_text())
     wide = {"max_num_seqs": 512, "max_num_batched_tokens": 8192, "num_blocks": 2048}  # all places in a few steps
+    command = " ".join(["python -m twofold.bench.answers", *(sys.argv[1:] if arguments is None else arguments)])
+    device = gpu_name() if options.backend == "fast" and torch.cuda.is_available() else None
     results = []
-    for result in check(answers, options.model, backend=options.backend, dtype=options.dtype, **wide):
-        print(result, flush=True)
-        results.append(result)
-        if options.json:  # each time: what is there stays, whatever happens next
-            options.json.write_text(json.dumps(results, indent=1) + "\n")
+    for dtype in options.dtype:
+        for result in check(answers, options.model, backend=options.backend, dtype=dtype, **wide):
+            results.append({"dtype": dtype} | result)
+            print(results[-1], flush=True)
+            if options.json:  # each time: what is there stays, whatever happens next
+                save(options.json, command, {"settings": results}, device=device)
     return 0
 
 

@@ -7,6 +7,7 @@ it belongs and lets it go, so that no more than the model and one tensor are eve
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import numpy as np
 from reference.linear.weight import Weight
 from reference.model.config import ModelConfig
 from twofold.bounded import shown
+from twofold.checkpoints.fetch import Progress
 from twofold.errors import TwofoldError
 from twofold.tokenizer import Tokenizer
 
@@ -76,13 +78,24 @@ class Checkpoint:
     no_tokenizer: str = ""
     eos_token_ids: tuple[int, ...] = ()
 
-    def tensors(self, *, as_is: bool = False) -> Tensors:
-        """Every tensor by Hugging Face's name, read when asked for.
+    def tensors(self, *, as_is: bool = False, on_progress: Progress | None = None) -> Tensors:
+        """Every tensor by Hugging Face's name, read when asked for; ``on_progress`` is told of each.
 
         Quantized tensors are unpacked to float32, floats come in the type they are stored in. With ``as_is`` those of
         Q4_0, Q4_1 and Q8_0 come as `Weight`s in their own blocks, to be computed with as they are.
         """
-        return LazyTensors(self.shapes, lambda name: self.read(name, as_is))
+        if on_progress is None:
+            return LazyTensors(self.shapes, lambda name: self.read(name, as_is))
+        numbers = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        left = dict(numbers)
+
+        def read(name: str) -> "np.ndarray | Weight":
+            left.pop(name, None)
+            share = 1 - sum(left.values()) / max(sum(numbers.values()), 1)
+            on_progress(f"loading {self.name}", round(share * self.nbytes), self.nbytes)
+            return self.read(name, as_is)
+
+        return LazyTensors(self.shapes, read)
 
     def fingerprint(self) -> str:
         """Names this very model, for keys of what was computed with it: changed files make another model."""

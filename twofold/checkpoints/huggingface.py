@@ -27,7 +27,7 @@ def load_folder(path: Path, *, with_tokenizer: bool = True) -> Checkpoint:
         adapter = (path / "adapter_config.json").exists()
         what = "a LoRA adapter, not a model (see --lora-modules)" if adapter else "not a model folder (no config.json)"
         raise TwofoldError(f"{path}: {what}")
-    config = _config(path)
+    config = read_config(path)
     files = weight_files(path)
     holder = _holders(files)
     stored = {name: file.tensors[name] for name, file in holder.items()}
@@ -37,7 +37,7 @@ def load_folder(path: Path, *, with_tokenizer: bool = True) -> Checkpoint:
     def read(name: str, as_is: bool) -> np.ndarray:
         return holder[name].read(name)
 
-    tokenizer, no_tokenizer = _tokenizer(path) if with_tokenizer else (None, "its tokenizer was not asked for")
+    tokenizer, no_tokenizer = read_tokenizer(path) if with_tokenizer else (None, "its tokenizer was not asked for")
     return Checkpoint(
         name=path.name,
         path=path,
@@ -49,7 +49,7 @@ def load_folder(path: Path, *, with_tokenizer: bool = True) -> Checkpoint:
         read=read,
         tokenizer=tokenizer,
         no_tokenizer=no_tokenizer,
-        eos_token_ids=_eos_token_ids(path, config),
+        eos_token_ids=read_eos_token_ids(path, config),
     )
 
 
@@ -108,7 +108,7 @@ def _indexed_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def _config(path: Path) -> ModelConfig:
+def read_config(path: Path) -> ModelConfig:
     config = read_json_object(path / "config.json")
     try:
         return ModelConfig.from_hf(config)
@@ -116,7 +116,7 @@ def _config(path: Path) -> ModelConfig:
         raise TwofoldError(f"{path / 'config.json'}: {str(error).removeprefix('ModelConfig: ')}") from None
 
 
-def _eos_token_ids(path: Path, config: ModelConfig) -> tuple[int, ...]:
+def read_eos_token_ids(path: Path, config: ModelConfig) -> tuple[int, ...]:
     """What ends a text by the config, and what ends an answer by the generation config."""
     file = path / "generation_config.json"
     more = read_json_object(file).get("eos_token_id") if file.exists() else None
@@ -126,7 +126,7 @@ def _eos_token_ids(path: Path, config: ModelConfig) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*config.eos_token_ids, *more]))
 
 
-def _tokenizer(path: Path) -> tuple[Tokenizer | None, str]:
+def read_tokenizer(path: Path) -> tuple[Tokenizer | None, str]:
     if not (path / "tokenizer.json").exists():
         old = " (only a tokenizer.model, which is not read)" if (path / "tokenizer.model").exists() else ""
         return None, f"the folder has no tokenizer.json{old}"

@@ -46,12 +46,14 @@ def generate(
     speculate: options.Speculate = None,
     block_size: options.BlockSize = 16,
     num_blocks: options.NumBlocks = None,
-    max_num_seqs: options.MaxNumSeqs = 64,
+    gpu_memory_utilization: options.GpuMemoryUtilization = 0.9,
+    max_num_seqs: options.MaxNumSeqs = None,
     max_model_len: options.MaxModelLen = None,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = 512,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     preemption: options.Preemption = "recompute",
     swap_coding: options.SwapCoding = "none",
     prefix_cache: Annotated[bool, typer.Option("--prefix-cache/--no-prefix-cache", help="Share prefixes.")] = True,
+    load: options.Load = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, on stdout.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write every step as JSON.", metavar="FILE")] = None,
 ) -> int:
@@ -86,6 +88,7 @@ def generate(
                 speculate=speculate,
                 block_size=block_size,
                 num_blocks=num_blocks,
+                gpu_memory_utilization=gpu_memory_utilization,
                 max_num_seqs=max_num_seqs,
                 max_model_len=max_model_len,
                 max_num_batched_tokens=max_num_batched_tokens,
@@ -93,6 +96,7 @@ def generate(
                 swap_coding=swap_coding,
                 enable_prefix_caching=prefix_cache,
                 trace=tracer,
+                load=load,
                 on_progress=on_progress,
             )
         wanted = [llm.render(text, chat=chat, system=system) for text in texts]

@@ -37,9 +37,13 @@ Speculate = Annotated[
 ]
 BlockSize = Annotated[int, typer.Option(help="Tokens in a KV block.", metavar="N")]
 NumBlocks = Annotated[int | None, typer.Option(help="KV blocks in the pool.", metavar="N")]
-MaxNumSeqs = Annotated[int, typer.Option(help="Sequences that run at once.", metavar="N")]
+MaxNumSeqs = Annotated[int | None, typer.Option(help="Sequences that run at once.", metavar="N")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt plus answer, in tokens.", metavar="N")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(help="Token budget of a step.", metavar="N")]
+MaxNumBatchedTokens = Annotated[int | None, typer.Option(help="Token budget of a step.", metavar="N")]
+GpuMemoryUtilization = Annotated[
+    float, typer.Option(help="Share of the GPU's memory to use, where --num-blocks does not say.", metavar="X")
+]
+Load = Annotated[str, typer.Option(help="auto, or dummy: random weights from a config alone.", metavar="HOW")]
 Preemption = Annotated[str, typer.Option(help="When the pool is full: recompute or swap.", metavar="HOW")]
 SwapCoding = Annotated[str, typer.Option(help="Of swapped blocks: none or lossless.", metavar="HOW")]
 Seed = Annotated[int | None, typer.Option(help="Of the draws; drawn and reported if not given.", metavar="N")]

@@ -5,12 +5,18 @@ discarded, and how many had each feature that a strategy reports (several sequen
 With the machine's name and the versions beside it, that is the evidence of a long run, which CI does not repeat.
 
 `--at-most N` reduces every property to N examples, for tools under which a kernel takes a hundred times as long.
+
+A run may come in parts, each in a process of its own: `python -m twofold.conformance.record ALL PART...` puts them
+together, the oldest first. What a later part says of a test holds; the examples of all parts that passed count.
 """
 
+import argparse
+import json
 import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +25,7 @@ from hypothesis import settings
 from hypothesis.statistics import collector
 
 from twofold.bench.report import gpu_name, save
+from twofold.errors import TwofoldError
 
 KEY = "hypothesis"  # of a report's user property
 
@@ -87,15 +94,78 @@ class Recorder:
         """Write the file."""
         import torch
 
-        properties = {name: test for name, test in sorted(self.tests.items()) if "examples" in test}
-        results = {
+        how = {
             "backends": os.environ.get("TWOFOLD_BACKENDS", "all"),
             "seconds": round(time.time() - self.start),
-            "outcomes": dict(Counter(test["outcome"] for test in self.tests.values())),
-            "not passed": sorted(name for name, test in self.tests.items() if test["outcome"] != "passed"),
             "examples asked for": settings().max_examples,
-            "examples": sum(test["examples"] for test in properties.values()),
-            "properties": properties,
         }
         command = " ".join(["pytest", *sys.argv[1:]])
-        save(self.path, command, results, device=gpu_name() if torch.cuda.is_available() else None)
+        device = gpu_name() if torch.cuda.is_available() else None
+        save(self.path, command, how | summary(self.tests), device=device)
+
+
+def summary(tests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a file says of tests: each property, and the names of the others, file by file."""
+    properties = {name: test for name, test in sorted(tests.items()) if "examples" in test}
+    others: dict[str, list[str]] = {}
+    for name, test in sorted(tests.items()):
+        if name not in properties and test["outcome"] == "passed":
+            file, _, rest = name.partition("::")
+            others.setdefault(file, []).append(rest)
+    return {
+        "outcomes": dict(Counter(test["outcome"] for test in tests.values())),
+        "not passed": sorted(name for name, test in tests.items() if test["outcome"] != "passed"),
+        "examples": sum(test["examples"] for test in properties.values()),
+        "properties": properties,
+        "other tests that passed": others,
+    }
+
+
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Records of one suite on one machine as one, the oldest first.
+
+    Raises:
+        TwofoldError: If they come from different devices or versions.
+    """
+    first, tests = parts[0], {}
+    for part in parts:
+        for key in ("device", "python", "versions"):
+            if part[key] != first[key]:
+                raise TwofoldError(f"records of different machines: {key} {part[key]} and {first[key]}")
+        found = part["results"]
+        names = {f"{file}::{rest}" for file, all in found["other tests that passed"].items() for rest in all}
+        now = {name: {"outcome": "failed"} for name in found["not passed"]} | found["properties"]
+        for name, test in (now | {name: {"outcome": "passed"} for name in names}).items():
+            before = tests.get(name, {})
+            if before.get("outcome") == test["outcome"] == "passed" and "examples" in before and "examples" in test:
+                features = Counter(before["features"]) + Counter(test["features"])
+                sums = {key: before[key] + test[key] for key in ("examples", "discarded", "seconds")}
+                test = test | sums | {"features": dict(sorted(features.items()))}
+            tests[name] = test
+    runs = [
+        {"command": part["command"], "date": part["date"]}
+        | {key: part["results"][key] for key in ("backends", "seconds", "examples asked for", "outcomes")}
+        for part in parts
+    ]
+    provenance = {key: value for key, value in first.items() if key != "results"}
+    return provenance | {"command": "several runs, listed", "results": {"runs": runs} | summary(tests)}
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Put the records of a run's parts together.")
+    parser.add_argument("all", type=Path, help="the file to write")
+    parser.add_argument("parts", type=Path, nargs="+", help="records, the oldest first")
+    options = parser.parse_args()
+    try:
+        found = merged([json.loads(part.read_text()) for part in options.parts])
+    except (TwofoldError, OSError, KeyError, json.JSONDecodeError) as error:
+        print(f"record: {error}", file=sys.stderr)
+        return 2
+    options.all.write_text(json.dumps(found, indent=1) + "\n")
+    print(found["results"]["outcomes"], found["results"]["examples"], "examples")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -152,7 +152,7 @@ def _measure(row: Row, backend: Any, name: str, replays: int) -> Measured:
             found.failures[who] = _why(error)
             continue
         finally:
-            _release()
+            torch.cuda.empty_cache()
         if who == name:
             found.seconds = seconds
         else:

@@ -26,9 +26,17 @@ def computed(array: np.ndarray) -> np.dtype:
     return np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
 
 
+def dense(case: Any) -> Any:
+    """With the numbers of a row side by side. Where they lie apart, a GPU may add them up in another order, and a row
+    alone is not laid out as in such a batch: no op promises equal bits for both."""
+    arrays = {name: value for name, value in vars(case).items() if isinstance(value, np.ndarray)}
+    return replace(case, **{name: np.ascontiguousarray(array) for name, array in arrays.items()})
+
+
 def rows_do_not_depend_on_company(backend: Backend, op: str, case: PerRow, **options: Any) -> None:
     """A row gives the same bits alone, in the batch, and in the batch in reverse order."""
     assume_supported(backend, case.args()[0].dtype)
+    case = dense(case)
 
     def results(some: PerRow) -> tuple[np.ndarray, ...]:
         result = call(backend, op, *some.args(), **options)
@@ -138,6 +146,7 @@ def sample_is_the_noisy_maximum(backend: Backend, case: Sampling) -> None:
     """The token is the argmax of the filtered logits plus the Gumbel noise of (seed, position, sample index), or within
     rounding of it; greedy rows give the first best logit exactly; no token is one that is masked."""
     assume_supported(backend, case.logits.dtype)
+    case = several_draws(case, 3)
     tokens = call(backend, "sample", *case.args())
     assert tokens.dtype == np.int64, f"sample: dtype {tokens.dtype}"
     assert tokens.shape == (len(case.logits),), f"sample: shape {tokens.shape}"
@@ -153,6 +162,13 @@ def sample_is_the_noisy_maximum(backend: Backend, case: Sampling) -> None:
         assert filtered[row, token] > -np.inf, f"sample: row {row} gave token {token}, which is excluded"
         margin = noisy.max() - noisy[token]
         assert margin <= 4 * unit(case.logits) * NOISE_RANGE + 2.0**-22, f"sample: row {row}, token {token}: {margin}"
+
+
+def several_draws(case: Sampling, count: int) -> Sampling:
+    """Every row so many times, as samples of one position: what is excluded must not be drawn by any of them."""
+    repeated = {name: np.repeat(array, count, axis=0) for name, array in vars(case).items()}
+    samples = np.arange(count, dtype=case.sample_indices.dtype)
+    return replace(case, **repeated | {"sample_indices": np.tile(samples, len(case.sample_indices))})
 
 
 def top_k_1_is_greedy(backend: Backend, case: Sampling) -> None:
@@ -290,6 +306,7 @@ def beams_are_the_best(backend: Backend, case: Beams) -> None:
 def groups_do_not_depend_on_company(backend: Backend, case: Beams) -> None:
     """A group of beams gives the same bits alone."""
     assume_supported(backend, case.logits.dtype)
+    case = dense(case)
     arrays = (case.logits, case.scores, case.cu_beams)
     full = call(backend, "beam_scores", *arrays, num_candidates=case.num_candidates)
     for group, (start, end) in enumerate(pairwise(case.cu_beams.tolist())):

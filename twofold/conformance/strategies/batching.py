@@ -21,7 +21,7 @@ from reference.batching.config import EngineConfig
 from reference.batching.engine import Engine
 from reference.batching.packing import Batch
 from reference.batching.request import Request, RequestOutput, SamplingParams, Sequence
-from reference.batching.runner import Logprobs, ModelRunner, StepResult
+from reference.batching.runner import Logprobs, ModelRunner, Runner, StepResult
 from reference.kv_cache.cache import KVCache, KVFormat, resolve_format
 from reference.kv_cache.coded_rows import WORD_LAYOUTS, CodedRows
 from reference.model.decoder import Decoder
@@ -348,7 +348,13 @@ def prompts(draw: st.DrawFn) -> list[int]:
     return [7 * i % VOCAB for i in range(shared)] + own
 
 
-def engine_for(decoder: Decoder, *, kv_format: KVFormat | str = "float32", **settings: Any) -> Engine:
+def engine_for(
+    decoder: Decoder,
+    *,
+    kv_format: KVFormat | str = "float32",
+    runner: Callable[[Decoder, KVCache], Runner] = ModelRunner,
+    **settings: Any,
+) -> Engine:
     """An engine over a small decoder, roomy unless ``settings`` (of `EngineConfig` and `Engine`) say otherwise."""
     model = decoder.config
     format = resolve_format(kv_format, "float32")
@@ -378,7 +384,7 @@ def engine_for(decoder: Decoder, *, kv_format: KVFormat | str = "float32", **set
         num_window_blocks=config.num_window_blocks,
         backend=decoder.backend,
     )
-    return Engine(config, ModelRunner(decoder, cache), **more)
+    return Engine(config, runner(decoder, cache), **more)
 
 
 def run_all(engine: Engine, requests: list[Request]) -> dict[str, RequestOutput]:

@@ -1,0 +1,135 @@
+"""`twofold bench engine`: its decks, its limits, and each way of measuring on a small model. Figures need a GPU."""
+
+import math
+
+import pytest
+
+from reference.model.config import ModelConfig
+from twofold.bench import engine
+from twofold.bench.engine import DECKS, LLAMA, QWEN, Bench, Deck, Figure, Target, chosen
+from twofold.bench.limits import Limits
+from twofold.checkpoints.shapes import SHAPES
+from twofold.cli import run as twofold
+from twofold.errors import TwofoldError
+
+SMALL = SHAPES[QWEN] | {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def small_shape(monkeypatch):
+    monkeypatch.setitem(SHAPES, "small", SMALL)
+
+
+def figures(**deck) -> dict[str, Figure]:
+    bench = Bench(Deck("small", "small", **deck), backend="plain_torch", rounds=1)
+    return {figure.name.removeprefix("small: "): figure for figure in bench.figures()}
+
+
+def test_latency_is_a_first_token_and_a_step():
+    found = figures(latency=[(3, 9, 4)], targets={"3 x 9, step": Target(1.0)})
+    assert set(found) == {"3 x 9, step", "3 x 9, first token", "3 x 9, device idle"}
+    for name in ("3 x 9, step", "3 x 9, first token"):
+        figure = found[name]
+        assert 0 < figure.limit < figure.value
+        assert figure.of_limit == pytest.approx(figure.limit / figure.value)
+    assert found["3 x 9, step"].target == Target(1.0)
+
+
+def test_throughput_is_compared_and_meets_arrivals():
+    found = figures(throughput=(4, 3, 8), arrivals=0.7, compare=("draws", engine.DRAWN))
+    assert {name.partition(": ")[2] or name for name in found} == {
+        "throughput",
+        "throughput with draws",
+        *(f"{what}, {which}" for what in ("to the first token", "between tokens") for which in ("median", "p99")),
+    }
+    assert all(figure.value > 0 for figure in found.values())
+    assert found["throughput"].of_limit == pytest.approx(found["throughput"].value / found["throughput"].limit)
+
+
+def test_adapters_are_given_in_turn():
+    found = figures(latency=[(4, 5, 3)], adapters=(2, 3))
+    assert {"4 x 5, step with 2 of rank 3", "4 x 5, cost of adapters"} <= set(found)
+
+
+def test_a_request_that_fails_is_no_figure(monkeypatch):
+    bench = Bench(Deck("small", "small", latency=[(1, 4, 2)]), backend="plain_torch", rounds=1)
+
+    def broken(batch):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(bench.llm.engine.runner, "launch", broken)
+    with pytest.raises(TwofoldError, match="a request failed"):
+        list(bench.figures())
+
+
+def test_the_issue_s_decks_are_there():
+    """Every figure of the table, and a target that is above what is possible."""
+    assert len({(deck.model, deck.name) for deck in DECKS}) == len(DECKS)
+    for model in (QWEN, LLAMA):
+        (deck,) = (deck for deck in DECKS if (deck.model, deck.name) == (model, "bfloat16"))
+        names = {f"{seqs} x {prompt}, step" for seqs, prompt, _ in deck.latency} | {"throughput"}
+        assert names <= set(deck.targets)
+        limits = Limits(ModelConfig.from_hf(SHAPES[model]))
+        for seqs, prompt, tokens in deck.latency:
+            target = deck.targets[f"{seqs} x {prompt}, step"]
+            assert limits.step([prompt + tokens / 2] * seqs) * 1e3 < target.reach_for < target.at_least < target.vllm
+
+
+@pytest.mark.parametrize(
+    ("model", "seqs", "prompt", "tokens", "milliseconds"),
+    [
+        (QWEN, 1, 512, 256, 0.42),
+        (QWEN, 32, 1024, 128, 1.72),
+        (QWEN, 128, 1024, 128, 5.68),
+        (LLAMA, 1, 512, 256, 5.00),
+        (LLAMA, 32, 1024, 128, 6.48),
+        (LLAMA, 128, 1024, 128, 11.01),
+    ],
+)
+def test_limits_are_those_of_the_issue(model, seqs, prompt, tokens, milliseconds):
+    limits = Limits(ModelConfig.from_hf(SHAPES[model]))
+    assert limits.step([prompt + tokens / 2] * seqs) * 1e3 == pytest.approx(milliseconds, abs=0.01)
+
+
+def test_a_run_is_its_prompts_and_its_steps():
+    limits = Limits(ModelConfig.from_hf(SMALL))
+    steps = [limits.step([5 + 1, 9 + 1]), limits.step([9 + 2])]
+    assert limits.run([(5, 2), (9, 3)]) == pytest.approx(limits.prompts([5, 9]) + sum(steps))
+    quantized = Limits(ModelConfig.from_hf(SMALL), weights="int8", kv_cache_dtype="int8")
+    assert quantized.step([100]) < limits.step([100])
+
+
+def test_decks_are_chosen_by_words():
+    assert [deck.name for deck in chosen(["qwen", "int8"])] == ["int8 KV"]
+    assert chosen([]) == DECKS
+    assert all(tokens <= 48 for deck in chosen([], quick=True) for _, _, tokens in deck.latency)
+    with pytest.raises(TwofoldError, match="no such deck"):
+        chosen(["nothing"])
+
+
+def test_without_a_gpu_it_is_a_sentence(monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert twofold(["bench", "engine"]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.needs("gpu")
+def test_a_profile_has_kernels():
+    bench = Bench(Deck("small", "small", latency=[(2, 9, 4)]), rounds=1)
+    ((name, found),) = bench.profiles()
+    assert name == "2 x 9"
+    assert found["kernels"]
+    assert 0 < found["busy"] <= 1
+    assert math.isfinite(found["span_us"])
