@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fast._runner.memory import Arena, InArena
 from fast._runner.staging import Readback, stamp, to_device
 from fast._runner.step import RecordedStep, StepShape, Upload, only_draws
 from fast._triton.platform import default_device
@@ -29,6 +30,7 @@ from reference.batching.packing import Batch, SamplingBatch
 from reference.batching.runner import NOT_FINITE, Logprobs, StepResult, verified_tokens
 from reference.kv_cache.cache import CacheView, KVCache, copy_waves
 from reference.kv_cache.coded_rows import CodedRows
+from reference.memory.arena import PlannedBackend
 from reference.model.decoder import AdapterBank, Decoder
 from reference.numerics.philox import PURPOSE_DRAFT
 
@@ -44,7 +46,8 @@ class GraphRunner:
     """Runs a decoder of `fast` over its cache.
 
     Args:
-        decoder: On `fast`, `fast.invariant`, or a backend laid over one of them: its arrays are torch tensors.
+        decoder: On `fast`, `fast.invariant`, or a backend laid over one of them: its arrays are torch tensors. If it is
+            a `PlannedBackend`, recorded steps compute in one arena.
         most_seqs: Sequences that a step may have.
         recorded: Steps of at most so many tokens are recorded when first met, and replayed from then on; 0: none.
 
@@ -68,7 +71,7 @@ class GraphRunner:
         self.device: torch.device = cache.pools[0].device
         self.host: dict[tuple[int, int], Tensor | CodedRows] = {}
         self._recorded: dict[StepShape, RecordedStep] = {}
-        self._memory = _memory_of_graphs(self.device)
+        self._memory, self._arena = _memory_of_graphs(self.device), Arena(self.device)
         self._drawn = torch.full((most_seqs + 1,), -1, dtype=torch.int32, device=self.device)
 
     def launch(self, batch: Batch) -> "InFlight":
@@ -156,7 +159,9 @@ class GraphRunner:
     def _recorded_step(self, shape: StepShape) -> RecordedStep:
         if shape not in self._recorded:
             in_flight = self._drawn.clone()  # what is recorded is computed once before, and draws
-            compute = partial(self._compute, shape.keeps_logits)
+            compute: Any = partial(self._compute, shape.keeps_logits)
+            if isinstance(self.backend, PlannedBackend):
+                compute = InArena(compute, self.backend, self._arena)
             try:
                 self._recorded[shape] = RecordedStep(shape, compute, self.device, self._memory)
             except Exception:
