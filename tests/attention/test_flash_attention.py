@@ -118,6 +118,17 @@ def test_only_tiles_that_need_it_are_read_and_masked(monkeypatch, causal, window
     assert counts["hide"] == num_masked, f"expected {num_masked} of {num_read} tiles to be masked, got {counts}"
 
 
+@pytest.mark.parametrize("backend", [reference, fast])
+@pytest.mark.parametrize("head_dim", [16, 24], ids=["descriptors", "pointers"])
+def test_values_of_the_next_sequence_do_not_matter(backend, head_dim):
+    """They lie in the same tile as the last of this one, and weights of 0 times NaN would be NaN."""
+    q, k, v = np.ones((3, 140, 1, head_dim), np.float32)
+    v[70:] = np.nan
+    offsets = np.array([0, 70, 140], np.int32)
+    out, _ = backend.flash_attention(*(backend.from_host(x) for x in (q, k, v, offsets, offsets)))
+    assert np.allclose(backend.to_host(out)[:70], 1), "values of another sequence reached the result"
+
+
 def test_a_query_without_keys():
     """It gives 0 and -inf; with a sink, 0 and the sink."""
     q, kv = np.ones((2, 3, 4), np.float32), np.ones((0, 1, 4), np.float32)
