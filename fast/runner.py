@@ -15,13 +15,14 @@ as ordinary launches over the same logits.
 """
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fast._runner.memory import Arena, InArena
 from fast._runner.staging import Readback, stamp, to_device
 from fast._runner.step import RecordedStep, StepShape, Upload, only_draws
 from fast._triton.platform import default_device
@@ -29,6 +30,7 @@ from reference.batching.packing import Batch, SamplingBatch
 from reference.batching.runner import NOT_FINITE, Logprobs, StepResult, verified_tokens
 from reference.kv_cache.cache import CacheView, KVCache, copy_waves
 from reference.kv_cache.coded_rows import CodedRows
+from reference.memory.arena import PlannedBackend
 from reference.model.decoder import AdapterBank, Decoder
 from reference.numerics.philox import PURPOSE_DRAFT
 
@@ -44,7 +46,8 @@ class GraphRunner:
     """Runs a decoder of `fast` over its cache.
 
     Args:
-        decoder: On `fast`, `fast.invariant`, or a backend laid over one of them: its arrays are torch tensors.
+        decoder: On `fast`, `fast.invariant`, or a backend laid over one of them: its arrays are torch tensors. If it is
+            a `PlannedBackend`, recorded steps compute in one arena.
         most_seqs: Sequences that a step may have.
         recorded: Steps of at most so many tokens are recorded when first met, and replayed from then on; 0: none.
 
@@ -68,12 +71,8 @@ class GraphRunner:
         self.device: torch.device = cache.pools[0].device
         self.host: dict[tuple[int, int], Tensor | CodedRows] = {}
         self._recorded: dict[StepShape, RecordedStep] = {}
+        self._memory, self._arena = _memory_of_graphs(self.device), Arena(self.device)
         self._drawn = torch.full((most_seqs + 1,), -1, dtype=torch.int32, device=self.device)
-
-    @cached_property
-    def _memory(self) -> Any:
-        """What all recorded steps compute in: they run one after another."""
-        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def launch(self, batch: Batch) -> "InFlight":
         """Queue a step."""
@@ -160,8 +159,14 @@ class GraphRunner:
     def _recorded_step(self, shape: StepShape) -> RecordedStep:
         if shape not in self._recorded:
             in_flight = self._drawn.clone()  # what is recorded is computed once before, and draws
-            compute = partial(self._compute, shape.keeps_logits)
-            self._recorded[shape] = RecordedStep(shape, compute, self.device, self._memory)
+            compute: Any = partial(self._compute, shape.keeps_logits)
+            if isinstance(self.backend, PlannedBackend):
+                compute = InArena(compute, self.backend, self._arena)
+            try:
+                self._recorded[shape] = RecordedStep(shape, compute, self.device, self._memory)
+            except Exception:
+                self._memory = _memory_of_graphs(self.device)  # after a capture that failed it takes no other
+                raise
             self._drawn.copy_(in_flight)
         return self._recorded[shape]
 
@@ -192,6 +197,11 @@ class GraphRunner:
         """For the step after, which may name these tokens before anybody has read them."""
         count = min(len(drawn), self.most_seqs)  # a batch draws for no more: what follows is padding
         self._drawn[:count] = drawn[:count]
+
+
+def _memory_of_graphs(device: torch.device) -> Any:
+    """What recorded steps compute in, all in the same, since they run one after another; None without a GPU."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
 class Sampling:

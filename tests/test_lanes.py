@@ -203,3 +203,25 @@ def test_bytes():
         got = out[2 + half].contiguous().view(torch.float16).reshape(SIZE, 2)
         want = codes[:, first:last].contiguous().view(torch.float8_e4m3fn).half()
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def _numbers_kernel(numbers_ptr, out_ptr, N: tl.constexpr):
+    """Numbers from behind pointers to behind pointers; every second lane loads -7, and at first stores nothing."""
+    i = tl.arange(0, N)
+    there = i % 2 == 0
+    for n in tl.static_range(3):
+        loaded = lanes.load_number(numbers_ptr + i, n * N, there, -7.0)
+        lanes.store_number(out_ptr + i, n * N, loaded, there)
+        lanes.store_number(out_ptr + i, (3 + n) * N, loaded, i >= 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers(dtype):
+    """Rounded to the dtype behind the pointer; where nothing is stored, what was there stays."""
+    numbers = torch.randn(3, SIZE, generator=torch.Generator().manual_seed(0)).to(default_device())
+    out = torch.full((6, SIZE), 5.0, dtype=dtype, device=default_device())
+    _numbers_kernel[(1,)](numbers, out, N=SIZE, num_warps=WARPS)
+    there = torch.arange(SIZE, device=default_device()) % 2 == 0
+    assert torch.equal(out[:3], torch.where(there, numbers, 5.0).to(dtype))
+    assert torch.equal(out[3:], torch.where(there, numbers, -7.0).to(dtype))

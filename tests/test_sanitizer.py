@@ -101,6 +101,16 @@ def test_what_a_masked_load_leaves_open_is_garbage(dtype):
         assert (out.item() == size) == sums, f"{size} of 16 elements: {out.item()}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int32, torch.int64])
+def test_what_nobody_has_filled_is_garbage(dtype):
+    """Fresh memory often holds zeros, or the right numbers of the launch before."""
+    with sanitized():
+        fresh = [torch.empty(5, dtype=dtype), torch.empty_like(torch.zeros(5, dtype=dtype))]
+    for x in fresh:
+        assert (x.float().isnan() if dtype.is_floating_point else x == torch.iinfo(dtype).max).all(), f"holds {x}"
+    assert not torch.are_deterministic_algorithms_enabled(), "the setting outlives its use"
+
+
 def test_two_programs_that_write_one_element_are_caught(x):
     out = torch.zeros(60)
     with (

@@ -41,6 +41,7 @@ class Execution:
     Attributes:
         runner: Called with a decoder, its cache, and ``adapters``.
         room: Bytes of memory that are free, if this share of all may be used; None: memory is not measured.
+        plans_memory: The runner puts activations into an arena, if the backend is a `PlannedBackend`.
     """
 
     runner: Callable[..., Any] = ModelRunner
@@ -48,6 +49,7 @@ class Execution:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     room: Callable[[float], int] | None = None
+    plans_memory: bool = False
 
 
 def execution(backend: Any, device: str | None) -> Execution:
@@ -57,7 +59,7 @@ def execution(backend: Any, device: str | None) -> Execution:
         from fast.runner import GraphRunner, is_on_gpu
 
         if is_on_gpu(device):
-            return Execution(GraphRunner, 1, 256, 8192, partial(room, device))
+            return Execution(GraphRunner, 1, 256, 8192, partial(room, device), plans_memory=True)
     return Execution()
 
 

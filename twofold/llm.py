@@ -15,6 +15,7 @@ from typing import Any
 from reference.batching.engine import Engine
 from reference.batching.request import SamplingParams
 from reference.batching.trace import Record
+from reference.memory.arena import PlannedBackend
 from reference.model.decoder import AdapterBank, Decoder
 from twofold.backends import execution, resolve_backend
 from twofold.checkpoints import Checkpoint, RandomTensors, dummy_checkpoint, load_checkpoint
@@ -102,6 +103,8 @@ class LLM:
         config = self.checkpoint.config
         dtype = "float32" if dtype == "auto" else dtype
         how = execution(self.backend, device)
+        if how.plans_memory:
+            self.backend = PlannedBackend(self.backend)
         lookahead = how.lookahead if lookahead is None else lookahead
         max_num_seqs = how.max_num_seqs if max_num_seqs is None else max_num_seqs
         max_num_batched_tokens = (

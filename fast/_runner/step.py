@@ -205,7 +205,8 @@ class RecordedStep:
         self.upload.send_padding()
         self._compute(self.upload.tensors)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        now = torch.cuda.stream(torch.cuda.current_stream())  # a capture that fails leaves another one behind
+        with now, torch.cuda.graph(graph, pool=pool):
             self.results = self._compute(self.upload.tensors)
         self._graph = graph
 

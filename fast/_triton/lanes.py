@@ -164,6 +164,49 @@ def load_words(ptr, COUNT: tl.constexpr):
     return words
 
 
+@triton.constexpr_function
+def _number_at_asm(offset):
+    return f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, $3; @p ld.global.cg.b32 $0, [$1 + {4 * offset}]; }}"
+
+
+@triton.jit
+def load_number(ptr, OFFSET: tl.constexpr, there, other):
+    """The float32 OFFSET numbers behind each lane's pointer, as another program left it; ``other`` where there is none.
+
+    For dozens of numbers one by one. Of each `tl.load` and `tl.store` of a tensor, Triton asks which others its address
+    has to do with: where there are a hundred, in a kernel of thousands of lines, that is most of the time to compile.
+    """
+    if INTERPRETED:
+        number = tl.load(ptr + OFFSET, mask=there, other=other)
+    else:
+        asm: tl.constexpr = _number_at_asm(OFFSET)
+        operands = [ptr.to(tl.int64), there.to(tl.int32), other + tl.zeros(ptr.shape, tl.float32)]
+        number = tl.inline_asm_elementwise(asm, "=f,l,r,f", operands, tl.float32, is_pure=False, pack=1)
+    return number
+
+
+@triton.constexpr_function
+def _store_asm(offset, bits):
+    place = f"[$1 + {bits // 8 * offset}]"
+    return f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b{bits} {place}, $2; mov.b32 $0, 0; }}"
+
+
+@triton.jit
+def store_number(ptr, OFFSET: tl.constexpr, number, there):
+    """Store each lane's number OFFSET places behind its pointer, in the pointer's dtype; like `load_number`."""
+    number = to_dtype(number, ptr.dtype.element_ty)
+    if INTERPRETED:
+        tl.store(ptr + OFFSET, number, mask=there)
+    elif ptr.dtype.element_ty == tl.float32:
+        asm: tl.constexpr = _store_asm(OFFSET, 32)
+        operands = [ptr.to(tl.int64), number, there.to(tl.int32)]
+        tl.inline_asm_elementwise(asm, "=r,l,f,r", operands, tl.int32, is_pure=False, pack=1)
+    else:
+        asm: tl.constexpr = _store_asm(OFFSET, 16)
+        operands = [ptr.to(tl.int64), number.to(tl.int16, bitcast=True), there.to(tl.int32)]
+        tl.inline_asm_elementwise(asm, "=r,l,h,r", operands, tl.int32, is_pure=False, pack=1)
+
+
 # ---- lanes together ---------------------------------------------------------------------------------------------
 
 

@@ -132,7 +132,7 @@ def attend_tiles(
         if CAPPED:
             scores = softmax.cap_scores(scores, scale, logit_cap)
         if RAGGED or CAUSAL or WINDOWED:  # noqa: SIM102 (known when compiled, unlike the next)
-            if RAGGED or (first < seen_first) or (first >= seen_end):
+            if RAGGED or (first < seen_first) or (first + TILE_KV > seen_end):
                 keys = first + tl.arange(0, TILE_KV)
                 scores = softmax.hide(scores, queries, keys, num_keys, window, CAUSAL, WINDOWED)
         top, total, rescale, weights = softmax.update(scores, top, total, scale_log2)
@@ -206,23 +206,18 @@ def flash_attention_kernel(
     first_position = tile * TILE_Q + num_keys - num_queries
     last_position = tl.minimum(tile * TILE_Q + TILE_Q, num_queries) - 1 + num_keys - num_queries
 
-    # Keys seen by any query, in whole tiles of the sequence (to ``whole``) and its ragged end; of the whole ones
-    # those that every query sees, from ``seen_first`` to ``seen_end``.
-    whole = num_keys // TILE_KV * TILE_KV
-    start, stop = 0, num_keys
-    seen_first, seen_end = 0, whole
+    # Keys seen by any query, from ``start`` to ``stop``, and those seen by every query, from ``seen_first`` to
+    # ``seen_end``. The whole tiles of the sequence pass first, then its ragged end.
+    start, stop, seen_first, seen_end = 0, num_keys, 0, num_keys
     if CAUSAL:
-        stop = tl.minimum(stop, last_position + 1)
-        seen_end = tl.minimum(seen_end, tl.maximum(first_position + 1, 0) // TILE_KV * TILE_KV)
+        stop, seen_end = last_position + 1, first_position + 1
     if WINDOWED:
         start = tl.maximum(first_position - window + 1, 0) // TILE_KV * TILE_KV
-        seen_first = tl.cdiv(tl.maximum(last_position - window + 1, 0), TILE_KV) * TILE_KV
+        seen_first = last_position - window + 1
         if not CAUSAL:
-            stop = tl.minimum(stop, last_position + window)
-            seen_end = tl.minimum(seen_end, tl.maximum(first_position + window, 0) // TILE_KV * TILE_KV)
+            stop, seen_end = tl.minimum(stop, last_position + window), first_position + window
+    whole = num_keys // TILE_KV * TILE_KV
     whole_stop = tl.minimum(stop, whole)
-    seen_first = tl.minimum(tl.maximum(seen_first, start), whole_stop)
-    seen_end = tl.maximum(tl.minimum(seen_end, whole_stop), seen_first)
 
     scale_log2 = scale * softmax.LOG2E
     if CAPPED:

@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 
 from fast._triton import merging, paging, softmax
-from fast._triton.lanes import from_lane, from_other, largest_of, rescaled, some, sum_of
+from fast._triton.lanes import from_lane, from_other, largest_of, load_number, rescaled, some, store_number, sum_of
 from fast._triton.platform import INTERPRETED
-from fast._triton.rounding import store
 from fast.attention._cached_tiles import PER_BATCH
 from fast.kv_cache._coded_page import (
     COLUMNS,
@@ -244,11 +243,11 @@ def store_part(sums, top0, top1, total0, total1, place, parts_ptr, stats_ptr):
     thread = tl.arange(0, THREADS)
     of_part = parts_ptr + place.to(tl.int64) * (len(sums) * THREADS) + thread
     for i in tl.static_range(len(sums)):
-        tl.store(of_part + i * THREADS, sums[i])
+        store_number(of_part, i * THREADS, sums[i], thread >= 0)
     of_stats = stats_ptr + place.to(tl.int64) * (THREADS // 2) + (thread // 32 * 4 + thread % 4)
     first = thread % 32 < 4  # whose columns other lanes have too
     for i in tl.static_range(4):
-        tl.store(of_stats + i * (THREADS // 8), (top0, top1, total0, total1)[i], mask=first)
+        store_number(of_stats, i * (THREADS // 8), (top0, top1, total0, total1)[i], first)
 
 
 @triton.jit
@@ -270,10 +269,10 @@ def merge_parts(first, last, parts_ptr, stats_ptr, sums, top0, top1, total0, tot
             of_stats = stats_ptr + place * (THREADS // 2) + (thread // 32 * 4 + thread % 4)
             for k in tl.static_range(4):
                 empty = LOWEST if k < 2 else 0.0
-                parts = parts + (tl.load(of_stats + k * (THREADS // 8), mask=there, other=empty, cache_modifier=".cg"),)
+                parts = parts + (load_number(of_stats, k * (THREADS // 8), there, empty),)
             of_part = parts_ptr + place * (COUNT * THREADS) + thread
             for k in tl.static_range(COUNT):
-                parts = parts + (tl.load(of_part + k * THREADS, mask=there, other=0.0, cache_modifier=".cg"),)
+                parts = parts + (load_number(of_part, k * THREADS, there, 0.0),)
         for i in tl.static_range(FEW_PARTS):
             stats = some(parts, (4 + COUNT) * i, 4)
             new_top0, new_top1 = tl.maximum(top0, stats[0]), tl.maximum(top1, stats[1])
@@ -305,7 +304,7 @@ def store_column(sums, COLUMN: tl.constexpr, top, total, out_row, there, sink, s
     factor = rescale / tl.where(total > 0, total, 1.0)  # a query without keys: 0 / 1
     for i in tl.static_range(len(sums) // 2):
         channel = channel_of(i, VECTOR, top.shape[0])
-        store(out_row + channel * stride_out_dim, sums[2 * i + COLUMN] * factor, there)
+        store_number(out_row + channel * stride_out_dim, 0, sums[2 * i + COLUMN] * factor, there)
 
 
 # ---- the kernel -------------------------------------------------------------------------------------------------

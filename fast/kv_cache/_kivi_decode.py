@@ -32,6 +32,7 @@ from fast._triton.lanes import (
     product_at,
     rescaled,
     some,
+    store_number,
     sum_of,
     transposed,
     wait_for_copies,
@@ -327,10 +328,10 @@ def store_part(
         at = row * (PIECES * 32) + 4 * g
         for j in tl.static_range(PIECES):
             for i in tl.static_range(4):
-                tl.store(of_part + at + (32 * j + i), accs[8 * j + 2 * i + e], mask=column < ROWS)
+                store_number(of_part + at, 32 * j + i, accs[8 * j + 2 * i + e], column < ROWS)
         first = (column < ROWS) & (g == 0)
-        tl.store(of_stats + row, top0 if e == 0 else top1, mask=first)
-        tl.store(of_stats + HEADS * COLUMNS + row, total0 if e == 0 else total1, mask=first)
+        store_number(of_stats + row, 0, top0 if e == 0 else top1, first)
+        store_number(of_stats + row, HEADS * COLUMNS, total0 if e == 0 else total1, first)
 
 
 @triton.jit

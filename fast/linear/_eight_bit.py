@@ -233,10 +233,10 @@ def _any_groups_kernel(
     acc = tl.zeros([TILE_O, TILE_T], tl.float32)
     for start in range(0, in_features, TILE_I):
         i = start + tl.arange(0, TILE_I)[None, :]
-        in_row = (i < in_features) & (row >= 0)
+        in_row = i < in_features
         codes = tl.load(weight_ptr + row * stride_weight_o + i, mask=in_row, other=0.0).to(tl.float32)
         scale = tl.load(weight_scale_ptr + row * stride_weight_scale_o + i // group_size, mask=in_row, other=0.0)
-        x = tl.load(x_ptr + x_row + i, mask=in_batch[:, None] & (i < in_features), other=0.0)
+        x = tl.load(x_ptr + x_row + i, mask=in_batch[:, None] & in_row, other=0.0)
         acc = dot_in_order(to_dtype(codes * scale.to(tl.float32), x.dtype), tl.trans(x), acc)
     mask = in_batch[None, :] & (o < out_features)[:, None]
     finish(

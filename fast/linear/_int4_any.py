@@ -45,8 +45,7 @@ def _any_groups_kernel(
         group = byte // half_size
         low = byte + group * half_size  # the feature in the low nibble
         high = low + tl.minimum(group_size, in_features - group * group_size) // 2  # the last group may have fewer
-        in_bytes = byte < num_bytes
-        in_row = in_bytes & (row >= 0)
+        in_row = byte < num_bytes
         packed = tl.load(weight_ptr + row * stride_weight_o + byte, mask=in_row, other=0)
         scale = tl.load(scale_ptr + row * stride_scale_o + group, mask=in_row, other=0.0).to(tl.float32)
         w_low = nibbles(packed, False, min_ptr, tl.float32) * scale
@@ -55,7 +54,7 @@ def _any_groups_kernel(
             least = tl.load(min_ptr + row * stride_min_o + group, mask=in_row, other=0.0).to(tl.float32)
             w_low += least
             w_high += least
-        x_mask = in_batch[:, None] & in_bytes
+        x_mask = in_batch[:, None] & in_row
         x_low = tl.load(x_ptr + x_row + low, mask=x_mask, other=0.0)
         x_high = tl.load(x_ptr + x_row + high, mask=x_mask, other=0.0)
         acc = dot_in_order(to_dtype(w_low, x_low.dtype), tl.trans(x_low), acc)

@@ -107,9 +107,9 @@ def begin(
 def finish(y, bias_ptr, residual_ptr, out_ptr, residual_offset, out_offset, n, mask):
     """``y + bias + residual``, rounded once."""
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(bias_ptr + n, mask=mask).to(tl.float32)
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + residual_offset, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(residual_ptr + residual_offset, mask=mask).to(tl.float32)
     store(out_ptr + out_offset, y, mask)
 
 

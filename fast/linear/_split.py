@@ -67,19 +67,29 @@ def _is_describable(array: Array) -> bool:
 
 
 @triton.jit
-def ask_for(weight_ptr, n, column, stride_weight_n, out_features, in_features, CHUNKS: tl.constexpr):
+def ask_for(
+    weight_ptr,
+    n,
+    column,
+    stride_weight_n,
+    out_features,
+    in_features,
+    CHUNKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """512 bytes each into the L2 cache. Nothing is wrong if the kernel before is what makes the weight."""
-    row = tl.minimum(n, out_features - 1).to(tl.int64)[:, None]
-    chunk = tl.minimum(column + 256 * tl.arange(0, CHUNKS), in_features - 256)[None, :]
-    address = (weight_ptr + row * stride_weight_n + chunk).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0;",
-        "=r,l",
-        [address],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    if OVERLAP and CHUNKS > 0:
+        row = tl.minimum(n, out_features - 1).to(tl.int64)[:, None]
+        chunk = tl.minimum(column + 256 * tl.arange(0, CHUNKS), in_features - 256)[None, :]
+        address = (weight_ptr + row * stride_weight_n + chunk).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], 512; mov.u32 $0, 0;",
+            "=r,l",
+            [address],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -109,8 +119,7 @@ def _split_kernel(
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * TILE_N + tl.arange(0, TILE_N)
     start = split * split_features
-    if OVERLAP and CHUNKS > 0:
-        ask_for(weight_ptr, n, start, stride_weight_n, out_features, in_features, CHUNKS)
+    ask_for(weight_ptr, n, start, stride_weight_n, out_features, in_features, CHUNKS, OVERLAP)
     wait_for_predecessor(OVERLAP)
     acc = tl.zeros([TILE_N, TILE_M], tl.float32)
     stop = tl.minimum(start + split_features, in_features)

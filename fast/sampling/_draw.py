@@ -225,9 +225,9 @@ def _finish_kernel(
             where = (row * num_tiles + tile)[:, None] * (2 * NUM_PIVOTS) + j[None, :]
             above = tl.sum(tl.load(above_ptr + where, mask=inside, other=0.0), axis=0)
             base = tl.sum(tl.where(j == NUM_PIVOTS, above, 0.0), axis=0)
-            pivot_token = tl.load(plan_ptr + row * PLAN_WIDTH + 1 + j, mask=j < NUM_PIVOTS)
+            pivot_token = tl.load(plan_ptr + row * PLAN_WIDTH + 1 + j)
             kept = (above < top_p * base) & (pivot_token < 2147483647)
-            first = tl.min(tl.where(kept, j, NUM_PIVOTS), axis=0)
+            first = tl.min(tl.where(kept, j, NUM_PIVOTS), axis=0)  # so it does not matter what follows the pivots
             if first < NUM_PIVOTS:
                 tl.store(tokens_ptr + row, tl.load(plan_ptr + row * PLAN_WIDTH + 1 + first).to(tl.int64))
             else:

@@ -162,8 +162,7 @@ def _from_both_ends(tensors: Sequence[Lifetime], bound: int) -> Placed:
         gaps, end = _gaps(tensors, offsets, index)
         lowest = min([*(start for start, stop in gaps if stop - start >= size), end])
         top = bound - size
-        top_is_free = top >= end or any(start <= top and bound <= stop for start, stop in gaps)
-        offsets[index] = top if lowest > 0 and top_is_free else lowest
+        offsets[index] = top if lowest > 0 and top >= end else lowest
     return _placed(tensors, offsets)
 
 

@@ -1,6 +1,7 @@
 """Tiled attention with the online softmax is attention, and its lse is the logarithm of the denominator."""
 
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 
 import fast
 import reference
+from fast._triton import softmax
 from fast._triton.platform import is_hopper, portable_kernels
-from fast.attention.flash_attention import choose_kernel, choose_tiles
+from fast.attention.flash_attention import Tiles, choose_kernel, choose_tiles
 from reference.attention import flash_attention as module
 from reference.numerics.arrays import dtype_named
 from twofold.conformance.properties import attention as properties
@@ -80,6 +82,40 @@ def test_hidden_tiles_are_never_read(backend, causal, window, hidden):
     options = {"causal": causal, "sliding_window": None if window is None else tile_kv + window}
     for result in backend.flash_attention(*arrays, **options):
         assert np.isfinite(backend.to_host(result)[first:end]).all(), f"keys {hidden} were read"
+
+
+@pytest.mark.needs("interpreter")  # where a step of a kernel can be counted
+@pytest.mark.parametrize(
+    ("causal", "window"), [(True, None), (True, 9), (True, 1), (False, None), (False, 9), (False, 2)]
+)
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(29, 29), (17, 40), (24, 10), (8, 32)])
+def test_only_tiles_that_need_it_are_read_and_masked(monkeypatch, causal, window, num_queries, num_keys):
+    """A tile of keys is read if any query of the tile sees any of them, and masked if not all queries see all."""
+    tile_q, tile_kv = 8, 4
+    counts = Counter()
+
+    def counted(name):
+        step = getattr(softmax, name)
+        monkeypatch.setattr(softmax, name, lambda *arguments: counts.update([name]) or step(*arguments))
+
+    counted("update")
+    counted("hide")
+    monkeypatch.setattr(sys.modules[choose_tiles.__module__], "choose_tiles", lambda *_: Tiles(tile_q, tile_kv, 4, 1))
+    q, kv = (fast.from_host(np.ones((n, 1, 16), np.float32)) for n in (num_queries, num_keys))
+    offsets = [fast.from_host(np.array([0, n], np.int32)) for n in (num_queries, num_keys)]
+    fast.flash_attention(q, kv, kv, *offsets, causal=causal, sliding_window=window)
+
+    query, key = np.arange(num_queries)[:, None] + num_keys - num_queries, np.arange(num_keys)
+    seen = (key <= query) | (not causal)
+    if window is not None:
+        seen &= np.abs(query - key) < window
+    num_read = num_masked = 0
+    for rows in np.array_split(seen, range(tile_q, num_queries, tile_q)):
+        read = [tile for tile in np.array_split(rows, range(tile_kv, num_keys, tile_kv), axis=1) if tile.any()]
+        num_read += len(read)
+        num_masked += sum(not tile.all() or tile.shape[1] < tile_kv for tile in read)
+    assert counts["update"] == num_read, f"expected {num_read} tiles to be read, got {counts}"
+    assert counts["hide"] == num_masked, f"expected {num_masked} of {num_read} tiles to be masked, got {counts}"
 
 
 def test_a_query_without_keys():

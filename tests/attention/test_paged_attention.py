@@ -250,6 +250,62 @@ def test_blocks_that_the_window_is_past(backend, op, query_lens):
     properties.assert_out(backend, case, op, "attention within a window")
 
 
+@pytest.mark.needs("interpreter")  # where a step of a kernel can be counted
+@pytest.mark.parametrize("window", [None, 1, 65, 130, 213])  # 213: one key of the first tile is not seen by all
+@pytest.mark.parametrize(("num_queries", "seq_len"), [(150, 300), (128, 128), (30, 193)])
+def test_only_tiles_that_need_it_are_read_and_masked(monkeypatch, num_queries, seq_len, window):
+    """Of a chunk: a tile of keys is read if any query of the tile sees any of them, and masked if not all see all."""
+    counts, attend = Counter(), paged_attention.attend_cached_tiles
+
+    def counted(*arguments):
+        start, stop, masked = arguments[7], arguments[8], arguments[13]
+        counts[masked] += len(range(start, stop))
+        return attend(*arguments)
+
+    monkeypatch.setattr(paged_attention, "attend_cached_tiles", counted)
+    case = replace(batch([num_queries], [seq_len], dtype="float16"), sliding_window=window)
+    properties.paged_of(fast, case)
+    tiles = paged_attention.choose_tiles(num_queries, 1, 2, 16, 2)
+    tile_q, tile_kv = tiles.tile_q // 2, tiles.tile_kv
+
+    query, key = np.arange(num_queries)[:, None] + seq_len - num_queries, np.arange(seq_len)
+    seen = (key <= query) & (key > query - (window or seq_len))
+    expected = Counter()
+    for rows in np.array_split(seen, range(tile_q, num_queries, tile_q)):
+        for tile in np.array_split(rows, range(tile_kv, seq_len, tile_kv), axis=1):
+            if tile.any():
+                expected[not tile.all() or tile.shape[1] < tile_kv] += 1
+    assert counts == expected, f"tiles that are masked, and not: expected {expected}, got {counts}"
+
+
+@pytest.mark.needs("interpreter")
+@pytest.mark.parametrize("window", [None, 40])
+def test_parts_read_only_tiles_that_are_seen(monkeypatch, window):
+    """Of each part's tokens, tiles of keys that some query of the tile sees; of many a part none."""
+    num_tiles, attend = 0, paged_attention.attend_cached_tiles
+
+    def counted(*arguments):
+        nonlocal num_tiles
+        num_tiles += len(range(arguments[7], arguments[8]))
+        return attend(*arguments)
+
+    monkeypatch.setattr(paged_attention, "attend_cached_tiles", counted)
+    num_queries, seq_len, split_size = 150, 206, 127  # the second part is after what the first queries see
+    case = replace(batch([num_queries], [seq_len], dtype="float16"), sliding_window=window, split_size=split_size)
+    properties.merged_split_of(fast, case)
+    tiles = paged_attention.choose_tiles(num_queries, 1, 2, 16, 2)
+
+    query, key = np.arange(num_queries)[:, None] + seq_len - num_queries, np.arange(seq_len)
+    seen = (key <= query) & (key > query - (window or seq_len))
+    expected = 0
+    for rows in np.array_split(seen, range(tiles.tile_q // 2, num_queries, tiles.tile_q // 2)):
+        for part in np.array_split(rows, range(split_size, seq_len, split_size), axis=1):
+            expected += sum(
+                tile.any() for tile in np.array_split(part, range(tiles.tile_kv, part.shape[1], tiles.tile_kv), axis=1)
+            )
+    assert num_tiles == expected, f"expected {expected} tiles, got {num_tiles}"
+
+
 MIXED = [130, 1, 70, 0, 2, 3], [177, 100, 70, 64, 50, 3]  # queries and tokens
 
 

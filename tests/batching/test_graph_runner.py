@@ -22,6 +22,7 @@ from fast.runner import GraphRunner
 from reference.batching.drafting import NgramDrafter
 from reference.batching.request import FinishReason, Request, SamplingParams
 from reference.batching.runner import ModelRunner
+from reference.memory.arena import PlannedBackend
 from reference.model.decoder import Decoder
 from twofold.conformance import plain_torch
 from twofold.conformance.strategies.batching import engine_for, nothing_is_left, preemptions, run_all
@@ -121,6 +122,41 @@ def test_speculates_as_the_plain_runner_does(job, recorded):
     agree(decoder(), job, recorded, "float32", drafter=True)
 
 
+PLANNED = PlannedBackend(plain_torch)
+
+
+@given(jobs(), st.sampled_from(FORMATS))
+@settings(max_examples=50)
+def test_an_arena_changes_nothing(job, kv_format):
+    """Recorded steps of all shapes compute in the same bytes: everything that they give is the same, bit for bit."""
+    requests, engine_settings = job
+    found = []
+    for backend in (plain_torch, PLANNED):
+        outputs, trace = run(decoder(backend), GraphRunner, requests, kv_format=kv_format, **engine_settings)
+        answers = {name: (output.outputs, output.error) for name, output in outputs.items()}
+        found.append((answers, trace))
+    assert found[0] == found[1]
+
+
+def test_recorded_steps_share_an_arena(monkeypatch):
+    """Steps of a shape that was met before compute in one arena, whatever their shape, and it is as large as the plan
+    of the largest: no larger than what one op wants at once."""
+    plans, arenas, in_arena = [], [], PLANNED.run
+
+    def spy(step, plan, arena):
+        plans.append(plan.memory)
+        arenas.append(arena)
+        return in_arena(step, plan, arena)
+
+    monkeypatch.setattr(PLANNED, "run", spy)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    requests = [(name, [5] * 40, params, {}) for name in "ab"]
+    run(decoder(PLANNED), GraphRunner, requests, max_num_seqs=1, enable_prefix_caching=False, kv_format="float32")
+    assert len({plan.num_bytes for plan in plans}) == 2, "a step of the prompt, and one of a token"
+    assert all(plan.num_bytes == plan.bound for plan in plans)
+    assert {len(arena) for arena in arenas} == {max(plan.num_bytes for plan in plans)}
+
+
 @pytest.mark.needs("interpreter")
 @pytest.mark.interpreted(2)
 @pytest.mark.parametrize("backend", [fast])
@@ -130,12 +166,16 @@ def test_on_interpreted_kernels(backend, job, kv_format):
     agree(decoder(backend), job, 512, kv_format)
 
 
+PLANNED_INVARIANT = PlannedBackend(fast.invariant)
+
+
 @pytest.mark.needs("gpu")
+@pytest.mark.parametrize("invariant", [fast.invariant, PLANNED_INVARIANT], ids=["", "in an arena"])
 @given(job=jobs(), kv_format=st.sampled_from(FORMATS))
-@settings(max_examples=300)
-def test_from_graphs_bit_for_bit(job, kv_format):
+@settings(max_examples=150)
+def test_from_graphs_bit_for_bit(invariant, job, kv_format):
     """On a GPU the runner replays graphs, a step ahead, and pads: batch-invariant kernels give the same bits."""
-    agree(decoder(fast.invariant), job, 512, kv_format, rounding=0)
+    agree(decoder(invariant), job, 512, kv_format, rounding=0)
 
 
 class Failing:
@@ -148,7 +188,9 @@ class Failing:
         return self._sample if name == "sample" else getattr(self.backend, name)
 
     def _sample(self, *args: Any) -> Any:
-        return self.error() if self.fails else self.backend.sample(*args)
+        if self.fails:
+            self.error()
+        return self.backend.sample(*args)
 
 
 def check_failure(model: Decoder, error: Callable[[], Any], says: str) -> None:
@@ -191,6 +233,17 @@ def test_memory_that_runs_out_in_a_step_is_such_a_failure():
     check_failure(
         decoder(fast.invariant), lambda: torch.empty(1 << 45, dtype=torch.uint8, device="cuda"), "OutOfMemory"
     )
+
+
+@pytest.mark.needs("gpu")
+def test_a_step_that_cannot_be_recorded_is_such_a_failure():
+    def look_at_a_value():
+        if torch.cuda.is_current_stream_capturing():
+            torch.zeros(1, device="cuda").item()
+
+    stream = torch.cuda.current_stream()
+    check_failure(decoder(fast.invariant), look_at_a_value, "CUDA error")
+    assert torch.cuda.current_stream() == stream
 
 
 @pytest.mark.needs("gpu")

@@ -51,6 +51,34 @@ def test_what_is_wanted_later_is_not_written_over():
     assert [plan_memory(case, alignment=1).num_bytes for case in (wanted, small, twice)] == [8, 9, 8]
 
 
+@pytest.mark.parametrize(
+    "graph",
+    [
+        [(1, 1, 2), (8, 1, 3), (4, 2, 5), (9, 4, 4)],
+        [(6, 1, 3), (8, 1, 1), (7, 3, 6), (9, 5, 8)],
+        [(1, 0, 1), (7, 0, 0), (4, 1, 3), (7, 2, 5)],
+        [(7, 0, 2), (7, 1, 3), (3, 2, 2), (1, 2, 3), (9, 3, 5)],
+        [(2, 0, 2), (2, 2, 2), (4, 2, 5), (5, 5, 8)],
+        [(6, 1, 2), (3, 1, 2), (6, 2, 5), (4, 2, 2), (4, 2, 4), (8, 2, 4), (3, 3, 4), (3, 3, 4), (2, 3, 4), (4, 4, 5),
+         (3, 4, 4), (6, 8, 11)],
+    ],
+)  # fmt: skip
+def test_gaps_are_used(graph):
+    """Graphs of which each is planned within the bound, and would not be if a gap were missed, a larger one taken, or
+    another order."""
+    plan = plan_memory([Lifetime(*tensor) for tensor in graph], alignment=1)
+    assert plan.num_bytes == plan.bound
+
+
+@given(graphs())
+def test_sizes_count_rounded_up(lifetimes):
+    """A plan in multiples of 8 is the plan of tensors that are as large."""
+    rounded = [tensor._replace(num_bytes=(tensor.num_bytes + 7) // 8 * 8) for tensor in lifetimes]
+    plan = plan_memory(lifetimes, alignment=8)
+    assert plan.total == sum(tensor.num_bytes for tensor in rounded)
+    assert plan == plan_memory(rounded, alignment=8)
+
+
 def test_no_tensor_takes_no_memory():
     assert plan_memory([]).num_bytes == largest_live_set([]) == 0
 

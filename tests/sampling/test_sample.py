@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 
 import fast
 import reference
-from fast.sampling import _draw
+from fast.sampling import _draw, _filter, _threshold
 from twofold.conformance.properties import sampling as properties
 from twofold.conformance.properties.numerics import call, refuses
 from twofold.conformance.strategies import sampling as inputs
@@ -103,6 +103,54 @@ def test_filters_are_those_of_transformers(temperature, top_k, top_p, min_p):
     probs = np.exp(ours) / np.exp(ours).sum(axis=1, keepdims=True)
     assert ((probs > 0) == (expected > 0)).all(), "other tokens are kept"
     np.testing.assert_allclose(probs, expected, rtol=2**-16, err_msg="probabilities")
+
+
+def test_filters_that_keep_few_and_many(backend):
+    """From a token or two to half of the row: what is kept is found in several ways."""
+    spread, top_k, top_p, min_p = zip(
+        (2.0, 3, 0.7, 0.0), (20.0, 20, 1.0, 0.0), (8.0, 20, 0.9, 0.0), (2.0, 20, 0.7, 0.02), (0.3, 50, 0.95, 0.0),
+        (1.5, 0, 0.2, 0.0), (2.0, 0, 0.3, 0.0), (2.5, 0, 0.4, 0.0), (3.0, 0, 0.5, 0.0), (8.0, 0, 0.95, 0.0),
+        (1.0, 200, 0.7, 0.02), (2.0, 0, 0.95, 0.02),
+    )  # fmt: skip
+    logits = np.random.default_rng(6).normal(size=(len(spread), 600)) * np.array(spread)[:, None]
+    filters = zip((np.ones_like(spread), top_k, top_p, min_p), (np.float32, np.int32, np.float32, np.float32))
+    case = Filtering(logits.astype(np.float32), *(np.array(values, dtype) for values, dtype in filters))
+    properties.filters_keep_what_they_say(backend, case)
+
+
+@pytest.mark.needs("interpreter")  # where steps of a kernel can be counted, and the sizes that decide are small
+@pytest.mark.parametrize(
+    ("spread", "temperature", "top_k", "top_p", "min_p", "steps"),
+    [
+        (3.0, 0.0, 5, 0.5, 0.5, ""),  # greedy
+        (3.0, 1.0, 0, 1.0, 0.0, ""),  # no filter
+        (3.0, 1.0, 300, 1.0, 0.0, ""),  # one that excludes nothing
+        (3.0, 1.0, 1, 1.0, 0.0, "head gather"),
+        (3.0, 1.0, 5, 0.9, 0.0, "head gather"),
+        (3.0, 1.0, 0, 1.0, 0.5, "head gather"),  # what passes min-p is in the head
+        (3.0, 1.0, 0, 0.9, 0.5, "mass head gather"),
+        (9.0, 1.0, 0, 0.5, 0.0, "mass head gather"),  # what top-p keeps is in the head
+        (2.0, 1.0, 0, 0.2, 0.0, "mass head gather"),
+        (0.3, 1.0, 0, 0.9, 0.0, "mass head full"),  # it cannot be: nobody looks
+        (1.0, 1.0, 100, 0.9, 0.0, "head gather full"),  # too many candidates
+        (0.0, 1.0, 0, 0.3, 0.0, "mass head gather full"),  # of equal chunks all are the best
+    ],
+)
+def test_a_threshold_costs_what_it_must(monkeypatch, spread, temperature, top_k, top_p, min_p, steps):
+    """The mass of a row, its head and all of it are looked at where the filters and the logits ask for that."""
+    taken = []
+
+    def noted(module, name, step):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments: taken.append(step) or kernel(*arguments))
+
+    noted(_filter, "row_mass", "mass")
+    noted(_filter, "head_threshold", "head")
+    noted(_threshold, "gather_best", "gather")
+    noted(_filter, "full_threshold", "full")
+    case = one_row(np.random.default_rng(5).normal(scale=spread, size=300), temperature, top_k, top_p, min_p)
+    properties.filters_keep_what_they_say(fast, case)
+    assert " ".join(taken) == steps
 
 
 # ---- sample -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import ast
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +70,8 @@ def kernel(x, dtype: tl.constexpr):
     if not INTERPRETED:
         y = y * 5
     z = y - 6 if INTERPRETED or dtype == tl.int16 else y - 7
+    if OVERLAP and y > 8:
+        z = y + 9
     return z
 """
 
@@ -82,6 +85,8 @@ def test_what_does_not_run_here_is_told_apart():
         "0 becomes 1",
         "y * 5 becomes y + 5",
         "y - 7 becomes y + 7",
+        "y > 8 becomes y >= 8",
+        "y + 9 becomes y - 9",
     }
 
     def elsewhere(interpreted: bool) -> set[str]:
@@ -121,6 +126,28 @@ def test_verdicts(tmp_path, monkeypatch, capfd):
     status, text = judge("assert least(1, 2) == 2")
     assert status == 2, text
     assert "do not pass without a fault" in text
+
+
+def test_a_mutant_that_never_ends(tmp_path, monkeypatch):
+    """It counts as seen, by the time that it takes of a processor."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_endless.py").write_text("def test():\n    while True:\n        pass\n")
+    verdict = mutants.judge(mutants.Mutant(1, "endless", ""), "judged", ["test_endless.py"], 1, mutants.Order())
+    assert verdict.outcome == "timeout"
+
+
+def test_the_order_of_tests(tmp_path):
+    """Who saw most faults comes first, then the quickest, then who never ran."""
+    order = mutants.Order()
+    log = order.log = tmp_path / "log"
+    runs = [("slow", 2.0, False), ("keen", 3.0, True), ("keen", 3.0, True), ("quick", 1.0, False), ("lucky", 9.0, True)]
+    for name, seconds, failed in runs:
+        order.pytest_runtest_logreport(SimpleNamespace(nodeid=name, duration=seconds, failed=failed, when="call"))
+    order.pytest_runtest_logreport(SimpleNamespace(nodeid="quick", duration=0.0, failed=False, when="teardown"))
+    order.learn(log)
+    items = [SimpleNamespace(nodeid=name) for name in ("new", "slow", "quick", "lucky", "keen")]
+    order.pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == ["keen", "lucky", "quick", "slow", "new"]
 
 
 def test_a_file_that_no_deck_names(tmp_path, capsys):

@@ -5,13 +5,16 @@ import re
 from functools import partial
 
 import pytest
+import torch
 
+import fast
 import twofold.llm
+from fast.runner import GraphRunner
 from reference.batching.runner import ModelRunner
 from reference.linear.weight import WEIGHT_FORMATS
 from reference.model.decoder import Decoder
 from twofold import LLM, SamplingParams
-from twofold.backends import Execution
+from twofold.backends import Execution, execution
 from twofold.checkpoints import RandomTensors
 from twofold.checkpoints.shapes import SHAPES
 from twofold.conformance import plain_torch
@@ -174,3 +177,29 @@ def test_loading_tells_how_far_it_is(tmp_path):
     done = [done for _, done, _ in told]
     assert done == sorted(done)
     assert told[-1][1] == told[-1][2]
+
+
+def test_who_executes_steps_where():
+    """Without a GPU the plain runner does, whatever the backend."""
+    how = execution(plain_torch, None)
+    assert (how.runner, how.lookahead, how.room) == (ModelRunner, 0, None)
+    assert execution(fast, "cpu").runner is ModelRunner
+
+
+@pytest.mark.needs("gpu")
+def test_on_a_gpu_the_pool_is_measured(monkeypatch):
+    """Steps run a step ahead on `fast`'s own runner, over what half of the memory has left for the pool."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")
+    monkeypatch.setitem(SHAPES, "small", SMALL)
+    llm = LLM("small", load="dummy", backend="fast", gpu_memory_utilization=0.5)
+    free, total = torch.cuda.mem_get_info()
+    assert isinstance(llm.engine.runner, GraphRunner)
+    assert llm.engine.config.lookahead == 1
+    assert 0.1 * total < llm.cache.pools[0].nbytes < 0.5 * total
+    assert free > 0.4 * total
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": [5, 6, i]} for i in range(7, 12)], params)
+    assert all(output.error is None and len(output.outputs[0].token_ids) == 20 for output in outputs)
+    del llm, outputs
+    with pytest.raises(TwofoldError, match="the GPU has"):
+        LLM("small", load="dummy", backend="fast", num_blocks=10**9)

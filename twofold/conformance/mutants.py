@@ -15,13 +15,16 @@ import copy
 import importlib.machinery
 import importlib.util
 import json
+import math
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -29,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "TWOFOLD_MUTANT"  # module=file: what a test run imports in place of the module
+IDLE = 20  # times its seconds on a processor, a run may last in all: the machine may be busy with something else
 
 
 @dataclass(frozen=True)
@@ -63,18 +67,24 @@ def mutants_of(source: str, *, kernels_only: bool = True, interpreted: bool = Tr
         ['without mask', 'without other', 'x < n becomes x <= n']
     """
     tree = ast.parse(source)
-    places = []
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef) and (not kernels_only or is_kernel(function)):
-            places += [node for statement in function.body for node in ast.walk(statement)]
     skipped = {node for top in ast.walk(tree) for branch in never_run(top, interpreted) for node in ast.walk(branch)}
+    parts = [ast.unparse(part) for part in tree.body]  # an edit changes one of them
     made = {}
-    for node in places:
-        for what, edit in edits_of(node):
-            text = edited(tree, node, edit)
-            if text is not None:
-                made.setdefault(text, Mutant(getattr(node, "lineno", 0), what, text, node in skipped))
+    for i, part in enumerate(tree.body):
+        for node in places_in(part, kernels_only):
+            for what, edit in edits_of(node):
+                text = edited(part, node, edit)
+                if text is not None:
+                    whole = "\n".join([*parts[:i], text, *parts[i + 1 :]]) + "\n"
+                    made.setdefault(whole, Mutant(getattr(node, "lineno", 0), what, whole, node in skipped))
     return sorted(made.values(), key=lambda mutant: mutant.line)
+
+
+def places_in(part: ast.stmt, kernels_only: bool) -> Iterator[ast.AST]:
+    """What may be edited of a statement of a file: the bodies of its functions."""
+    for function in ast.walk(part):
+        if isinstance(function, ast.FunctionDef) and (not kernels_only or is_kernel(function)):
+            yield from (node for statement in function.body for node in ast.walk(statement))
 
 
 def is_kernel(function: ast.FunctionDef) -> bool:
@@ -99,6 +109,8 @@ def truth(test: ast.expr, interpreted: bool) -> bool | None:
     """What a condition comes to in the interpreter, or on a GPU; None if that depends on more."""
     if isinstance(test, ast.Name) and test.id in ("INTERPRETED", "INTERPRETING"):
         return interpreted
+    if isinstance(test, ast.Name) and test.id == "OVERLAP" and interpreted:  # kernels that follow each other on a GPU
+        return False
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         value = truth(test.operand, interpreted)
         return None if value is None else not value
@@ -184,8 +196,8 @@ def with_swapped(node: ast.AST, index: int) -> ast.AST:
     return node
 
 
-def edited(tree: ast.Module, node: ast.AST, edit: Edit) -> str | None:
-    """The whole file with this node edited; None if that is not another program."""
+def edited(part: ast.stmt, node: ast.AST, edit: Edit) -> str | None:
+    """A statement of a file, with a node of it edited; None if that is not another program."""
 
     class Replace(ast.NodeTransformer):
         def visit(self, visited: ast.AST) -> ast.AST:
@@ -201,7 +213,7 @@ def edited(tree: ast.Module, node: ast.AST, edit: Edit) -> str | None:
 
     if ast.dump(edit(copy.deepcopy(node))) == ast.dump(node):
         return None
-    return ast.unparse(ast.fix_missing_locations(Replace().visit(tree)))
+    return ast.unparse(ast.fix_missing_locations(Replace().visit(part)))
 
 
 # ---- running tests against them ---------------------------------------------------------------------------------
@@ -235,21 +247,52 @@ class Verdict:
     seconds: float
 
 
-def judge(mutant: Mutant, module: str, pytest_arguments: list[str], seconds: float) -> Verdict:
-    """Run the tests against a mutant in a process of their own."""
+class Order:
+    """A plugin of pytest, for one file's mutants: first the tests that saw most of them, then the quickest ones.
+
+    So most mutants cost the time of a test or two, whatever the tests of the file take together.
+    """
+
+    def __init__(self):
+        self.kills: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
+        self.log: Path | None = None  # of the run at hand: it is another process, so it writes down what the next needs
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Before they run; tests that never ran come last."""
+        items.sort(key=lambda item: (-self.kills[item.nodeid], self.seconds.get(item.nodeid, math.inf)))
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """After each."""
+        if self.log is not None and (report.when == "call" or report.failed):
+            with self.log.open("a") as file:
+                file.write(json.dumps([report.nodeid, report.duration, report.failed]) + "\n")
+
+    def learn(self, log: Path) -> None:
+        """What the run of a mutant showed."""
+        for name, seconds, failed in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+            self.kills[name] += failed
+            self.seconds.setdefault(name, seconds)
+
+
+def judge(mutant: Mutant, module: str, pytest_arguments: list[str], seconds: float, order: Order) -> Verdict:
+    """Run the tests against a mutant in a process of their own, which may use so many seconds of a processor."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / (module.rsplit(".", 1)[-1] + ".py")
+        file, log = Path(folder) / (module.rsplit(".", 1)[-1] + ".py"), Path(folder) / "log"
         file.write_text(mutant.source)
         child = os.fork()
         if child == 0:
             os.setpgid(0, 0)
-            run_tests(f"{module}={file}", pytest_arguments)
-        outcome = wait(child, start + seconds)
+            resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds)))
+            order.log = log
+            run_tests(f"{module}={file}", pytest_arguments, order)
+        outcome = wait(child, start + IDLE * seconds)
+        order.learn(log)
     return Verdict(mutant.line, mutant.what, outcome, round(time.monotonic() - start, 1))
 
 
-def run_tests(setting: str, pytest_arguments: list[str]) -> None:
+def run_tests(setting: str, pytest_arguments: list[str], order: Order) -> None:
     """In the child: the tests, silently; never returns."""
     try:
         import pytest
@@ -259,7 +302,8 @@ def run_tests(setting: str, pytest_arguments: list[str]) -> None:
             os.dup2(nothing.fileno(), 2)
             install(setting)
             os.environ.setdefault("TWOFOLD_PROFILE", "judge")  # a failure need not be shrunk
-            os._exit(int(pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", *pytest_arguments])))
+            options = ["-x", "-n", "0", "-p", "no:cacheprovider"]
+            os._exit(int(pytest.main([*options, *pytest_arguments], plugins=[order])))
     finally:
         os._exit(1)
 
@@ -267,6 +311,8 @@ def run_tests(setting: str, pytest_arguments: list[str]) -> None:
 def wait(child: int, deadline: float) -> str:
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
+        if done and os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
+            return "timeout"
         if done:
             return "survived" if status == 0 else "killed"
         time.sleep(0.05)
@@ -308,7 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tests", nargs="+", help="arguments of pytest")
     parser.add_argument("--deck", type=Path, help="TOML: tables of file = [arguments of pytest]")
     parser.add_argument("--sample", type=int, help="judge so many of a file's, drawn with seed 0; default: all")
-    parser.add_argument("--seconds", type=float, default=120.0, help="a mutant's time")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of a processor, for a mutant")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--all-functions", action="store_true", help="not only Triton's kernels")
     parser.add_argument("--at-least", type=float, default=0.9)
@@ -354,11 +400,12 @@ def judge_file(file: Path, tests: list[str], options: argparse.Namespace) -> Rep
     if options.sample and options.sample < made:
         mutants = sorted(random.Random(0).sample(mutants, options.sample), key=lambda mutant: mutant.line)
     module = ".".join(file.with_suffix("").parts)
-    original = judge(Mutant(0, "nothing", file.read_text()), module, tests, 10 * options.seconds)
+    order = Order()
+    original = judge(Mutant(0, "nothing", file.read_text()), module, tests, 10 * options.seconds, order)
     if original.outcome != "survived":
         return None
     with ThreadPoolExecutor(options.jobs) as pool:
-        verdicts = list(pool.map(lambda m: judge(m, module, tests, options.seconds), mutants))
+        verdicts = list(pool.map(lambda m: judge(m, module, tests, options.seconds, order), mutants))
     return Report(str(file), made, elsewhere, verdicts)
 
 

@@ -7,7 +7,8 @@ loads, stores and atomics, knows which program makes each, and says at once:
 - *bounds*: an address that is in no tensor the kernel was given;
 - *write after write*: two programs store to one element in one launch;
 - *read and write*: a program reads what another one stores in the same launch, whichever came first;
-- *garbage*: what a masked load without ``other`` leaves open is NaN or infinite here, or a strange integer or 1;
+- *garbage*: what a masked load without ``other`` leaves open is NaN or infinite here, or a strange integer or 1; memory
+  that is allocated and not filled (``torch.empty``) holds NaN, or the largest integer;
 - *overflow*: a sum, difference or product of integers does not fit in their 32 bits (or fewer).
 
 Programs may share memory through atomics: what a program did before a releasing atomic is known to whoever acquires
@@ -243,11 +244,22 @@ def sanitized(*, keep_stores: bool = False) -> Iterator[Sanitizer]:
     try:
         for name, (owner, hook) in hooks.items():
             setattr(owner, name, hook)
-        with overflow_checks(True):
+        with overflow_checks(True), filled_memory():
             yield sanitizer
     finally:
         for name, (owner, _) in hooks.items():
             setattr(owner, name, originals[name])
+
+
+@contextlib.contextmanager
+def filled_memory() -> Iterator[None]:
+    """Within, torch fills what it allocates: with NaN, or the largest integer (which is far off, as an index)."""
+    kept = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # this, too, is `fill_uninitialized_memory`, on by default
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
 
 
 def _garbage(pointers: Any) -> Any:
