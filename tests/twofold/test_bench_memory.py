@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 import twofold.bench.memory as bench
-from twofold.bench.memory import Sweep, plots, show
+from twofold.bench.memory import Sweep, forks, plots, show
 from twofold.bench.memory.cases import ALPACA, OPT_13B, PUBLISHED_STEP_TIME, SHAREGPT, Case, measure
 from twofold.bench.memory.forks import NUM_BEAMS, load_forks
 from twofold.bench.memory.published import WITHIN, all_cases, changed_cases, claims, gap
 from twofold.cli import run
+from twofold.conformance.strategies.small_checkpoint import small_checkpoint
+from twofold.llm import LLM
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results/memory.json"
 FORKS = load_forks()
@@ -87,6 +89,19 @@ def test_forks_come_with_the_package_for_every_number_of_beams():
         assert set(recorded.searches) == set(NUM_BEAMS)
         for num_beams, searches in recorded.searches.items():
             assert all(len(step) == num_beams and max(step) < num_beams for steps in searches for step in steps)
+
+
+def test_forks_are_recorded_anew_from_any_model(tmp_path, monkeypatch):
+    """A few tokens of a small one: a step for each but the first and the last."""
+    monkeypatch.setattr(forks, "NUM_TOKENS", {"short": 6, "long": 8})
+    told = []
+    recorded = forks.record_forks(LLM(small_checkpoint(tmp_path, context=1024)), told.append)
+    assert len(told) == 2 * len(NUM_BEAMS)
+    for kind, prompts in forks.PROMPTS.items():
+        assert {k: [len(steps) for steps in found] for k, found in recorded[kind].searches.items()} == {
+            k: [forks.NUM_TOKENS[kind] - 2] * len(prompts) for k in NUM_BEAMS
+        }
+    assert all(len(found) == 1 for found in recorded["divergent"].searches.values())
 
 
 @pytest.fixture

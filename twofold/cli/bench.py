@@ -184,7 +184,10 @@ def memory(
     ] = None,
     forks_from: Annotated[
         str | None,
-        typer.Option(help="Record anew where this model's beams fork (minutes); see --model.", metavar="MODEL"),
+        typer.Option(
+            help="Record anew where this model's beams fork (minutes): a folder, a .gguf file, or a hub name.",
+            metavar="MODEL",
+        ),
     ] = None,
     results: Results = Path("benchmarks/results/memory.json"),
     plots: Annotated[Path | None, typer.Option(help="Draw plots into this folder.", metavar="FOLDER")] = None,

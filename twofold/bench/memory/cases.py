@@ -108,7 +108,8 @@ class Case:
         for field in fields(self)[2:]:
             value = getattr(self, field.name)
             if value != field.default:
-                parts.append(f"{field.name} {value.name if isinstance(value, Served) else value}")
+                value = value.name if isinstance(value, Served) else value
+                parts.append(f"{field.name} {value:g}" if isinstance(value, float) else f"{field.name} {value}")
         return ", ".join(parts)
 
     def simulation(self, forks: BeamForks) -> Simulation:

@@ -70,7 +70,7 @@ def sharing(results: dict[str, Any]) -> Any:
                 axis.plot(counts, published, "x", color=color, ms=9, label=f"{way}, published")
             else:
                 axis.axhspan(*published[0], color=color, alpha=0.15, lw=0)
-        axis.set(title=workload, xlabel="sequences of a request", xticks=[2, 4, 6], ylim=(0, None))
+        axis.set(title=workload, xlabel="sequences of a request", xticks=[2, 4, 6], ylim=(0, 83))
     axes[0].set_ylabel("blocks saved, %")
     axes[0].legend(frameon=False, fontsize=9)
     return drawn
