@@ -36,7 +36,7 @@ def run(model: str | None) -> Iterator[tuple[str, dict[str, float]]]:
         in_arena = backend.run(lambda: forward(token_ids, *args, **kwargs), plan, arena)
         if in_arena.tobytes() != logits.tobytes():
             raise TwofoldError(f"a step of {len(token_ids)} tokens has other logits in the arena")
-        plans[f"{len(token_ids)} tokens, {len(logits)} logit rows"] = plan
+        plans[f"tokens: {len(token_ids)}, logits: {len(logits)}"] = plan
         return logits
 
     llm.decoder.forward = watched

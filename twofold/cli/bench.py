@@ -68,8 +68,9 @@ def planner(model: options.Model = None, results: Results = Path("benchmarks/res
 
     found = dict(run(model))
     save(results, "twofold bench planner", found)
-    columns = list(next(iter(found.values())))
-    table("Activations", ("step", *columns), [(step, *figures.values()) for step, figures in found.items()])
+    columns = {"total_bytes": "together", "bound_bytes": "bound", "arena_bytes": "arena", "of_total": "of all"}
+    rows = [(step, *(figures[column] for column in columns)) for step, figures in found.items()]
+    table("Activations of a step, in bytes", ("step", *columns.values()), rows)
     return 0
 
 
