@@ -10,6 +10,9 @@ from twofold.cli import options
 
 app = typer.Typer(help="Measure, side by side with the best alternatives.", rich_markup_mode=None)
 
+CONTEXT, QUICK_CONTEXT = 2048, 256  # tokens of a window
+NUM_PREDICTIONS, NUM_CALIBRATION = 16384, 8192
+
 Results = Annotated[Path, typer.Option(help="Where the JSON goes.", metavar="FILE")]
 
 
@@ -81,4 +84,90 @@ def kernels(
         table(measured[start:], ceilings, console)
     for name, mean in geometric_means(measured, ceilings).items():
         console.print(f"geometric mean of {name}: {mean:.2f}")
+    return 0
+
+
+@app.command()
+def quality(
+    model: options.Model = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Read this, instead of the State of the Union addresses.", metavar="FILE")
+    ] = None,
+    backend: options.Backend = "reference",
+    device: options.Device = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="Only this format of the weights; again for more.", metavar="NAME")
+    ] = None,
+    kv_cache_dtype: Annotated[
+        list[str] | None, typer.Option(help="Only this format of the KV cache; again for more.", metavar="NAME")
+    ] = None,
+    kv_window: options.KVWindow = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a window, by default 2048.", metavar="N")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Predictions to judge by, by default 16384.", metavar="N")] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice among the texts.", metavar="N", min=0)] = 0,
+    quick: Annotated[bool, typer.Option(help="In a minute: few tokens, so more noise, and no calibration.")] = False,
+    results: Results = Path("benchmarks/results/quality.json"),
+    plots: Annotated[Path | None, typer.Option(help="Draw plots into this folder.", metavar="FOLDER")] = None,
+) -> int:
+    """What each format of weights and cache costs a real model. An interrupted run goes on from there."""
+    from rich.console import Console
+
+    from twofold.backends import resolve_backend
+    from twofold.bench.quality import Sweep, matrix_types
+    from twofold.bench.quality.cases import all_cases, cache_case, quick_cases, weights_case
+    from twofold.bench.quality.show import tables
+    from twofold.bench.quality.text import draw_windows, fetch_addresses, read_text
+    from twofold.bench.report import gpu_name, save, table
+    from twofold.checkpoints import load_checkpoint
+    from twofold.cli.show import counting, progress
+    from twofold.errors import TwofoldError
+
+    chosen = [weights_case(name) for name in weights or ()]
+    chosen += [cache_case(name, kv_window) for name in kv_cache_dtype or ()]
+    if kv_window is not None and not kv_cache_dtype:
+        raise TwofoldError("--kv-window is of a cache: say which with --kv-cache-dtype kivi2 or kivi4")
+    context = context or (QUICK_CONTEXT if quick else CONTEXT)
+    tokens = tokens or (context if quick else NUM_PREDICTIONS)
+    if context < 1 or tokens < 1:
+        raise TwofoldError(f"--context {context}, --tokens {tokens}: both must be at least 1")
+    ops = resolve_backend(backend)
+    with progress() as on_progress:
+        checkpoint = load_checkpoint(model, on_progress=on_progress)
+        texts = read_text(text) if text is not None else fetch_addresses(on_progress)
+    longest = checkpoint.config.max_position_embeddings
+    if context > longest:
+        raise TwofoldError(f"--context {context}: the model was made for {longest} tokens at most")
+    cases = chosen or all_cases(matrix_types(checkpoint), checkpoint.config.num_kv_heads)
+    cases = quick_cases(cases) if quick and not chosen else cases
+    calibrating = any(case.needs_calibration for case in cases)
+    windows = draw_windows(
+        texts,
+        checkpoint.require_tokenizer().encode,
+        context=context,
+        num_windows=-(-tokens // context),
+        num_calibration=-(-NUM_CALIBRATION // context) if calibrating else 0,
+        seed=seed,
+    )
+    named = "the State of the Union addresses" if text is None else text.name
+    sweep = Sweep(results, checkpoint, windows, cases, backend=ops, device=device, text=named, seed=seed)
+    if sweep.done:
+        Console(stderr=True).print(f"{len(sweep.done)} cases of an interrupted run are kept")
+    with counting("windows") as count:
+        found = sweep.run(count)
+    computed_on = gpu_name() if backend == "fast" and device != "cpu" else None
+    save(
+        results,
+        f"twofold bench quality --backend {backend} --seed {seed}{' --quick' * quick}",
+        found,
+        device=computed_on,
+    )
+    sweep.unfinished.remove()
+    for title, columns, rows, notes in tables(found):
+        table(title, columns, rows)
+        for note in notes:
+            Console().print(note)
+    if plots is not None:
+        from twofold.bench.quality.plots import draw
+
+        draw(found, plots)
     return 0

@@ -29,6 +29,32 @@ def progress() -> Iterator[Callable[[str, int, int | None], None]]:
         yield on_progress
 
 
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[str, int], None]]:
+    """A callback that is told what begins, and of how many; draws a bar with an estimate on stderr, if a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(what),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(what, total=None, now="")
+        begun = 0
+
+        def on_begin(now: str, total: int) -> None:
+            nonlocal begun
+            bars.update(task, completed=begun, total=total, now=now)
+            begun += 1
+
+        yield on_begin
+
+
 class Answers:
     """Answers on stdout. One prompt streams as it comes; several show a live line each on stderr until all are done."""
 
