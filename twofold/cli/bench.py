@@ -126,8 +126,8 @@ def quality(
     chosen += [cache_case(name, kv_window) for name in kv_cache_dtype or ()]
     if kv_window is not None and not kv_cache_dtype:
         raise TwofoldError("--kv-window is of a cache: say which with --kv-cache-dtype kivi2 or kivi4")
-    context = context or (QUICK_CONTEXT if quick else CONTEXT)
-    tokens = tokens or (context if quick else NUM_PREDICTIONS)
+    context = (QUICK_CONTEXT if quick else CONTEXT) if context is None else context
+    tokens = (context if quick else NUM_PREDICTIONS) if tokens is None else tokens
     if context < 1 or tokens < 1:
         raise TwofoldError(f"--context {context}, --tokens {tokens}: both must be at least 1")
     ops = resolve_backend(backend)

@@ -81,12 +81,12 @@ class Sweep:
 
     @property
     def done(self) -> dict[str, Any]:
-        """What an interrupted sweep with the same settings has found already, by the case's name."""
+        """What an interrupted sweep with the same settings has found already, by the case's key."""
         return self.unfinished.done
 
     def run(self, on_progress: Progress = lambda what, total: None) -> dict[str, Any]:
         """Read the text with the baseline, then with each case that is left."""
-        left = [case for case in self.cases if case.name not in self.done]
+        left = [case for case in self.cases if case.key not in self.done]
         total = len(self.windows.judged) * (1 + len(left)) + len(left)
 
         def begin(what: str) -> None:
@@ -96,8 +96,8 @@ class Sweep:
         self.hidden = self._read(self.reader, lambda: begin("baseline"))
         self.baseline = self._predictions(self.reader, self.hidden)
         for case in left:
-            begin(f"{case.name}: weights")
-            self.unfinished.keep(case.name, self._measure(case, lambda case=case: begin(case.name)))
+            begin(f"{case.key}: weights")
+            self.unfinished.keep(case.key, self._measure(case, lambda case=case: begin(case.key)))
         return self._results()
 
     def _read(self, reader: Reader, on_window: Callable[[], None]) -> list[Any]:
@@ -155,7 +155,7 @@ class Sweep:
         return {
             "settings": self.settings,
             "baseline": self.baseline.figures(self.baseline) | {"bytes_per_weight": 4.0},
-            "cases": [{name: getattr(case, name) for name in described} | self.done[case.name] for case in self.cases],
+            "cases": [{name: getattr(case, name) for name in described} | self.done[case.key] for case in self.cases],
             "known_models": [model.row() for model in KNOWN_MODELS],
         }
 

@@ -1,4 +1,4 @@
-"""What is judged: a format of the weights, weights left out, fewer KV heads, or a format of the cache; one at a time."""
+"""What is judged: a format of the weights, weights left out, fewer KV heads or a format of the cache, one at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Case:
     """One change to the baseline, which computes in float32 and keeps its cache so.
 
     Attributes:
-        name: In tables and results.
+        name: In tables and results; of its kind, as "int8" is a format of weights and of the cache.
         weights: Format of the layers' matrices; the embedding and the head stay as they are. "as-is": the whole
             checkpoint as it is stored.
         method: How the numbers of that format, or the weights to leave out, are found.
@@ -36,6 +36,11 @@ class Case:
     cache: str = "float32"
     kv_window: int | None = None
     lossless: bool = False
+
+    @property
+    def key(self) -> str:
+        """Names it among all cases."""
+        return f"{self.kind}, {self.name}"
 
     @property
     def needs_calibration(self) -> bool:

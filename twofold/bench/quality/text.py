@@ -97,8 +97,8 @@ def draw_windows(
     found = [*islice(_windows(texts, encode, context + 1, seed), wanted)]
     if len(found) < wanted:
         raise TwofoldError(
-            f"the text is too short: it has {len(found)} windows of {context + 1} tokens, and {num_windows} to judge on "
-            f"and {num_calibration} to calibrate with are wanted; give a longer one, or a smaller --tokens or --context"
+            f"the text is too short: it has {len(found)} windows of {context + 1} tokens, not {num_windows} to judge "
+            f"on and {num_calibration} to calibrate with; give a longer one, or a smaller --tokens or --context"
         )
     rows = np.array(found, np.int32).reshape(wanted, context + 1)
     return Windows(rows[:num_windows], rows[num_windows:])
