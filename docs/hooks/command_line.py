@@ -5,7 +5,7 @@ import io
 import os
 
 MARK = "<!-- help of every command -->"
-COMMANDS = ["generate", "chat", "models", "pull", "trace", "bench cpu"]
+COMMANDS = ["generate", "chat", "models", "pull", "trace", "bench cpu", "bench quality"]
 
 
 def on_page_markdown(markdown, page, config, files):

@@ -105,7 +105,7 @@ def draw_windows(
 
 
 def _windows(texts: Sequence[str], encode: Callable[[str], list[int]], length: int, seed: int) -> Iterator[list[int]]:
-    order = np.random.default_rng(seed).permutation(len(texts))
+    order: list[int] = np.random.default_rng(seed).permutation(len(texts)).tolist()
     encoded: dict[int, list[int]] = {}
     for place in count():
         longer = []  # the texts that have a window here
