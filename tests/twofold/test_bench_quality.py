@@ -200,7 +200,7 @@ def test_every_case_of_the_issue_is_there():
     assert {name for name, case in cases.items() if case.lossless} == {"q4_1", "as stored"}
     assert len({case.key for case in everything}) == len(everything)
     quick = quick_cases(everything)
-    assert quick
+    assert len(quick) == 10
     assert not any(case.needs_calibration for case in quick)
 
 
@@ -244,6 +244,26 @@ def test_every_case_runs_and_is_shown(checkpoint, windows, tmp_path):
     once, again = ([p.read_bytes() for p in plots.draw(results, tmp_path / name)] for name in "ab")
     assert once == again
     assert len(once) == 3
+
+
+def test_every_backend_finds_what_the_reference_finds(checkpoint, tmp_path, backend):
+    """One case of each way to make a decoder: on a short text, as kernels are interpreted here."""
+    short = draw_windows([TEXT], checkpoint.tokenizer.encode, context=12, num_windows=1, num_calibration=1, seed=0)
+    cases = [
+        weights_case("bfloat16"),
+        Case("int8, GPTQ", "weights", "int8", "GPTQ"),
+        Case("w8a8, SmoothQuant", "weights", "w8a8", "SmoothQuant"),
+        Case("2:4, Wanda", "pruning", "sparse24", "Wanda"),
+        Case("fewer heads", "heads", num_kv_heads=1),
+        cache_case("kivi4", 0),
+    ]
+    ours, theirs = (
+        Sweep(tmp_path / f"{i}.json", checkpoint, short, cases, backend=computes, text="a text", seed=0).run()
+        for i, computes in enumerate((backend, reference))
+    )
+    for got, expected in zip(ours["cases"], theirs["cases"]):
+        assert got["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-3), got["name"]
+        assert got["bytes_per_weight"] == expected["bytes_per_weight"], got["name"]
 
 
 def test_an_interrupted_sweep_goes_on_from_where_it_was(checkpoint, windows, tmp_path):
