@@ -13,6 +13,7 @@ from twofold.bench.quality import Sweep, matrix_types, plots, show
 from twofold.bench.quality.cases import Case, all_cases, cache_case, quick_cases, weights_case
 from twofold.bench.quality.fitting import fitted_decoder
 from twofold.bench.quality.known_models import KNOWN_MODELS
+from twofold.bench.quality.peer import perplexity_of_transformers
 from twofold.bench.quality.reading import Reader, predictions, predictions_on_device
 from twofold.bench.quality.text import draw_windows
 from twofold.checkpoints import load_checkpoint
@@ -95,22 +96,7 @@ def test_the_baseline_is_at_no_distance_from_itself(checkpoint, windows, tmp_pat
 
 def test_perplexity_is_that_of_transformers(checkpoint, windows, tmp_path):
     """On the same windows, within 0.1 %, for an independent implementation with the same random weights."""
-    check_against_transformers(checkpoint, windows, tmp_path)
-
-
-def check_against_transformers(checkpoint, windows, tmp_path):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    path = checkpoint.path
-    peer = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-    losses = []
-    for window in windows.judged:
-        ids = torch.tensor(window[None].astype(np.int64))
-        with torch.inference_mode():
-            logits = peer(ids[:, :-1]).logits[0]
-        losses.append(torch.nn.functional.cross_entropy(logits.double(), ids[0, 1:], reduction="none"))
-    theirs = float(torch.cat(losses).mean().exp())
+    theirs = perplexity_of_transformers(checkpoint, windows)
     ours = sweep(tmp_path / "q.json", checkpoint, windows, []).run()["baseline"]["perplexity"]
     assert abs(ours / theirs - 1) < 1e-3, f"perplexity {ours:.5f}, transformers {theirs:.5f}"
 

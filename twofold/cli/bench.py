@@ -104,6 +104,9 @@ def quality(
     kv_window: options.KVWindow = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a window, by default 2048.", metavar="N")] = None,
     tokens: Annotated[int | None, typer.Option(help="Predictions to judge by, by default 16384.", metavar="N")] = None,
+    against_transformers: Annotated[
+        bool, typer.Option("--against-transformers", help="Also the baseline's perplexity by `transformers`.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the choice among the texts.", metavar="N", min=0)] = 0,
     quick: Annotated[bool, typer.Option(help="In a minute: few tokens, so more noise, and no calibration.")] = False,
     results: Results = Path("benchmarks/results/quality.json"),
@@ -154,6 +157,11 @@ def quality(
         Console(stderr=True).print(f"{len(sweep.done)} cases of an interrupted run are kept")
     with counting("windows") as count:
         found = sweep.run(count)
+    if against_transformers:
+        from twofold.bench.quality.peer import perplexity_of_transformers
+
+        with counting("windows") as count:
+            found["transformers"] = {"perplexity": perplexity_of_transformers(checkpoint, windows, count)}
     computed_on = gpu_name() if backend == "fast" and device != "cpu" else None
     save(
         results,
@@ -162,6 +170,9 @@ def quality(
         device=computed_on,
     )
     sweep.unfinished.remove()
+    if against_transformers:
+        theirs, ours = found["transformers"]["perplexity"], found["baseline"]["perplexity"]
+        Console().print(f"baseline: perplexity {ours:.5f}; transformers on the same text: {theirs:.5f}")
     for title, columns, rows, notes in tables(found):
         table(title, columns, rows)
         for note in notes:
