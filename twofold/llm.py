@@ -45,6 +45,7 @@ class LLM:
         weights: Format of the linear layers' weights: "auto" (as ``dtype``), "as-is" (a GGUF's own blocks), or a name
             of the weight formats' table. `twofold models` prints both tables.
         kv_cache_dtype: Format of the KV cache, by name.
+        kv_window: Of a KIVI format: the newest tokens that are read in full precision; by default the format's own.
         block_size: Tokens in a KV block.
         num_blocks: In the pool. By default, on a GPU, as many as there is room for, measured when the weights are
             there; elsewhere as many as fit in 256 MiB, and enough for one sequence of full length where that takes no
@@ -80,6 +81,7 @@ class LLM:
         dtype: str = "auto",
         weights: str = "auto",
         kv_cache_dtype: str = "auto",
+        kv_window: int | None = None,
         block_size: int = 16,
         num_blocks: int | None = None,
         gpu_memory_utilization: float = 0.9,
@@ -125,6 +127,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             lookahead=lookahead,
+            kv_window=kv_window,
         )
         try:
             if room is not None:

@@ -87,6 +87,7 @@ def pool_sizes(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     lookahead: int,
+    kv_window: int | None = None,
 ) -> PoolSizes:
     """The sizes asked for, checked; and those nobody asked for, chosen.
 
@@ -106,7 +107,7 @@ def pool_sizes(
     if max_model_len is not None and max_model_len > context:
         raise TwofoldError(f"--max-model-len {max_model_len}: the model was made for {context} tokens at most")
     try:
-        format = resolve_format(kv_cache_dtype, dtype)
+        format = resolve_format(kv_cache_dtype, dtype).with_window(kv_window)
         sizes = block_bytes(format, **_shape(config), block_size=block_size, dtype=dtype)
     except ValueError as error:
         raise TwofoldError(str(error)) from None

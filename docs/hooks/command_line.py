@@ -7,7 +7,7 @@ import os
 MARK = "<!-- help of every command -->"
 COMMANDS = [
     "generate", "chat", "models", "pull", "trace", "bench cpu", "bench kernels", "bench engine", "bench memory",
-    "bench lossless", "bench planner",
+    "bench lossless", "bench planner", "bench quality",
 ]  # fmt: skip
 
 

@@ -23,7 +23,8 @@ class EngineConfig:
         lookahead: How many steps are scheduled before the tokens of the last one are read: 0 or 1.
         watermark: Share of the pool that the admission of a request leaves free, lest it be preempted at once.
         kv_cache_dtype: The KV format's name; part of a prefix block's key.
-        kv_window: Tokens that the KV format keeps in full precision, in the second pool; 0: it has none.
+        kv_window: Tokens that the KV format keeps in full precision, in the second pool, beside those not sealed yet;
+            None: it has no second pool.
         sliding_window: Keys that a query sees, if *every* layer of the model slides: blocks past it are released.
         eos_token_ids: Tokens with which the model ends a text.
         model_fingerprint: Says which weights; part of a prefix block's key.
@@ -41,7 +42,7 @@ class EngineConfig:
     lookahead: int = 0
     watermark: float = 0.01
     kv_cache_dtype: str = "auto"
-    kv_window: int = 0
+    kv_window: int | None = None
     sliding_window: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     model_fingerprint: str = ""
@@ -56,8 +57,8 @@ class EngineConfig:
         self._check("swap_coding", not nothing_to_code, "none, unless preemption is swap")
         self._check("watermark", 0 <= self.watermark < 1, "a share in [0, 1)")
         self._check("sliding_window", self.sliding_window is None or self.sliding_window >= 1, "at least 1, or none")
-        self._check("kv_window", self.kv_window >= 0, "at least 0")
-        least = -(-(self.kv_window - 1) // self.block_size) + 2 if self.kv_window else 0
+        self._check("kv_window", self.kv_window is None or self.kv_window >= 0, "at least 0, or none")
+        least = 0 if self.kv_window is None else -(-(max(1, self.kv_window) - 1) // self.block_size) + 2
         self._check("num_window_blocks", self.num_window_blocks >= least, f"at least {least}, for one sequence")
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
@@ -67,11 +68,15 @@ class EngineConfig:
     @property
     def pool_sizes(self) -> tuple[int, ...]:
         """Blocks of each pool."""
-        return (self.num_blocks, self.num_window_blocks) if self.kv_window else (self.num_blocks,)
+        return (self.num_blocks,) if self.kv_window is None else (self.num_blocks, self.num_window_blocks)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Of each pool: how far back a block can still be read, in tokens; None: all the way."""
-        if not self.kv_window:
+        """Of each pool: how far back a block can still be read, in tokens; None: all the way.
+
+        At least 1: a token is written to the window before it is sealed, even if no query reads it there.
+        """
+        if self.kv_window is None:
             return (self.sliding_window,)
-        return (self.sliding_window, min(self.kv_window, self.sliding_window or self.kv_window))
+        kept = max(1, self.kv_window)
+        return (self.sliding_window, min(kept, self.sliding_window or kept))

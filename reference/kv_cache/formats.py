@@ -7,7 +7,7 @@ and tables first.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd, prod
 
 ALIGNMENT = 64
@@ -57,8 +57,8 @@ class KVFormat:
     """One row of the table.
 
     Attributes:
-        window: KIVI: queries read in full precision what is fewer than so many tokens back; > 0 means a second pool
-            of window blocks.
+        window: KIVI: queries read in full precision what is fewer than so many tokens back, and what is not sealed yet:
+            with 0 that alone. It means a second pool of window blocks. None: the format has neither.
         bits: Stored for each value, its share of scales and zeros left out (`bytes_per_token` counts everything).
             0: as many as the model's dtype.
         group_size: Values that share a scale and a zero: along a head, and for KIVI's keys along a channel. Where it
@@ -71,7 +71,7 @@ class KVFormat:
 
     name: str  # "auto" (the model's dtype), "bfloat16", "float16", "float32", "int8", "fp8", "int4", "kivi4", "kivi2"
     summary: str
-    window: int = 0
+    window: int | None = None
     bits: int = 0
     group_size: int = 0
     layout: Callable[["KVFormat", BlockShape], Pools] | None = None  # None: "auto", until it is resolved
@@ -79,23 +79,38 @@ class KVFormat:
     attend_op: str = ""
     fused_op: str | None = None
 
+    def with_window(self, window: int | None) -> "KVFormat":
+        """This format with another window; None leaves its own. Raises ValueError for a format that has none."""
+        if window is None:
+            return self
+        if self.window is None:
+            kivi = ", ".join(name for name, format in KV_FORMATS.items() if format.window is not None)
+            raise ValueError(f"KV format {self.name} has no window (got {window}); those that have one: {kivi}")
+        return replace(self, window=window)
+
+    @property
+    def kept(self) -> int:
+        """Tokens whose window blocks the next query needs: at least its own, which is written there before it is
+        sealed, however small the window."""
+        return max(1, self.window or 0)
+
     def window_start(self, next_position: int) -> int:
         """Groups that end at or before this position are read quantized by every query from ``next_position`` on.
 
         What to give to `BlockTable.release_before` for the window's table; ``next_position`` must be one that no
         truncation undoes. (A model's own sliding window ends in the same place: the first key that is still seen.)
         """
-        return max(0, next_position + 1 - self.window)
+        return max(0, next_position + 1 - self.kept)
 
     def tail_blocks(self, block_size: int) -> int:
         """Window blocks which the query right after a prefix of full blocks reads: ``tail`` for `match_pools`."""
-        return -(-max(0, self.window - 1) // block_size)
+        return -(-(self.kept - 1) // block_size)
 
     def window_blocks(
         self, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, lookahead: int = 0
     ) -> int:
         """Window blocks that cannot run out: those each sequence keeps, and those that the steps in flight fill."""
-        if not self.window:
+        if self.window is None:
             return 0
         kept = self.tail_blocks(block_size) + 2  # a window may begin within a block, and a chunk end within another
         return max_num_seqs * kept + (1 + lookahead) * -(-max_num_batched_tokens // block_size)
@@ -140,8 +155,8 @@ def _grouped_layout(format: KVFormat, shape: BlockShape) -> Pools:
 def _kivi_layout(format: KVFormat, shape: BlockShape) -> Pools:
     """Packed codes; a scale and a zero for each channel over a group of keys, and for each group of a value's
     channels. The window: k and v as the model computes them."""
-    if format.window < 1:
-        raise ValueError(f"KV format {format.name}: window: expected at least 1 token, got {format.window}")
+    if format.window is None or format.window < 0:
+        raise ValueError(f"KV format {format.name}: window: expected at least 0 tokens, got {format.window}")
     packed, value_groups = _packed_heads(format, shape), _head_groups(format, shape)
     per_token = (shape.block_size, shape.num_kv_heads, shape.head_dim)
     key_groups = (shape.block_size // gcd(format.group_size, shape.block_size), shape.num_kv_heads, shape.head_dim)
@@ -205,7 +220,7 @@ _TABLE = (
 )  # fmt: skip
 
 KV_FORMATS: dict[str, KVFormat] = {format.name: format for format in _TABLE}
-"""Every format by name. ``dataclasses.replace(KV_FORMATS["kivi2"], window=32)`` makes another of the same kind."""
+"""Every format by name. ``KV_FORMATS["kivi2"].with_window(32)`` makes another of the same kind."""
 
 
 def resolve_format(format: KVFormat | str, dtype: str) -> KVFormat:

@@ -198,7 +198,7 @@ def test_every_array_reaches_the_op_under_its_own_name(name, backend):
         fill(cache)
     format = through.format
     view, (q, k, v) = step_of_one_sequence(backend)
-    kivi = {"window": format.window} if format.window else {}
+    kivi = {} if format.window is None else {"window": format.window}
     slots, tables = {"slot_mapping": view.slot_mapping}, {"block_table": view.block_table}
     if kivi:
         slots["window_slot_mapping"] = view.window_slot_mapping
@@ -294,7 +294,7 @@ def chunk_schedules(draw):
     return max_seqs, max_tokens, steps
 
 
-@given(chunk_schedules(), st.sampled_from([1, 2, 5, 32]), st.sampled_from([1, 4, 16]), st.integers(0, 1))
+@given(chunk_schedules(), st.sampled_from([1, 2, 5, 32, 0]), st.sampled_from([1, 4, 16]), st.integers(0, 1))
 @settings(max_examples=200)
 def test_window_blocks_cannot_run_out(schedule, window, block_size, lookahead):
     """However the budget is spent; with a step in flight, what a step gave up is free only after the next began."""
@@ -317,8 +317,8 @@ def test_window_blocks_cannot_run_out(schedule, window, block_size, lookahead):
 
 def test_a_format_without_a_window_needs_no_window_blocks():
     sizes = {"block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 64}
-    assert {f.window_blocks(**sizes) > 0 for f in KV_FORMATS.values() if f.window} == {True}
-    assert {f.window_blocks(**sizes) for f in KV_FORMATS.values() if not f.window} == {0}
+    assert {f.window_blocks(**sizes) > 0 for f in KV_FORMATS.values() if f.window is not None} == {True}
+    assert {f.window_blocks(**sizes) for f in KV_FORMATS.values() if f.window is None} == {0}
 
 
 # ---- what cannot be ---------------------------------------------------------------------------------------------
@@ -352,14 +352,23 @@ def test_every_format_says_what_it_is_in_a_sentence():
         ({"num_kv_heads": 0}, "num_kv_heads"),
         ({"num_blocks": -1}, "num_blocks"),
         (
-            {"name": replace(KV_FORMATS["kivi2"], window=0)},
-            "window: expected at least 1",
+            {"name": KV_FORMATS["kivi2"].with_window(-1)},
+            "window: expected at least 0",
         ),
     ],
 )
 def test_what_no_cache_can_be_is_refused(changed, message):
     with pytest.raises(ValueError, match=message):
         make_cache(changed.pop("name", "auto"), reference, **changed)
+
+
+def test_a_window_is_chosen_where_there_is_one():
+    """None leaves the format's own; the other formats say that they have none, in a sentence."""
+    assert KV_FORMATS["kivi2"].with_window(0).window == 0
+    assert KV_FORMATS["kivi2"].with_window(None) is KV_FORMATS["kivi2"]
+    assert KV_FORMATS["int8"].with_window(None) is KV_FORMATS["int8"]
+    with pytest.raises(ValueError, match=r"KV format int8 has no window \(got 32\); those that have one: kivi4, kivi2"):
+        KV_FORMATS["int8"].with_window(32)
 
 
 def test_a_backend_without_an_op_is_named_at_once():

@@ -103,7 +103,7 @@ def index(monkeypatch, tmp_path):
 def instead_of_pip(index, monkeypatch):
     """For what comes after the download: the wheel is simply there."""
 
-    def put(work: Path, on_progress) -> Path:
+    def put(work: Path, on_progress, wheel) -> Path:
         (work / WHEEL).write_bytes(index.wheel)
         return work / WHEEL
 

@@ -64,7 +64,8 @@ class Setting:
 
     def prompts(self) -> list[str]:
         """Short ones, or long enough for something to leave the format's window."""
-        return [LONG_AGO + prompt for prompt in PROMPTS] if KV_FORMATS[self.kv_cache_dtype].window else PROMPTS
+        has_window = KV_FORMATS[self.kv_cache_dtype].window is not None
+        return [LONG_AGO + prompt for prompt in PROMPTS] if has_window else PROMPTS
 
 
 def settings() -> list[Setting]:

@@ -61,6 +61,41 @@ def save(path: Path, command: str, results: Mapping[str, Any], *, device: str | 
     unfinished.replace(path)
 
 
+class Unfinished:
+    """What a sweep has done so far, kept beside where its results will go, so that one that is interrupted can go on.
+
+    Args:
+        results: Where the results will go.
+        settings: What the figures depend on: what was kept with others is not looked at.
+
+    Attributes:
+        done: Figures by name.
+    """
+
+    def __init__(self, results: Path, settings: Mapping[str, Any]):
+        self.path = results.with_suffix(".sweep.json")
+        self.settings = json.loads(json.dumps(settings))
+        self.done: dict[str, Any] = {}
+        try:
+            kept = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return
+        if isinstance(kept, dict) and kept.get("settings") == self.settings:
+            self.done = kept["done"]
+
+    def keep(self, name: str, figures: Any) -> None:
+        """Add what was found, on the disk too."""
+        self.done[name] = figures
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self.path.with_suffix(".new")
+        whole.write_text(json.dumps({"settings": self.settings, "done": self.done}))
+        whole.replace(self.path)
+
+    def remove(self) -> None:
+        """All is done."""
+        self.path.unlink(missing_ok=True)
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table."""
     from rich.console import Console

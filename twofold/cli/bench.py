@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure, side by side with the best alternatives.", rich_markup_mode=None)
 
+CONTEXT, QUICK_CONTEXT = 2048, 256  # tokens of a window
+NUM_PREDICTIONS = 16384
+
 Results = Annotated[Path, typer.Option(help="Where the JSON goes.", metavar="FILE")]
 
 
@@ -219,6 +222,116 @@ def memory(
             Console().print(note)
     if plots is not None:
         from twofold.bench.memory.plots import draw
+
+        draw(found, plots)
+    return 0
+
+
+@app.command()
+def quality(
+    model: options.Model = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Read this, instead of the State of the Union addresses.", metavar="FILE")
+    ] = None,
+    backend: options.Backend = "reference",
+    device: options.Device = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A row of the tables (`int4-64, GPTQ`), or weights, pruning, heads or cache; again for more.",
+            metavar="NAME",
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None, typer.Option(help="Only this format of the weights; again for more.", metavar="NAME")
+    ] = None,
+    kv_cache_dtype: Annotated[
+        list[str] | None, typer.Option(help="Only this format of the KV cache; again for more.", metavar="NAME")
+    ] = None,
+    kv_window: options.KVWindow = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a window, by default 2048.", metavar="N")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Predictions to judge by, by default 16384.", metavar="N")] = None,
+    calibration: Annotated[
+        int, typer.Option(help="Tokens for GPTQ, SmoothQuant and Wanda to see the model at work.", metavar="N", min=1)
+    ] = 8192,
+    against_transformers: Annotated[
+        bool, typer.Option("--against-transformers", help="Also the baseline's perplexity by `transformers`.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the choice among the texts.", metavar="N", min=0)] = 0,
+    quick: Annotated[bool, typer.Option(help="In a minute: few tokens, so more noise, and no calibration.")] = False,
+    results: Results = Path("benchmarks/results/quality.json"),
+    plots: Annotated[Path | None, typer.Option(help="Draw plots into this folder.", metavar="FOLDER")] = None,
+) -> int:
+    """What each format of weights and cache costs a real model. An interrupted run goes on from there."""
+    from rich.console import Console
+
+    from twofold.backends import resolve_backend
+    from twofold.bench.quality import Sweep, matrix_types
+    from twofold.bench.quality.cases import all_cases, cache_case, named_cases, quick_cases, weights_case
+    from twofold.bench.quality.show import tables
+    from twofold.bench.quality.text import draw_windows, fetch_addresses, read_text
+    from twofold.bench.report import gpu_name, save, table
+    from twofold.checkpoints import load_checkpoint
+    from twofold.cli.show import counting, progress
+    from twofold.errors import TwofoldError
+
+    chosen = [weights_case(name) for name in weights or ()]
+    chosen += [cache_case(name, kv_window) for name in kv_cache_dtype or ()]
+    if kv_window is not None and not kv_cache_dtype:
+        raise TwofoldError("--kv-window is of a cache: say which with --kv-cache-dtype kivi2 or kivi4")
+    context = (QUICK_CONTEXT if quick else CONTEXT) if context is None else context
+    tokens = (context if quick else NUM_PREDICTIONS) if tokens is None else tokens
+    if context < 1 or tokens < 1:
+        raise TwofoldError(f"--context {context}, --tokens {tokens}: both must be at least 1")
+    ops = resolve_backend(backend)
+    with progress() as on_progress:
+        checkpoint = load_checkpoint(model, on_progress=on_progress)
+        texts = read_text(text) if text is not None else fetch_addresses(on_progress)
+    longest = checkpoint.config.max_position_embeddings
+    if context > longest:
+        raise TwofoldError(f"--context {context}: the model was made for {longest} tokens at most")
+    cases = all_cases(matrix_types(checkpoint), checkpoint.config.num_kv_heads)
+    if chosen or only:
+        cases = [*chosen, *named_cases(cases, only or ())]
+    elif quick:
+        cases = quick_cases(cases)
+    calibrating = any(case.needs_calibration for case in cases)
+    windows = draw_windows(
+        texts,
+        checkpoint.require_tokenizer().encode,
+        context=context,
+        num_windows=-(-tokens // context),
+        num_calibration=-(-calibration // context) if calibrating else 0,
+        seed=seed,
+    )
+    named = "the State of the Union addresses" if text is None else text.name
+    sweep = Sweep(results, checkpoint, windows, cases, backend=ops, device=device, text=named, seed=seed)
+    if sweep.done:
+        Console(stderr=True).print(f"{len(sweep.done)} cases of an interrupted run are kept")
+    with counting("windows") as count:
+        found = sweep.run(count)
+    if against_transformers:
+        from twofold.bench.quality.peer import perplexity_of_transformers
+
+        with counting("windows") as count:
+            found["transformers"] = {"perplexity": perplexity_of_transformers(checkpoint, windows, count)}
+    computed_on = gpu_name() if backend == "fast" and device != "cpu" else None
+    save(
+        results,
+        f"twofold bench quality --backend {backend} --seed {seed}{' --quick' * quick}",
+        found,
+        device=computed_on,
+    )
+    sweep.unfinished.remove()
+    if against_transformers:
+        theirs, ours = found["transformers"]["perplexity"], found["baseline"]["perplexity"]
+        Console().print(f"baseline: perplexity {ours:.5f}; transformers on the same text: {theirs:.5f}")
+    for title, columns, rows, notes in tables(found):
+        table(title, columns, rows)
+        for note in notes:
+            Console().print(note)
+    if plots is not None:
+        from twofold.bench.quality.plots import draw
 
         draw(found, plots)
     return 0

@@ -21,6 +21,9 @@ Backend = Annotated[
 Device = Annotated[str | None, typer.Option(help="Where arrays live, as the backend names it.", metavar="NAME")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.", metavar="NAME")]
 KVCacheDtype = Annotated[str, typer.Option(help=f"Format of the KV cache: {', '.join(KV_FORMATS)}.", metavar="NAME")]
+KVWindow = Annotated[
+    int | None, typer.Option(help="Newest tokens that kivi4 and kivi2 read in full; by default 128.", metavar="N")
+]
 Weights = Annotated[
     str,
     typer.Option(

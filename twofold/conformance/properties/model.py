@@ -61,7 +61,7 @@ def paged_logits(
         head_dim=config.head_dim,
         block_size=block_size,
         num_blocks=num_blocks,
-        num_window_blocks=num_blocks if resolve_format(kv_format, decoder.dtype).window else 0,
+        num_window_blocks=0 if resolve_format(kv_format, decoder.dtype).window is None else num_blocks,
         dtype=decoder.dtype,
         backend=backend,
     )

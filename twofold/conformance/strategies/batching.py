@@ -44,7 +44,7 @@ class FakeModel:
     """
 
     sliding_window: int | None = None
-    kv_window: int = 0
+    kv_window: int | None = None
     group_size: int = 1
 
     def key(self, before: int, token: int, adapter: int) -> int:
@@ -58,7 +58,7 @@ class FakeModel:
     def is_quantized(self, query: int, position: int) -> bool:
         """Does the query read it from the first of two pools?"""
         group_end = (position // self.group_size + 1) * self.group_size
-        return group_end <= query + 1 - self.kv_window
+        return group_end <= query + 1 - (self.kv_window or 0)
 
     def draw(self, visible: list[int], seed: int, position: int, sample_index: int) -> int:
         """The token at ``position``, after the keys that the query before it sees."""
@@ -173,7 +173,7 @@ class FakeRunner:
     def read(self, batch: Batch, seq: int, query: int, position: int) -> int:
         """What the query of a sequence finds at a position."""
         pool = 0
-        if self.config.kv_window and not self.model.is_quantized(query, position):
+        if self.config.kv_window is not None and not self.model.is_quantized(query, position):
             pool = 1
         block_size = self.config.block_size
         block_id = batch.block_tables[pool][seq, position // block_size]
@@ -307,13 +307,13 @@ def engine_configs(draw: st.DrawFn) -> EngineConfig:
     block_size = draw(st.sampled_from([2, 1, 4]), label="block_size")
     max_model_len = draw(st.sampled_from([24, 12, 40]), label="max_model_len")
     room = draw(st.sampled_from([1.0, 1.5, 0.6, 3.0]), label="how many of the longest sequences fit")
-    kv_window = draw(st.sampled_from([0, 0, 0, 1, 3, 6]), label="kv_window")
-    least = -(-(kv_window - 1) // block_size) + 2 if kv_window else 0
+    kv_window = draw(st.sampled_from([None, None, None, 1, 3, 6, 0]), label="kv_window")
+    least = 0 if kv_window is None else -(-(max(1, kv_window) - 1) // block_size) + 2
     return EngineConfig(
         num_blocks=max(1, int(room * max_model_len / block_size)),
         max_model_len=max_model_len,
         block_size=block_size,
-        num_window_blocks=draw(st.integers(least, least + 12), label="num_window_blocks") if kv_window else 0,
+        num_window_blocks=draw(st.integers(least, least + 12 * (kv_window is not None)), label="num_window_blocks"),
         max_num_seqs=draw(st.sampled_from([6, 3, 2, 1]), label="max_num_seqs"),
         max_num_batched_tokens=draw(st.sampled_from([64, 16, 7, 3, 1]), label="max_num_batched_tokens"),
         **draw(preemptions(), label="preemption"),
@@ -365,7 +365,7 @@ def engine_for(
             "num_blocks": 128,
             "max_model_len": model.max_position_embeddings,
             "block_size": 4,
-            "num_window_blocks": 128 if format.window else 0,
+            "num_window_blocks": 0 if format.window is None else 128,
             "kv_cache_dtype": format.name,
             "kv_window": format.window,
             "sliding_window": model.sliding_window if slides else None,

@@ -34,11 +34,11 @@ class CacheRun:
 
 def formats(names: tuple[str, ...] = tuple(KV_FORMATS)) -> st.SearchStrategy[KVFormat]:
     """Rows of the table; KIVI's with windows that end within a group, within a block, or past every sequence."""
-    windowed = st.sampled_from([1, 3, 8, 128])
+    windowed = st.sampled_from([1, 3, 8, 128, 0])
     return st.sampled_from(names).flatmap(
         lambda name: (
             st.just(KV_FORMATS[name])
-            if not KV_FORMATS[name].window
+            if KV_FORMATS[name].window is None
             else windowed.map(lambda window: replace(KV_FORMATS[name], window=window, group_size=4))
         )
     )
