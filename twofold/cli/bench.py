@@ -11,7 +11,7 @@ from twofold.cli import options
 app = typer.Typer(help="Measure, side by side with the best alternatives.", rich_markup_mode=None)
 
 CONTEXT, QUICK_CONTEXT = 2048, 256  # tokens of a window
-NUM_PREDICTIONS, NUM_CALIBRATION = 16384, 8192
+NUM_PREDICTIONS = 16384
 
 Results = Annotated[Path, typer.Option(help="Where the JSON goes.", metavar="FILE")]
 
@@ -95,6 +95,13 @@ def quality(
     ] = None,
     backend: options.Backend = "reference",
     device: options.Device = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A row of the tables (`int4-64, GPTQ`), or weights, pruning, heads or cache; again for more.",
+            metavar="NAME",
+        ),
+    ] = None,
     weights: Annotated[
         list[str] | None, typer.Option(help="Only this format of the weights; again for more.", metavar="NAME")
     ] = None,
@@ -104,6 +111,9 @@ def quality(
     kv_window: options.KVWindow = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a window, by default 2048.", metavar="N")] = None,
     tokens: Annotated[int | None, typer.Option(help="Predictions to judge by, by default 16384.", metavar="N")] = None,
+    calibration: Annotated[
+        int, typer.Option(help="Tokens for GPTQ, SmoothQuant and Wanda to see the model at work.", metavar="N", min=1)
+    ] = 8192,
     against_transformers: Annotated[
         bool, typer.Option("--against-transformers", help="Also the baseline's perplexity by `transformers`.")
     ] = False,
@@ -117,7 +127,7 @@ def quality(
 
     from twofold.backends import resolve_backend
     from twofold.bench.quality import Sweep, matrix_types
-    from twofold.bench.quality.cases import all_cases, cache_case, quick_cases, weights_case
+    from twofold.bench.quality.cases import all_cases, cache_case, named_cases, quick_cases, weights_case
     from twofold.bench.quality.show import tables
     from twofold.bench.quality.text import draw_windows, fetch_addresses, read_text
     from twofold.bench.report import gpu_name, save, table
@@ -140,15 +150,18 @@ def quality(
     longest = checkpoint.config.max_position_embeddings
     if context > longest:
         raise TwofoldError(f"--context {context}: the model was made for {longest} tokens at most")
-    cases = chosen or all_cases(matrix_types(checkpoint), checkpoint.config.num_kv_heads)
-    cases = quick_cases(cases) if quick and not chosen else cases
+    cases = all_cases(matrix_types(checkpoint), checkpoint.config.num_kv_heads)
+    if chosen or only:
+        cases = [*chosen, *named_cases(cases, only or ())]
+    elif quick:
+        cases = quick_cases(cases)
     calibrating = any(case.needs_calibration for case in cases)
     windows = draw_windows(
         texts,
         checkpoint.require_tokenizer().encode,
         context=context,
         num_windows=-(-tokens // context),
-        num_calibration=-(-NUM_CALIBRATION // context) if calibrating else 0,
+        num_calibration=-(-calibration // context) if calibrating else 0,
         seed=seed,
     )
     named = "the State of the Union addresses" if text is None else text.name
