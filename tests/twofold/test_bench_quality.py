@@ -289,9 +289,14 @@ def quality(checkpoint, text, *arguments):
 
 
 def test_the_command_writes_its_results_and_nothing_else(checkpoint, text, capsys):
-    assert quality(checkpoint, text, "--weights", "int8", "--kv-cache-dtype", "kivi2", "--kv-window", "0") == 0
+    assert (
+        quality(
+            checkpoint, text, "--weights", "int8", "--kv-cache-dtype", "kivi2", "--kv-window", "0", "--only", "heads"
+        )
+        == 0
+    )
     saved = json.loads(text.with_suffix(".json").read_text())
-    assert [case["name"] for case in saved["results"]["cases"]] == ["int8", "kivi2, window 0"]
+    assert [case["name"] for case in saved["results"]["cases"]] == ["int8", "kivi2, window 0", "2 to 1 KV heads"]
     assert saved["results"]["settings"]["seed"] == 0
     assert saved["versions"]["numpy"] == np.__version__
     assert {path.name for path in text.parent.iterdir()} == {"text.txt", "text.json"}
@@ -309,6 +314,7 @@ def test_the_command_writes_its_results_and_nothing_else(checkpoint, text, capsy
         (["--kv-cache-dtype", "int8", "--kv-window", "32"], "KV format int8 has no window"),
         (["--kv-window", "32"], "say which with --kv-cache-dtype"),
         (["--tokens", "0"], "at least 1"),
+        (["--only", "int5"], "--only int5: expected weights, pruning, heads, cache, or one of 'bfloat16'"),
         (["--text", "nowhere.txt"], "No such file"),
     ],
 )

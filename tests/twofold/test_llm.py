@@ -261,3 +261,21 @@ def test_a_backend_that_cannot_run_here_says_so_at_once(monkeypatch):
     monkeypatch.setattr(fast, "unavailable", lambda: "there is no GPU")
     with pytest.raises(TwofoldError, match="--backend fast: there is no GPU; --backend reference needs none"):
         LLM("no-such-model", backend="fast")
+
+
+@pytest.mark.parametrize("kv_window", [0, 5])
+def test_kivis_window_is_chosen_and_chunks_do_not_show(path, kv_window):
+    """However small the window: a token is written there before its group is sealed."""
+    sizes = {"num_blocks": 24, "block_size": 4, "max_num_seqs": 2, "kv_cache_dtype": "kivi4", "kv_window": kv_window}
+    prompts = ["hello world, " * 2, "12321"]
+    whole, chunked = (LLM(path, max_num_batched_tokens=tokens, **sizes) for tokens in (64, 3))
+    assert whole.cache.format.window == kv_window
+    answers = [[o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY)] for llm in (whole, chunked)]
+    assert answers[0] == answers[1]
+    assert blocks_in_use(chunked) == 0
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_a_window_without_kivi_is_one_sentence(path, kv_cache_dtype):
+    with pytest.raises(TwofoldError, match=r"KV format \w+ has no window \(got 0\); those that have one: kivi4, kivi2"):
+        LLM(path, kv_cache_dtype=kv_cache_dtype, kv_window=0)

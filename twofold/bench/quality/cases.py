@@ -6,6 +6,7 @@ from typing import Literal
 
 from reference.kv_cache.formats import KV_FORMATS, resolve_format
 from reference.linear.weight import weight_format
+from twofold.errors import TwofoldError
 
 Kind = Literal["weights", "pruning", "heads", "cache"]
 Method = Literal["rounding", "GPTQ", "SmoothQuant", "magnitude", "Wanda"]
@@ -72,6 +73,19 @@ def all_cases(stored_as: frozenset[str], num_kv_heads: int) -> list[Case]:
     cache = [cache_case(name) for name in ("bfloat16", "int8", "fp8", "int4")]
     cache += [cache_case(name, window) for name in ("kivi4", "kivi2") for window in (0, 32, 128)]
     return weights + pruning + list(dict.fromkeys(heads)) + cache
+
+
+def named_cases(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
+    """Those of a kind or with a name among ``names``.
+
+    Raises:
+        TwofoldError: If there is none for one of them.
+    """
+    for name in names:
+        if not any(name in (case.kind, case.name) for case in cases):
+            known = ", ".join(f"'{case.name}'" for case in cases)
+            raise TwofoldError(f"--only {name}: expected weights, pruning, heads, cache, or one of {known}")
+    return [case for case in cases if case.kind in names or case.name in names]
 
 
 def quick_cases(cases: Sequence[Case]) -> list[Case]:
