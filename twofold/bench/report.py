@@ -96,8 +96,8 @@ class Unfinished:
         self.path.unlink(missing_ok=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str] = ()) -> None:
+    """Print a table, and below it what there is to say of it."""
     from rich.console import Console
     from rich.table import Table
 
@@ -107,3 +107,5 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     for row in rows:
         drawn.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
     Console().print(drawn)
+    for note in notes:
+        Console().print(note)

@@ -216,10 +216,8 @@ def memory(
     with counting("simulations") as count:
         found = sweep.run(lambda case, total: count(case.name, total))
     save(results, f"twofold bench memory {' '.join(parts)}", found)
-    for title, columns, rows, notes in tables(found):
-        table(title, columns, rows)
-        for note in notes:
-            Console().print(note)
+    for parts in tables(found):
+        table(*parts)
     if plots is not None:
         from twofold.bench.memory.plots import draw
 
@@ -326,10 +324,8 @@ def quality(
     if against_transformers:
         theirs, ours = found["transformers"]["perplexity"], found["baseline"]["perplexity"]
         Console().print(f"baseline: perplexity {ours:.5f}; transformers on the same text: {theirs:.5f}")
-    for title, columns, rows, notes in tables(found):
-        table(title, columns, rows)
-        for note in notes:
-            Console().print(note)
+    for parts in tables(found):
+        table(*parts)
     if plots is not None:
         from twofold.bench.quality.plots import draw
 
