@@ -313,7 +313,11 @@ def quality(
 
         with counting("windows") as count:
             found["transformers"] = {"perplexity": perplexity_of_transformers(checkpoint, windows, count)}
-    computed_on = gpu_name() if backend == "fast" and device != "cpu" else None
+    computed_on = None
+    if backend == "fast":
+        import torch
+
+        computed_on = gpu_name() if torch.cuda.is_available() else None
     save(
         results,
         f"twofold bench quality --backend {backend} --seed {seed}{' --quick' * quick}",
