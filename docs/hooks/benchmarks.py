@@ -1,34 +1,56 @@
-"""Results of benchmarks on the pages: tables and plots, from the JSON that the repository keeps."""
+"""Results of benchmarks on the pages: tables and plots, from the JSON that the repository keeps.
+
+``<!-- table: memory.claims -->`` is what `twofold.bench.memory.show.claims` makes of `benchmarks/results/memory.json`,
+``<!-- plot: quality-weights -->`` the picture of that name. What has not been measured yet says so.
+"""
 
 import json
+import re
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+STUDIES = ("memory", "quality")
+NOT_YET = "*Not measured yet: the command above does it.*"
 
 
 def on_files(files, config):
     """Draw the plots."""
-    from twofold.bench.memory.plots import draw
-
-    with tempfile.TemporaryDirectory() as folder:
-        for path in draw(_results("memory"), Path(folder)):
-            files.append(File.generated(config, f"plots/{path.name}", content=path.read_bytes()))
+    for study in STUDIES:
+        results = _results(study)
+        if results is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                for path in import_module(f"twofold.bench.{study}.plots").draw(results, Path(folder)):
+                    files.append(File.generated(config, f"plots/{path.name}", content=path.read_bytes()))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Put the tables where they belong: ``<!-- table: claims -->``."""
-    from twofold.bench.memory import show
+    """Put tables and plots where they belong."""
 
-    for name in ("claims", "allocators", "block_sizes"):
-        mark = f"<!-- table: {name} -->"
-        if mark in markdown:
-            markdown = markdown.replace(mark, show.markdown(getattr(show, name)(_results("memory"))))
-    return markdown
+    def plot(found):
+        path = f"plots/{found[1]}.svg"
+        return f"![{found[2]}]({path}){{ .plot }}" if files.get_file_from_path(path) is not None else ""
+
+    markdown = re.sub(r"<!-- table: (\w+)\.(\w+) -->", lambda found: _table(found[1], found[2]), markdown)
+    return re.sub(r"<!-- plot: ([\w-]+), ([^>]*) -->", plot, markdown)
 
 
-def _results(name: str):
-    return json.loads((RESULTS / f"{name}.json").read_text())["results"]
+def _table(study: str, name: str) -> str:
+    from twofold.bench.quality.known_models import KNOWN_MODELS
+    from twofold.bench.report import markdown
+
+    results = _results(study)
+    if name == "known_models":  # computed, not measured
+        results = {"known_models": [model.row() for model in KNOWN_MODELS]}
+    if results is None:
+        return NOT_YET
+    return markdown(getattr(import_module(f"twofold.bench.{study}.show"), name)(results))
+
+
+def _results(study: str):
+    path = RESULTS / f"{study}.json"
+    return json.loads(path.read_text())["results"] if path.exists() else None

@@ -16,6 +16,7 @@ from twofold.bench.quality.known_models import KNOWN_MODELS
 from twofold.bench.quality.peer import perplexity_of_transformers
 from twofold.bench.quality.reading import Reader, predictions, predictions_on_device
 from twofold.bench.quality.text import draw_windows
+from twofold.bench.report import markdown
 from twofold.checkpoints import load_checkpoint
 from twofold.cli import run
 from twofold.conformance.strategies.small_checkpoint import small_checkpoint
@@ -226,7 +227,7 @@ def test_every_case_runs_and_is_shown(checkpoint, windows, tmp_path):
     drawn = show.tables(results)
     assert all(len(row) == len(columns) for _, columns, rows, _ in drawn for row in rows)
     assert sum(len(rows) for _, _, rows, _ in drawn) == len(cases) + len(KNOWN_MODELS)
-    assert "| --- |" in show.markdown(drawn[0])
+    assert "| --- |" in markdown(drawn[0])
     once, again = ([p.read_bytes() for p in plots.draw(results, tmp_path / name)] for name in "ab")
     assert once == again
     assert len(once) == 3

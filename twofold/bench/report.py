@@ -96,6 +96,17 @@ class Unfinished:
         self.path.unlink(missing_ok=True)
 
 
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]], list[str]]
+"""Title, columns, rows, and notes below them."""
+
+
+def markdown(table: Table) -> str:
+    """A table of the documentation."""
+    _, columns, rows, notes = table
+    lines = [columns, ("---", *("---:" for _ in columns[1:])), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "".join(f"\n\n{note}" for note in notes)
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], notes: Sequence[str] = ()) -> None:
     """Print a table, and below it what there is to say of it."""
     from rich.console import Console

@@ -216,6 +216,7 @@ def memory(
     with counting("simulations") as count:
         found = sweep.run(lambda case, total: count(case.name, total))
     save(results, f"twofold bench memory {' '.join(parts)}", found)
+    sweep.unfinished.remove()
     for parts in tables(found):
         table(*parts)
     if plots is not None:

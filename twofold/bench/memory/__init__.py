@@ -4,7 +4,6 @@
 is told.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from twofold.bench.memory.published import (
     changed_cases,
     claims,
 )
+from twofold.bench.report import Unfinished
 
 LENGTH = {"num_finished": 512, "num_answers": 10}  # of each simulation: see `measure`
 QUICK_LENGTH = {"num_finished": 24, "num_answers": 2}
@@ -35,7 +35,6 @@ class Sweep:
 
     Attributes:
         settings: What the figures depend on.
-        done: Figures by the case's name.
     """
 
     def __init__(
@@ -50,16 +49,12 @@ class Sweep:
             "num_slots": self.served.num_slots,
             "forks": {kind: recorded.model for kind, recorded in forks.items()},
         }
-        self.unfinished = results.with_suffix(".sweep.json")
-        self.done = self._kept()
+        self.unfinished = Unfinished(results, self.settings)
 
-    def _kept(self) -> dict[str, Figures]:
-        """What an interrupted sweep with the same settings has done."""
-        try:
-            kept = json.loads(self.unfinished.read_text())
-        except (OSError, ValueError):
-            return {}
-        return kept["done"] if kept.get("settings") == self.settings else {}
+    @property
+    def done(self) -> dict[str, Figures]:
+        """What an interrupted sweep with the same settings has found already, by the case's name."""
+        return self.unfinished.done
 
     def cases(self) -> list[Case]:
         """All that has to be simulated, but for what `changed_cases` adds where a figure is not met."""
@@ -73,28 +68,18 @@ class Sweep:
         figures = self._run_all(cases, lambda case: on_case(case, len(cases)))
         more = changed_cases(figures, self.served, quick=self.quick)
         figures |= self._run_all(more, lambda case: on_case(case, len(cases) + len(more)))
-        results = self.results(figures)
-        self.unfinished.unlink(missing_ok=True)
-        return results
+        return self.results(figures)
 
     def _run_all(self, cases: list[Case], on_case: Callable[[Case], None]) -> dict[Case, Figures]:
         for case in cases:
             on_case(case)
             if case.name not in self.done:
-                self.done[case.name] = self._measure(case)
-                self._keep()
+                self.unfinished.keep(case.name, self._measure(case))
         return {case: self.done[case.name] for case in cases}
 
     def _measure(self, case: Case) -> Figures:
         length = QUICK_LENGTH if self.quick else LENGTH
         return measure(case, seed=self.settings["seed"], forks=self.forks, **length)
-
-    def _keep(self) -> None:
-        self.unfinished.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"settings": self.settings, "done": self.done})
-        whole = self.unfinished.with_suffix(".new")
-        whole.write_text(text)
-        whole.replace(self.unfinished)
 
     def results(self, figures: Mapping[Case, Figures]) -> dict[str, Any]:
         """Every table."""

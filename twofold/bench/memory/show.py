@@ -2,8 +2,7 @@
 
 from typing import Any
 
-Table = tuple[str, tuple[str, ...], list[tuple[str, ...]], list[str]]
-"""Title, columns, rows, and notes below them."""
+from twofold.bench.report import Table
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
@@ -59,10 +58,3 @@ def block_sizes(results: dict[str, Any]) -> Table:
     columns = ("block size", "tokens, %", "empty in last blocks, %", "shared, %", "batched requests", "req/s")
     note = "Best: the largest block that costs no more than a fiftieth of the best throughput."
     return "Block sizes, somebody always waiting", columns, rows, [note]
-
-
-def markdown(table: Table) -> str:
-    """A table of the documentation."""
-    _, columns, rows, notes = table
-    lines = [columns, ("---", *("---:" for _ in columns[1:])), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "".join(f"\n\n{note}" for note in notes)

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-Table = tuple[str, tuple[str, ...], list[tuple[str, ...]], list[str]]
-"""Title, columns, rows, and notes below them."""
+from twofold.bench.report import Table
 
 COLUMNS = ("perplexity", "change, %", "+/-", "KL divergence", "same greedy token, %")
 LOSSLESS = "* Lossless by construction: the baseline's weights were rounded so before. No evidence of quality."
@@ -88,10 +87,3 @@ def _figures(case: dict[str, Any]) -> tuple[str, ...]:
         f"{case['divergence']:.2e}",
         f"{case['agreement']:.2f}",
     )
-
-
-def markdown(table: Table) -> str:
-    """A table of the documentation."""
-    _, columns, rows, notes = table
-    lines = [columns, ("---", *("---:" for _ in columns[1:])), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "".join(f"\n\n{note}" for note in notes)
