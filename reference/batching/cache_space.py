@@ -299,8 +299,8 @@ class CacheSpace:
         self.swapped[request] = key, sum(len(swap.block_ids) for swap in swaps)
         return swaps
 
-    def swap_in(self, request: Request) -> list[Swap]:
-        """Bring them back, to any blocks. There must be room (``admits``)."""
+    def swap_in(self, request: Request) -> tuple[int, list[Swap]]:
+        """Bring them back, to any blocks; and their key on the host. There must be room (``admits``)."""
         key, swaps = self.drop(request), []
         tables: list[list[BlockTable]] = [[] for _ in request.live]
         for index, pool in enumerate(self.pools):
@@ -320,7 +320,7 @@ class CacheSpace:
             seq.last_step = self._step  # which fills the blocks, whether it computes a token or not
             if seq.tables:
                 self.take_row(seq)
-        return swaps
+        return key, swaps
 
     def drop(self, request: Request) -> int:
         """What the request has on the host is not wanted any more; the key of it."""

@@ -232,7 +232,9 @@ class Scheduler(ResultReader):
         if request.status is Status.SWAPPED:
             if not self.space.admits(request, alone=alone):
                 return False
-            plan.swaps_in += self.space.swap_in(request)
+            key, swaps = self.space.swap_in(request)
+            plan.swaps_in += swaps
+            self.drops.append(key)  # a sample that has ended since may have been the only one with blocks in some pool
             return True
         self.space.open(leader, len(leader.token_ids if request.forked else request.prompt_token_ids))
         if not self.space.admits(request, alone=alone):

@@ -80,7 +80,7 @@ def test_shared_blocks_travel_once():
     space.step_resulted(1)
     assert space.pools[0].num_free == 8
     space.begin_step(2)
-    [back] = space.swap_in(parent.request)
+    _, [back] = space.swap_in(parent.request)
     assert (back.key, back.host_rows) == (out.key, [0, 1, 2, 3])
     assert parent.tables[0].block_ids[:2] == child.tables[0].block_ids[:2]
     assert [space.pools[0].ref_counts[block] for block in parent.tables[0].block_ids] == [2, 2, 1]

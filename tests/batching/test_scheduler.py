@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from reference.batching.config import EngineConfig
 from reference.batching.engine import Engine, StepOutput
 from reference.batching.packing import Batch
 from reference.batching.request import FinishReason, Request, RequestOutput, SamplingParams, SequenceOutput, Status
@@ -212,6 +213,22 @@ class Scheduling(RuleBasedStateMachine):
             assert pool.num_free == pool.num_blocks, "blocks did not return"
         assert not scheduler.space.swapped
         assert {key for key, _ in self.runner.host} <= set(scheduler.drops), "the host keeps blocks nobody wants"
+
+
+def test_what_only_an_ended_sample_had_on_the_host_goes():
+    """Two samples are swapped out; one turns out to have ended, and only it had a block in the window's pool."""
+    config = EngineConfig(
+        num_blocks=6, max_model_len=24, block_size=4, num_window_blocks=4, max_num_seqs=6, max_num_batched_tokens=64,
+        preemption="swap", enable_prefix_caching=False, lookahead=1, watermark=0.0, kv_window=1,
+    )  # fmt: skip
+    machine = Scheduling()
+    machine.start(config=config, num_drafts=0, error_every=2)
+    machine.add_one(Request("r0", [0], SamplingParams(temperature=1.0, max_tokens=None, seed=0)))
+    machine.step(1)
+    machine.add_one(Request("r1", [0, 17, 9], SamplingParams(n=2, max_tokens=3, seed=1)))
+    machine.add_one(Request("r2", [0], SamplingParams(temperature=1.0, max_tokens=None, seed=0)))
+    machine.teardown()
+    assert any(batch.swaps_in for batch in machine.runner.steps), "nothing was swapped"
 
 
 Scheduling.TestCase.settings = settings(max_examples=200, stateful_step_count=12)

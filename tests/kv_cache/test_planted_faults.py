@@ -8,6 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import reference
+from reference.numerics.arrays import dtype_named
 from twofold.conformance.properties import kv_cache as properties
 from twofold.conformance.strategies.kv_cache import batches, pools, tokens
 
@@ -36,7 +37,7 @@ def swaps_keys_and_values(op, k, v, *arrays):
 
 
 def rounds_the_keys_too_much(op, k, v, *arrays):
-    op(k.astype(np.float16).astype(k.dtype) * k.dtype.type(1 + 2**-6), v, *arrays)
+    op(k.astype(dtype_named("bfloat16")).astype(k.dtype) * k.dtype.type(1 + 2**-6), v, *arrays)
 
 
 def scales_of_the_first_head(op, k, v, *arrays):

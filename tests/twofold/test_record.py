@@ -1,8 +1,11 @@
 """What `twofold.conformance.record` keeps of a run."""
 
 import json
+import os
 import subprocess
 import sys
+
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
 
 TESTS = """
 from hypothesis import assume, event, given, settings, strategies as st
@@ -27,7 +30,7 @@ def test_examples_features_and_failures_are_kept(tmp_path):
     record = tmp_path / "record.json"
     plugin = ["-p", "twofold.conformance.record", "--record", str(record)]
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", *plugin]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert run.returncode == 1, run.stdout
     results = json.loads(record.read_text())["results"]
     assert results["outcomes"] == {"passed": 2, "failed": 1}
@@ -43,7 +46,7 @@ def test_a_reduced_deck_is_reduced(tmp_path):
     record = tmp_path / "record.json"
     plugin = ["-p", "twofold.conformance.record", "--record", str(record), "--at-most", "3"]
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *plugin]
-    subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert json.loads(record.read_text())["results"]["examples"] == 3
 
 
@@ -55,7 +58,7 @@ def test_parts_are_put_together(tmp_path):
     for part in parts:
         plugin = ["-p", "twofold.conformance.record", "--record", str(part)]
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *plugin]
-        subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         (tmp_path / "test_some.py").write_text(TESTS.replace("assert False", "assert True"))
     whole = tmp_path / "whole.json"
     merge = [sys.executable, "-m", "twofold.conformance.record", str(whole), *map(str, parts)]
@@ -82,7 +85,7 @@ def test_nothing_is_written_unless_asked(tmp_path):
     (tmp_path / "test_some.py").write_text("def test():\n    pass\n")
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "twofold.conformance.record"]
     run = subprocess.run(
-        [*command, "-p", "no:cacheprovider"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [*command, "-p", "no:cacheprovider"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout
     assert {path.suffix for path in tmp_path.iterdir()} <= {".py", ""}

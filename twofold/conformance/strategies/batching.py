@@ -186,7 +186,9 @@ class FakeRunner:
         """Write a sequence's tokens, in order; into the window first where there is one, then whole groups."""
         for t in range(batch.cu_seqlens_q[seq], batch.cu_seqlens_q[seq + 1]):
             position, adapter = int(batch.positions[t]), -1 if batch.adapter_ids is None else int(batch.adapter_ids[t])
-            before = self.read(batch, seq, position, position - 1) if position else 0
+            # (With a window of 0 a query reads its own group sealed, which it is not before this token is there.)
+            query = position - (self.config.kv_window == 0)
+            before = self.read(batch, seq, query, position - 1) if position else 0
             newest = len(self.pools) - 1
             slot = batch.slot_mappings[newest][t]
             assert slot >= 0
