@@ -69,7 +69,7 @@ class GraphRunner:
         self.vocab_size = decoder.config.vocab_size
         self.most_seqs, self.most_recorded = most_seqs, recorded
         self.device: torch.device = cache.pools[0].device
-        self.host: dict[tuple[int, int], Tensor | CodedRows] = {}
+        self.host: dict[tuple[int, int], Tensor | np.ndarray | CodedRows] = {}
         self._recorded: dict[StepShape, RecordedStep] = {}
         self._memory, self._arena = _memory_of_graphs(self.device), Arena(self.device)
         self._drawn = torch.full((most_seqs + 1,), -1, dtype=torch.int32, device=self.device)
@@ -118,19 +118,18 @@ class GraphRunner:
 
     def _move_blocks(self, batch: Batch) -> None:
         for swap in batch.swaps_out:
+            if swap.coded and self.cache.word_layouts[swap.pool] is not None:
+                self.host[swap.key, swap.pool] = self.cache.swap_out(swap.block_ids, pool=swap.pool, coded=True)
+                continue
             rows = self.backend.swap_out(self.cache.pools[swap.pool], self._ids(swap.block_ids))
-            layout = self.cache.word_layouts[swap.pool]
-            if swap.coded and layout is not None:
-                self.host[swap.key, swap.pool] = CodedRows.encode(rows, layout, self.backend)
-            else:
-                host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
-                self.host[swap.key, swap.pool] = host.copy_(rows, non_blocking=True)
+            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
+            self.host[swap.key, swap.pool] = host.copy_(rows, non_blocking=True)
         for swap in batch.swaps_in:
             host = self.host.pop((swap.key, swap.pool))
-            if isinstance(host, CodedRows):
-                rows = host[swap.host_rows].decode(self.backend, device=str(self.device))
-            else:
-                rows = self.backend.take_rows(host.to(self.device, non_blocking=True), self._ids(swap.host_rows))
+            if not isinstance(host, Tensor):
+                self.cache.swap_in(host[swap.host_rows], swap.block_ids, pool=swap.pool)
+                continue
+            rows = self.backend.take_rows(host.to(self.device, non_blocking=True), self._ids(swap.host_rows))
             self.backend.swap_in(rows, self.cache.pools[swap.pool], self._ids(swap.block_ids))
         for key in batch.drops:
             for pool in range(len(batch.copies)):

@@ -10,23 +10,14 @@ from twofold.bench.engine import DECKS, LLAMA, QWEN, Bench, Deck, Figure, Target
 from twofold.bench.limits import Limits
 from twofold.checkpoints.shapes import SHAPES
 from twofold.cli import run as twofold
+from twofold.conformance.strategies.model import small_shape
 from twofold.errors import TwofoldError
 
-SMALL = SHAPES[QWEN] | {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SMALL = small_shape(QWEN, head_dim=16)
 
 
 @pytest.fixture(autouse=True)
-def small_shape(monkeypatch):
+def named_small(monkeypatch):
     monkeypatch.setitem(SHAPES, "small", SMALL)
 
 

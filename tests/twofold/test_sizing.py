@@ -18,22 +18,12 @@ from twofold.backends import Execution, execution
 from twofold.checkpoints import RandomTensors
 from twofold.checkpoints.shapes import SHAPES
 from twofold.conformance import plain_torch
-from twofold.conformance.strategies.model import random_model
+from twofold.conformance.strategies.model import random_model, small_shape
 from twofold.errors import TwofoldError
 from twofold.sizing import pool_sizes, require_room, weight_bytes
 
 CONFIG, _ = random_model("qwen3", hidden_size=64, intermediate_size=128, head_dim=32, num_heads=2, num_kv_heads=2)
-SMALL = {
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "eos_token_id": 2,
-}
+SMALL = small_shape("meta-llama/Llama-3.1-8B", max_position_embeddings=256)
 
 
 def sizes(num_blocks=8, kv_cache_dtype="auto", max_model_len=None):

