@@ -227,8 +227,8 @@ def tokens_launched_in_vain(decoder: Decoder) -> int:
 
 def largest(logits: Tensor) -> Tensor:
     """Of each row; NaN if there is one. In two goes, for one leaves most of a GPU idle where rows are few and long."""
-    parts = math.gcd(logits.shape[1], 64)
-    return logits.unflatten(1, (parts, -1)).amax(dim=2).amax(dim=1)
+    columns = math.gcd(logits.shape[1], 128)
+    return logits.unflatten(1, (-1, columns)).amax(dim=2).amax(dim=1)
 
 
 def _memory_of_graphs(device: torch.device) -> Any:
