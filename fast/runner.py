@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fast._runner.memory import Arena, InArena
 from fast._runner.staging import Readback, stamp, to_device
-from fast._runner.step import RecordedStep, StepShape, Upload, only_draws
+from fast._runner.step import Step, StepShape, Upload, only_draws
 from fast._triton.platform import default_device
 from reference.batching.packing import Batch, SamplingBatch
 from reference.batching.runner import NOT_FINITE, Logprobs, StepResult, verified_tokens
@@ -78,7 +78,7 @@ class GraphRunner:
         self.most_recorded_again = long if recorded else 0
         self.device: torch.device = cache.pools[0].device
         self.host: dict[tuple[int, int], Tensor | np.ndarray | CodedRows] = {}
-        self._recorded: dict[StepShape, RecordedStep] = {}
+        self._recorded: dict[StepShape, Step] = {}
         self._met: set[StepShape] = set()
         self._memory, self._arena = _memory_of_graphs(self.device), Arena(self.device)
         self._drawn = torch.full((most_seqs + 1,), -1, dtype=torch.int32, device=self.device)
@@ -88,16 +88,20 @@ class GraphRunner:
         sampling = batch.sampling
         if sampling.num_drawn > self.most_seqs:
             raise ValueError(f"GraphRunner: expected at most {self.most_seqs} draws a step, got {sampling.num_drawn}")
-        start = stamp(self.device)
-        self._move_blocks(batch)
         if batch.num_tokens == 0:
+            start = stamp(self.device)
+            self._move_blocks(batch)
             return InFlight(sampling, Readback({}, self.device, start))
-        step = self._compute_step(batch)
-        results = {"best": step["best"]}
+        step = self._step_for(batch)
+        packed = step.upload.packed(batch)
+        start = stamp(self.device)  # from here on there is something to do for the device
+        self._move_blocks(batch)
+        found = self._run(step, packed, len(batch.logit_rows))
+        results = {"best": found["best"]}
         if only_draws(sampling):
-            results["token_ids"] = step["drawn"][: sampling.num_drawn]
+            results["token_ids"] = found["drawn"][: sampling.num_drawn]
         else:
-            results |= Sampling(self.backend, batch, step).results()
+            results |= Sampling(self.backend, batch, found).results()
             self._remember(results["token_ids"])
         return InFlight(sampling, Readback(results, self.device, start))
 
@@ -154,18 +158,17 @@ class GraphRunner:
 
     # From tokens to logits.
 
-    def _compute_step(self, batch: Batch) -> dict[str, Tensor]:
-        """What the step has on the device in the end: its arrays, and what `_compute` makes of them."""
-        shape, num_rows = StepShape.of(batch), len(batch.logit_rows)
+    def _step_for(self, batch: Batch) -> Step:
+        shape = StepShape.of(batch)
         padded = shape.padded()
         if self._is_worth_recording(padded):
-            step = self._recorded_step(padded)
-            inputs, results = step.upload.tensors, step.run(batch)
-        else:
-            upload = Upload(shape, self.device)
-            upload.send(batch)
-            inputs, results = upload.tensors, self._compute(shape.keeps_logits, upload.tensors)
-        return inputs | {name: x[:num_rows] if name in OF_ROWS else x for name, x in results.items()}
+            return self._recorded_step(padded)
+        return Step(shape, partial(self._compute, shape.keeps_logits), self.device)
+
+    def _run(self, step: Step, packed: Tensor, num_rows: int) -> dict[str, Tensor]:
+        """What the step has on the device in the end: its arrays, and what `_compute` makes of them."""
+        results = step.run(packed)
+        return step.upload.tensors | {name: x[:num_rows] if name in OF_ROWS else x for name, x in results.items()}
 
     def _is_worth_recording(self, shape: StepShape) -> bool:
         """To record a step takes longer than to launch it: so there should be many like it."""
@@ -175,17 +178,19 @@ class GraphRunner:
             self._met.add(shape)
         return False
 
-    def _recorded_step(self, shape: StepShape) -> RecordedStep:
+    def _recorded_step(self, shape: StepShape) -> Step:
         if shape not in self._recorded:
             in_flight = self._drawn.clone()  # what is recorded is computed once before, and draws
             compute: Any = partial(self._compute, shape.keeps_logits)
             if isinstance(self.backend, PlannedBackend):
                 compute = InArena(compute, self.backend, self._arena)
+            step = Step(shape, compute, self.device)
             try:
-                self._recorded[shape] = RecordedStep(shape, compute, self.device, self._memory)
+                step.record(self._memory)
             except Exception:
                 self._memory = _memory_of_graphs(self.device)  # after a capture that failed it takes no other
                 raise
+            self._recorded[shape] = step
             self._drawn.copy_(in_flight)
         return self._recorded[shape]
 
