@@ -3,11 +3,14 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from reference.model.config import ModelConfig
 from twofold.bench import engine
 from twofold.bench.engine import DECKS, LLAMA, QWEN, Bench, Deck, Figure, Target, chosen
 from twofold.bench.limits import Limits
+from twofold.bench.profiling import summary
 from twofold.checkpoints.shapes import SHAPES
 from twofold.cli import run as twofold
 from twofold.conformance.strategies.model import small_shape
@@ -114,6 +117,23 @@ def test_without_a_gpu_it_is_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert twofold(["bench", "engine"]) == 2
     assert "needs a GPU" in capsys.readouterr().err
+
+
+RANGES = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), st.sampled_from("abc")), min_size=1)
+
+
+@given(RANGES)
+def test_what_kernels_add_and_idle_time_make_a_step(drawn):
+    """Whatever overlaps; and idle is what no kernel ran in, counted microsecond by microsecond."""
+    ranges = [(start, start + length, name) for start, length, name in drawn]
+    found = summary(ranges, 1)
+    ran = {at for start, end, _ in ranges for at in range(start, end)}
+    assert found["span_us"] == max(ran) + 1 - min(ran)
+    assert found["idle_us"] == found["span_us"] - len(ran)
+    assert found["busy"] == pytest.approx(len(ran) / found["span_us"])
+    kernels = found["kernels"].values()
+    assert sum(kernel["adds_us"] for kernel in kernels) == len(ran)
+    assert all(0 <= kernel["adds_us"] <= kernel["us"] for kernel in kernels)
 
 
 @pytest.mark.needs("gpu")
