@@ -185,7 +185,8 @@ class Turn:
         try:
             self.engine.add(request)
         except ValueError as reason:
-            assert kind == "hopeless", str(reason)
+            if kind != "hopeless":
+                raise AssertionError(f"refused: {reason}") from reason
             self.counts.refused[str(reason).partition(": ")[2]] += 1
             return
         assert kind != "hopeless", f"a prompt of {len(request.prompt_token_ids)} tokens was accepted"
@@ -238,9 +239,7 @@ def unchanged(device_bytes: list[int], recorded: list[int]) -> int:
     moments = list(zip(recorded, device_bytes, strict=True))[len(recorded) // 2 :]
     pairs = [(before, after) for (a, before), (b, after) in pairwise(moments) if a == b]
     for before, after in pairs:
-        assert before == after, (
-            f"the memory of the device went from {before:,} to {after:,} bytes, and nobody knows why"
-        )
+        assert before == after, f"the memory of the device went from {before:,} to {after:,} bytes"
     return len(pairs)
 
 
@@ -258,14 +257,11 @@ def soak(backend: str, num_requests: int, *, seed: int = 0) -> Iterator[Counts]:
 
 def total(turns: list[Counts]) -> dict[str, Any]:
     """The sums, and the turns one by one."""
-    kinds, refused, ended = (
-        sum((getattr(t, name) for t in turns), Counter()) for name in ("kinds", "refused", "ended")
-    )
     return {
-        "requests": kinds.total(),
-        "refused": refused.total(),
-        "ended": dict(ended),
-        "kinds": dict(kinds),
+        "requests": sum(turn.kinds.total() for turn in turns),
+        "refused": sum(turn.refused.total() for turn in turns),
+        "ended": sum((turn.ended for turn in turns), Counter()),
+        "kinds": sum((turn.kinds for turn in turns), Counter()),
         "preemptions": sum(turn.preemptions for turn in turns),
         "moments with the same device memory": sum(turn.unchanged for turn in turns),
         "turns": [vars(turn) for turn in turns],
