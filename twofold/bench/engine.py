@@ -50,8 +50,8 @@ class Deck:
         arrivals: Of the throughput, that requests then arrive at; None: that is not measured.
         compare: Sampling parameters, and the name of what is measured once more with them.
         adapters: (how many, rank) to add; the requests then have them in turn, and are measured once more.
-        beside: (sequences, prompt tokens, output tokens) of `transformers`' ``generate``, to be measured if it is there;
-            and the requests of the throughput of its continuous batching.
+        beside: (sequences, prompt tokens, output tokens) for `transformers`' ``generate``, measured if it is there;
+            and its continuous batching on the requests of the throughput.
         targets: By the figure's name without the deck's.
     """
 
