@@ -42,7 +42,7 @@ class Transformers:
     def _generate(self, requests: Sequence[Request]) -> float:
         import torch
 
-        [num_tokens] = {request.max_tokens for request in requests}
+        [num_tokens] = {request.max_tokens or 0 for request in requests}
         start = time.perf_counter()
         ids = torch.tensor([request.prompt_token_ids for request in requests], device=self.device)
         with torch.inference_mode():
