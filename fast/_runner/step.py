@@ -1,4 +1,4 @@
-"""A step's inputs as arrays of agreed names and shapes; and a step recorded once, to be replayed.
+"""A step's inputs as arrays of agreed names and shapes; and a step, which may be recorded once, to be replayed.
 
 A recorded step is a CUDA graph: its kernels, their sizes and the addresses they read are fixed. So steps come in
 *buckets*. A step is recorded for round numbers of tokens, sequences, logit rows and blocks a sequence, and a batch is
@@ -10,7 +10,9 @@ A sequence's block table comes anew with every step: a quarter of a byte a token
 thousand of its keys and values. So nothing on the device has to be kept in step with the host's tables.
 """
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,12 +51,14 @@ class StepShape(NamedTuple):
             (8, 8, 8, 64)
             >>> StepShape(70, 5, 4, 65, False, False, False).padded()[:4]
             (128, 8, 8, 128)
+            >>> StepShape(5000, 5, 4, 65, False, False, False).padded()[:4]
+            (5120, 8, 8, 128)
         """
         if self.num_tokens == self.num_seqs == self.num_rows:
             num_seqs = num_tokens = num_rows = bucket(self.num_seqs)
         else:
             num_seqs = power_of_2(self.num_seqs + 1)  # one at least for the tokens that pad
-            num_tokens = max(FEWEST_TOKENS, power_of_2(self.num_tokens), num_seqs)
+            num_tokens = max(FEWEST_TOKENS, many_tokens(self.num_tokens), num_seqs)
             num_rows = max(num_seqs, bucket(self.num_rows))
         return self._replace(
             num_tokens=num_tokens,
@@ -97,6 +101,7 @@ def only_draws(sampling: SamplingBatch) -> bool:
 
 FEWEST_TOKENS, FEWEST_BLOCKS = 16, 64
 FINE, COARSE = 32, 16  # up to FINE sequences buckets are powers of 2, and then multiples of COARSE
+LONG = 512  # tokens of a mixed step from which on padding costs more than buckets do: eight between two powers of 2
 
 
 def power_of_2(n: int) -> int:
@@ -112,6 +117,19 @@ def bucket(n: int) -> int:
         [1, 1, 4, 48, 64, 80]
     """
     return power_of_2(n) if n <= FINE else -(-n // COARSE) * COARSE
+
+
+def many_tokens(n: int) -> int:
+    """The smallest bucket of a mixed step that holds ``n`` tokens.
+
+    Example:
+        >>> [many_tokens(n) for n in (30, 300, 513, 1025, 8192)]
+        [32, 512, 576, 1152, 8192]
+    """
+    if n <= LONG:
+        return power_of_2(n)
+    coarse = power_of_2(n) // 16
+    return -(-n // coarse) * coarse
 
 
 def fill(arrays: Mapping[str, np.ndarray], batch: Batch) -> None:
@@ -167,11 +185,15 @@ class Upload:
         self.on_device = torch.zeros(self.layout.num_bytes, dtype=torch.uint8, device=self.device)
         self.tensors = self.layout.tensors(self.on_device)
 
-    def send(self, batch: Batch) -> None:
-        """Queue the copy of a batch's arrays."""
+    def packed(self, batch: Batch) -> Tensor:
+        """A batch's arrays on the host, as `send` wants them."""
         host = host_buffer(self.layout.num_bytes, self.device)
         fill(self.layout.arrays(host), batch)
-        self.on_device.copy_(host, non_blocking=True)
+        return host
+
+    def send(self, packed: Tensor) -> None:
+        """Queue the copy of a batch's arrays."""
+        self.on_device.copy_(packed, non_blocking=True)
 
     def send_padding(self) -> None:
         """Arrays of a step that computes nothing for anybody."""
@@ -182,39 +204,56 @@ class Upload:
         self.tensors["cu_seqlens_q"].copy_(offsets.clamp(max=self.shape.num_tokens))
 
 
-class RecordedStep:
+class Step:
     """A step of some shape over buffers of its own.
 
     Args:
-        compute: From the step's tensors to its results. It is called twice: to compile kernels and to allocate what
-            they keep, then to record them. Without a GPU nothing is recorded, and it is called for every step; so too
-            while values are checked (``TWOFOLD_CHECK=1``), for which the host has to read them.
-        pool: The memory that recorded steps share, since only one runs at a time; None without a GPU.
+        compute: From the step's tensors to its results.
 
     Attributes:
         results: What ``compute`` gave, overwritten by the next step of this shape.
     """
 
-    def __init__(self, shape: StepShape, compute: Compute, device: torch.device, pool: Any):
+    def __init__(self, shape: StepShape, compute: Compute, device: torch.device):
         self.upload, self._compute, self._graph = Upload(shape, device), compute, None
-        if device.type == "cuda" and not checking_values():
-            self._record(pool)
 
-    def _record(self, pool: Any) -> None:
-        """Over padding alone, which touches nobody's blocks."""
+    def record(self, pool: Any) -> None:
+        """From now on replay what is computed here, over padding alone, which touches nobody's blocks.
+
+        ``compute`` is called twice: to compile kernels and to allocate what they keep, then to record them. Without a
+        GPU nothing is recorded, and it is called for every step; so too while values are checked
+        (``TWOFOLD_CHECK=1``), for which the host has to read them.
+
+        Args:
+            pool: The memory that recorded steps share, since only one runs at a time; None without a GPU.
+        """
+        if self.upload.device.type != "cuda" or checking_values():
+            return
         self.upload.send_padding()
         self._compute(self.upload.tensors)
         graph = torch.cuda.CUDAGraph()
         now = torch.cuda.stream(torch.cuda.current_stream())  # a capture that fails leaves another one behind
-        with now, torch.cuda.graph(graph, pool=pool):
+        with now, no_garbage_collection(), torch.cuda.graph(graph, pool=pool):
             self.results = self._compute(self.upload.tensors)
         self._graph = graph
 
-    def run(self, batch: Batch) -> dict[str, Tensor]:
-        """Queue the step."""
-        self.upload.send(batch)
+    def run(self, packed: Tensor) -> dict[str, Tensor]:
+        """Queue the step for a batch's arrays."""
+        self.upload.send(packed)
         if self._graph is None:
             self.results = self._compute(self.upload.tensors)
         else:
             self._graph.replay()
         return self.results
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """While a step is recorded: to destroy another graph, of an engine that nobody holds any more, would end it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

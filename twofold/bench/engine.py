@@ -1,8 +1,8 @@
 """`twofold bench engine`: whole runs of the engine on a GPU, with random weights of well-known shapes.
 
 Every figure stands beside the least that is possible (`limits`), what vLLM does on such a machine, and what was to be
-reached. Requests are greedy and never stop early; the prefix cache is off. Each run is done once before it counts, so
-that kernels are compiled and steps recorded.
+reached. Requests are greedy and never stop early; the prefix cache is off. Each run is done twice before it counts, so
+that kernels are compiled and steps recorded, the long ones too.
 """
 
 import gc
@@ -313,8 +313,8 @@ class Bench:
             yield self._figure(f"{name}, {work} on the host", "ms", seconds * 1e3)
 
     def _times(self, num_seqs: int, prompt: int, tokens: int, **how: Any) -> Times:
-        runs = [play(self.llm, self._requests([(prompt, tokens)] * num_seqs, **how)) for _ in range(self.rounds + 1)]
-        del runs[0]
+        lengths = [(prompt, tokens)] * num_seqs
+        runs = [play(self.llm, self._requests(lengths, **how)) for _ in range(self.rounds + 2)][2:]
         return Times(
             step=statistics.median((run.seconds - run.first_token) / (tokens - 1) for run in runs),
             first_token=statistics.median(run.first_token for run in runs),
@@ -333,17 +333,25 @@ class Bench:
 
     def _throughput(self) -> Iterator[Figure]:
         lengths = self._lengths()
-        play(self.llm, self._requests(lengths))
-        run = play(self.llm, self._requests(lengths))
+        run = self._third(lengths)
         saturated = run.num_tokens / run.seconds
         yield self._figure("throughput", "tokens/s", saturated, run.num_tokens / self.limits.run(lengths))
         if self.deck.compare:
             name, params = self.deck.compare
-            play(self.llm, self._requests(lengths, params))
-            other = play(self.llm, self._requests(lengths, params))
+            other = self._third(lengths, params)
             yield self._figure(f"throughput with {name}", "tokens/s", other.num_tokens / other.seconds)
         if self.deck.arrivals:
             yield from self._arrivals(lengths, self.deck.arrivals * saturated)
+
+    def _third(
+        self,
+        lengths: Sequence[tuple[int, int]],
+        params: SamplingParams = GREEDY,
+        arrivals: Sequence[float] | None = None,
+    ) -> Run:
+        """Of three runs. Long steps are met in the first, recorded in the second, and replayed in this one."""
+        runs = [play(self.llm, self._requests(lengths, params), arrivals) for _ in range(3)]
+        return runs[-1]
 
     def _lengths(self) -> list[tuple[int, int]]:
         """Of the throughput's prompts and outputs."""
@@ -359,7 +367,7 @@ class Bench:
             "continuous batching": (peer.generate_batch, self._lengths()),
         }
         for name, (theirs, lengths) in ways.items():
-            ours = [play(self.llm, self._requests(lengths)) for _ in range(2)][-1]
+            ours = self._third(lengths)
             try:
                 seconds = theirs(self._requests(lengths))
             except Exception as error:
@@ -372,8 +380,7 @@ class Bench:
         """Requests that arrive by chance (a Poisson process), so that prompts meet decoding sequences."""
         rate = tokens_per_second / statistics.mean(output for _, output in lengths)
         due = np.random.default_rng(SEED).exponential(1 / rate, len(lengths)).cumsum().tolist()
-        play(self.llm, self._requests(lengths), due)
-        run = play(self.llm, self._requests(lengths), due)
+        run = self._third(lengths, arrivals=due)
         for name, seconds in (("to the first token", run.waits), ("between tokens", run.gaps)):
             for label, share in (("median", 50), ("p99", 99)):
                 value = float(np.percentile(seconds, share)) * 1e3
