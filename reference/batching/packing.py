@@ -208,7 +208,7 @@ def _sampling(plan: StepPlan, rows: RunningRows, row: Array, last_positions: Arr
     if (num_top >= 0).any():
         sampling.num_top = int(num_top.max())
         sampling.logprob_rows = np.flatnonzero(num_top >= 0).astype(np.int32)
-    if rows.penalized[row].any():
+    if (rows.penalized | rows.forced)[row].any():
         sampling.penalties = _penalties(rows, row, last_positions)
     if verified:
         sampling.draft_tokens = np.array([token for seq in verified for token in seq.drafts], np.int64)
@@ -247,7 +247,7 @@ def _penalties(rows: RunningRows, row: Array, last_positions: Array) -> Penaltie
     width = int(last_positions.max(where=penalized, initial=0)) + 1
     history = rows.token_ids[row, :width]
     history[(np.arange(width) > last_positions[:, None]) | ~penalized[:, None]] = -1
-    biases = [rows.logit_bias[r] for r in row]
+    biases = [rows.bias(r, position + 1) for r, position in zip(row, last_positions)]
     max_biases = max(map(len, biases))
     bias_ids = np.full((len(row), max_biases), -1, np.int32)
     bias_values = np.zeros((len(row), max_biases), np.float32)

@@ -151,6 +151,12 @@ def engine(
     ] = None,
     quick: Annotated[bool, typer.Option(help="Fewer tokens, requests and rounds.")] = False,
     profile: Annotated[bool, typer.Option(help="Also decoding steps kernel by kernel.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="Instead: this model copies a text, with drafts and without."
+        ),
+    ] = None,
     results: Annotated[
         Path | None,
         typer.Option(help="Where the JSON goes; by default benchmarks/results/engine-DEVICE.json.", metavar="FILE"),
@@ -160,17 +166,19 @@ def engine(
     from rich.console import Console
 
     from twofold import __version__
+    from twofold.bench import copying
     from twofold.bench.engine import SEED, VLLM_SOURCE, Figure, chosen, run
     from twofold.bench.report import gpu_name, save
 
     decks = chosen(only or (), quick=quick)
     device = gpu_name()
-    results = results or _of_device("engine", device)
-    command = _asked("engine", only=only, quick=quick, profile=profile)
+    results = results or _of_device("engine-copying" if model else "engine", device)
+    command = _asked("engine", only=only, quick=quick, profile=profile, model=model)
+    measured = copying.run(model) if model else run(decks, rounds=1 if quick else 3, profiled=profile)
     figures: dict[str, dict[str, Any]] = {}
     profiles: dict[str, Any] = {}
     console = Console(width=None if sys.stdout.isatty() else 200)
-    for found in run(decks, rounds=1 if quick else 3, profiled=profile):
+    for found in measured:
         if isinstance(found, Figure):
             figures.setdefault(found.model, {})[found.name] = found.as_json()
             console.print(_line(found))
