@@ -3,8 +3,9 @@
 import numpy as np
 from hypothesis import given, settings
 
+import fast
 from twofold.conformance.properties import sampling as properties
-from twofold.conformance.properties.numerics import refuses
+from twofold.conformance.properties.numerics import call, refuses
 from twofold.conformance.strategies import sampling as inputs
 
 
@@ -17,6 +18,17 @@ def test_beams_are_the_best(backend, case):
 @given(case=inputs.beams())
 def test_groups_do_not_depend_on_company(backend, case):
     properties.groups_do_not_depend_on_company(backend, case)
+
+
+def test_offsets_beyond_the_rows_end_with_them_where_nobody_looks(monkeypatch):
+    """As an engine runs: `fast` does not look at offsets, and reads no row that is not there."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")
+    logits, scores = np.random.default_rng(0).normal(size=(3, 70)).astype(np.float32), np.zeros(3, np.float32)
+    results = []
+    for offsets in ([0, 1, 3], [-4, 1, 3], [0, 1, 300], [-(2**31), 1, 2**31 - 1]):
+        parts = call(fast, "beam_scores", logits, scores, np.array(offsets, np.int32), num_candidates=3)
+        results.append([part.tolist() for part in parts])
+    assert all(result == results[0] for result in results), f"expected the same four times, got {results}"
 
 
 def test_refuses_bad_beams(backend):

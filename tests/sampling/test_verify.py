@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+import fast
 import reference
 from reference.numerics.philox import PURPOSE_ACCEPT
 from twofold.conformance.properties import sampling as properties
@@ -77,6 +78,25 @@ def test_equal_but_for_rounding_still_gives_a_token(backend):
     accepted, tokens = call(backend, "verify", target, draft, tokens, cu_drafts, *named)
     assert accepted.tolist() == [0] * num_rejected + [1] * 5, f"accepted {accepted}"
     assert set(tokens[:num_rejected].tolist()) == {0, 1}, f"tokens {tokens} of two that are equally likely"
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_what_is_out_of_range_is_rejected_where_nobody_looks(monkeypatch, certain):
+    """As an engine runs: `fast` looks at neither ids nor offsets, and reads nothing that is not there."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")
+    target, draft = np.full((6, 5), 0.2, np.float32), np.full((4, 5), 0.2, np.float32)
+    drafts, named = np.array([1, 2, 3, 4]), (np.arange(2), np.zeros(2, np.int32), np.zeros(2, np.int32))
+
+    def verified(tokens, offsets=(0, 2, 4)):
+        probs = (target, None if certain else draft)
+        return [part.tolist() for part in call(fast, "verify", *probs, tokens, np.array(offsets, np.int32), *named)]
+
+    for bad in (-1, 5, 2**40, -(2**40)):
+        accepted, tokens = verified(np.where(np.arange(4) % 2, drafts, bad))
+        assert accepted == [0, 0], f"accepted {accepted} drafts before token {bad}"
+        assert all(0 <= token < 5 for token in tokens), f"drew {tokens}"
+    for offsets in ((-3, 2, 4), (0, 2, 400), (-(2**31), 2, 2**31 - 1)):
+        assert verified(drafts, offsets) == verified(drafts), f"offsets {offsets} are not those within"
 
 
 def test_refuses_bad_drafts(backend):
