@@ -156,7 +156,7 @@ def test_a_threshold_costs_what_it_must(monkeypatch, spread, temperature, top_k,
 
 def test_more_equals_than_a_head_holds(backend):
     """Of 300 best tokens all are kept, by top-k and by top-p, and of the 300 next ones none."""
-    logits = np.repeat(np.float32([1, 0]), 300)
+    logits = np.repeat(np.array([1, 0], np.float32), 300)
     rows = [one_row(logits, top_k=1), one_row(logits, top_k=300), one_row(logits, top_p=0.1)]
     case = Filtering(*(np.concatenate(arrays) for arrays in zip(*(row.args() for row in rows))))
     kept = np.isfinite(call(backend, "filter_logits", *case.args()))
@@ -174,10 +174,11 @@ def test_a_search_takes_few_steps(monkeypatch):
 
     monkeypatch.setattr(_keys, "first_guess", lambda *arguments: guesses.append(0) or guess(*arguments))
     monkeypatch.setattr(_keys, "count_from", counted)
-    logits = np.random.default_rng(5).normal(size=300)
+    logits = np.random.default_rng(5).normal(20, size=300)
     call(fast, "filter_logits", *one_row(logits, top_k=100).args())
     assert counts.index(100) == len(counts) - 1, f"the 100th is found at a count of 100, not of {counts}"
-    assert len(counts) <= 16 and len(guesses) - len(counts) <= 8, f"{len(guesses)} steps, {len(counts)} of them counts"
+    assert len(counts) <= 12, f"{len(counts)} passes over the row"
+    assert len(guesses) - len(counts) <= 8, f"{len(guesses) - len(counts)} steps in the head"
 
 
 # ---- sample -----------------------------------------------------------------------------------------------------
@@ -433,7 +434,7 @@ def test_ids_out_of_range_are_none_where_nobody_looks(monkeypatch):
     """As an engine runs: `fast` does not look at ids, and passes over those that no token has."""
     monkeypatch.setenv("TWOFOLD_CHECK", "0")
     two = np.full(2, 2, np.float32)
-    some = {"logits": np.float32([[1, -1, 2, -2, 3]] * 2), "prompt_lens": np.zeros(2, np.int32)}
+    some = {"logits": np.array([[1, -1, 2, -2, 3]] * 2, np.float32), "prompt_lens": np.zeros(2, np.int32)}
     some |= {f"{name}_penalty": two for name in ("repetition", "presence", "frequency")}
     some["bias_values"] = np.ones((2, 6), np.float32)
     results = []
