@@ -1,4 +1,4 @@
-"""The runner on a GPU: steps are queued and not waited for, and those of few tokens are replayed from CUDA graphs.
+"""The runner on a GPU: steps are queued and not waited for, and most are replayed from CUDA graphs.
 
 Same protocol as `reference.batching.runner`, whose `ModelRunner` is the plain one. What differs is when things happen::
 
@@ -14,6 +14,7 @@ What a step asks beyond drawing tokens (penalties, log-probabilities, verificati
 as ordinary launches over the same logits.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,7 +35,9 @@ from reference.memory.arena import PlannedBackend
 from reference.model.decoder import AdapterBank, Decoder
 from reference.numerics.philox import PURPOSE_DRAFT
 
-MOST_RECORDED_TOKENS = 512  # a longer step takes the device longer than its launches take the host
+MOST_RECORDED_TOKENS = 512  # steps of so few are recorded when first met
+LAUNCHING = 1.3e-3  # seconds that the host takes to launch a layer's kernels one by one (measured beside an H100)
+COMPUTING = 6e14  # operations a second, of a large step (measured on an H100)
 
 
 def is_on_gpu(device: str | None) -> bool:
@@ -50,6 +53,8 @@ class GraphRunner:
             a `PlannedBackend`, recorded steps compute in one arena.
         most_seqs: Sequences that a step may have.
         recorded: Steps of at most so many tokens are recorded when first met, and replayed from then on; 0: none.
+        recorded_again: Steps of more than that and at most so many are recorded when met for the second time; None:
+            those whose kernels take the host longer to launch than the device to compute.
 
     Attributes:
         host: Swapped blocks by key and pool, in pinned memory; coded ones in as much memory as they need.
@@ -63,14 +68,18 @@ class GraphRunner:
         adapters: AdapterBank | None = None,
         most_seqs: int = 256,
         recorded: int = MOST_RECORDED_TOKENS,
+        recorded_again: int | None = None,
     ):
         self.decoder, self.cache, self.adapters = decoder, cache, adapters
         self.backend: Any = decoder.backend
         self.vocab_size = decoder.config.vocab_size
         self.most_seqs, self.most_recorded = most_seqs, recorded
+        long = tokens_launched_in_vain(decoder) if recorded_again is None else recorded_again
+        self.most_recorded_again = long if recorded else 0
         self.device: torch.device = cache.pools[0].device
         self.host: dict[tuple[int, int], Tensor | np.ndarray | CodedRows] = {}
         self._recorded: dict[StepShape, RecordedStep] = {}
+        self._met: set[StepShape] = set()
         self._memory, self._arena = _memory_of_graphs(self.device), Arena(self.device)
         self._drawn = torch.full((most_seqs + 1,), -1, dtype=torch.int32, device=self.device)
 
@@ -97,7 +106,8 @@ class GraphRunner:
     def bytes_of_a_step(self, num_tokens: int, num_blocks: int) -> int:
         """Measured: what the largest step takes while it is computed, beside the weights and the cache.
 
-        All memory there is, if that is not enough.
+        Three times as much if it will be recorded: beside what computes it when it is met for the first time there is
+        the arena, which grows. All memory there is, if that is not enough.
 
         Args:
             num_tokens: Of the step.
@@ -114,7 +124,8 @@ class GraphRunner:
             self._compute(shape.keeps_logits, upload.tensors)
         except torch.OutOfMemoryError:
             return torch.cuda.mem_get_info(self.device)[1]
-        return torch.cuda.max_memory_allocated(self.device) - before
+        taken = torch.cuda.max_memory_allocated(self.device) - before
+        return taken * 3 if num_tokens <= self.most_recorded_again else taken
 
     def _move_blocks(self, batch: Batch) -> None:
         for swap in batch.swaps_out:
@@ -146,14 +157,23 @@ class GraphRunner:
     def _compute_step(self, batch: Batch) -> dict[str, Tensor]:
         """What the step has on the device in the end: its arrays, and what `_compute` makes of them."""
         shape, num_rows = StepShape.of(batch), len(batch.logit_rows)
-        if shape.num_tokens <= self.most_recorded:
-            step = self._recorded_step(shape.padded())
+        padded = shape.padded()
+        if self._is_worth_recording(padded):
+            step = self._recorded_step(padded)
             inputs, results = step.upload.tensors, step.run(batch)
         else:
             upload = Upload(shape, self.device)
             upload.send(batch)
             inputs, results = upload.tensors, self._compute(shape.keeps_logits, upload.tensors)
         return inputs | {name: x[:num_rows] if name in OF_ROWS else x for name, x in results.items()}
+
+    def _is_worth_recording(self, shape: StepShape) -> bool:
+        """To record a step takes longer than to launch it: so there should be many like it."""
+        if shape.num_tokens <= self.most_recorded or shape in self._met:
+            return True
+        if shape.num_tokens <= self.most_recorded_again:
+            self._met.add(shape)
+        return False
 
     def _recorded_step(self, shape: StepShape) -> RecordedStep:
         if shape not in self._recorded:
@@ -189,13 +209,26 @@ class GraphRunner:
         )
         drawn = self.backend.sample(logits, *(inputs[name] for name in FILTERS + COUNTERS))
         self._remember(drawn)
-        results = {"token_ids": token_ids, "drawn": drawn, "best": logits.amax(dim=1)}
+        results = {"token_ids": token_ids, "drawn": drawn, "best": largest(logits)}
         return results | {"logits": logits} if keeps_logits else results
 
     def _remember(self, drawn: Tensor) -> None:
         """For the step after, which may name these tokens before anybody has read them."""
         count = min(len(drawn), self.most_seqs)  # a batch draws for no more: what follows is padding
         self._drawn[:count] = drawn[:count]
+
+
+def tokens_launched_in_vain(decoder: Decoder) -> int:
+    """A step of so many tokens takes the device as long as its launches take the host; in one of fewer it waits."""
+    matrices = (shape for name, shape in decoder.config.expected_tensors().items() if ".layers.0." in name)
+    weights = sum(math.prod(shape) for shape in matrices)
+    return round(LAUNCHING * COMPUTING / (2 * weights))
+
+
+def largest(logits: Tensor) -> Tensor:
+    """Of each row; NaN if there is one. In two goes, for one leaves most of a GPU idle where rows are few and long."""
+    columns = math.gcd(logits.shape[1], 128)
+    return logits.unflatten(1, (-1, columns)).amax(dim=2).amax(dim=1)
 
 
 def _memory_of_graphs(device: torch.device) -> Any:

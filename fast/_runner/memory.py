@@ -23,7 +23,7 @@ class Arena:
     """Bytes for the activations of recorded steps. All use the same ones, for they run one after another.
 
     A step that needs more than those before it gets new ones, and those before it keep theirs: their addresses are
-    recorded.
+    recorded. Each time there are twice as many, so that all together are no more than twice the last.
     """
 
     def __init__(self, device: torch.device):
@@ -32,7 +32,8 @@ class Arena:
     def at_least(self, num_bytes: int) -> Tensor:
         """The bytes."""
         if len(self._memory) < num_bytes:
-            self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=self._memory.device)
+            size = max(num_bytes, 2 * len(self._memory))
+            self._memory = torch.empty(size, dtype=torch.uint8, device=self._memory.device)
         return self._memory
 
 

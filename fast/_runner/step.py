@@ -10,7 +10,9 @@ A sequence's block table comes anew with every step: a quarter of a byte a token
 thousand of its keys and values. So nothing on the device has to be kept in step with the host's tables.
 """
 
-from collections.abc import Callable, Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -49,12 +51,14 @@ class StepShape(NamedTuple):
             (8, 8, 8, 64)
             >>> StepShape(70, 5, 4, 65, False, False, False).padded()[:4]
             (128, 8, 8, 128)
+            >>> StepShape(5000, 5, 4, 65, False, False, False).padded()[:4]
+            (5120, 8, 8, 128)
         """
         if self.num_tokens == self.num_seqs == self.num_rows:
             num_seqs = num_tokens = num_rows = bucket(self.num_seqs)
         else:
             num_seqs = power_of_2(self.num_seqs + 1)  # one at least for the tokens that pad
-            num_tokens = max(FEWEST_TOKENS, power_of_2(self.num_tokens), num_seqs)
+            num_tokens = max(FEWEST_TOKENS, many_tokens(self.num_tokens), num_seqs)
             num_rows = max(num_seqs, bucket(self.num_rows))
         return self._replace(
             num_tokens=num_tokens,
@@ -97,6 +101,7 @@ def only_draws(sampling: SamplingBatch) -> bool:
 
 FEWEST_TOKENS, FEWEST_BLOCKS = 16, 64
 FINE, COARSE = 32, 16  # up to FINE sequences buckets are powers of 2, and then multiples of COARSE
+LONG = 512  # tokens of a mixed step from which on padding costs more than buckets do: eight between two powers of 2
 
 
 def power_of_2(n: int) -> int:
@@ -112,6 +117,19 @@ def bucket(n: int) -> int:
         [1, 1, 4, 48, 64, 80]
     """
     return power_of_2(n) if n <= FINE else -(-n // COARSE) * COARSE
+
+
+def many_tokens(n: int) -> int:
+    """The smallest bucket of a mixed step that holds ``n`` tokens.
+
+    Example:
+        >>> [many_tokens(n) for n in (30, 300, 513, 1025, 8192)]
+        [32, 512, 576, 1152, 8192]
+    """
+    if n <= LONG:
+        return power_of_2(n)
+    coarse = power_of_2(n) // 16
+    return -(-n // coarse) * coarse
 
 
 def fill(arrays: Mapping[str, np.ndarray], batch: Batch) -> None:
@@ -206,7 +224,7 @@ class RecordedStep:
         self._compute(self.upload.tensors)
         graph = torch.cuda.CUDAGraph()
         now = torch.cuda.stream(torch.cuda.current_stream())  # a capture that fails leaves another one behind
-        with now, torch.cuda.graph(graph, pool=pool):
+        with now, no_garbage_collection(), torch.cuda.graph(graph, pool=pool):
             self.results = self._compute(self.upload.tensors)
         self._graph = graph
 
@@ -218,3 +236,15 @@ class RecordedStep:
         else:
             self._graph.replay()
         return self.results
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """While a step is recorded: to destroy another graph, of an engine that nobody holds any more, would end it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

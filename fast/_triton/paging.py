@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 SEARCH = tl.constexpr(256)  # sequences that a program looks through at a time for its share
-MIN_UNITS = tl.constexpr(2)  # a program takes at least so much: a shorter part costs more to merge than it saves
+MIN_UNITS = tl.constexpr(2)  # a program takes so much where there is work for all: shorter parts cost more to merge
 
 
 @triton.jit
@@ -109,8 +109,13 @@ def total_units(
 
 @triton.jit
 def share_of(program, num_programs, total, FEWEST: tl.constexpr = MIN_UNITS):
-    """(first unit, last + 1, programs that have any) of a program's share of the line."""
-    num_workers = tl.minimum(num_programs, tl.maximum(total // FEWEST, 1))
+    """(first unit, last + 1, programs that have any) of a program's share of the line.
+
+    ``FEWEST`` units, where there are so many: of a line too short for that nobody takes two while another takes none.
+    """
+    even = (total + num_programs - 1) // num_programs
+    fewest = tl.minimum(tl.maximum(even, 1), FEWEST)
+    num_workers = tl.minimum(num_programs, tl.maximum(total // fewest, 1))
     share, more = total // num_workers, total % num_workers  # the first ``more`` programs take one unit more
     begin = program * share + tl.minimum(program, more)
     end = begin + share + (program < more).to(tl.int32)

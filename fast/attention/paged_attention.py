@@ -32,7 +32,7 @@ from fast.attention.invariant_attention import paged_attention_invariant as page
 from fast.attention.paged_attention_hopper import attend_chunks_on_hopper, hopper_fits
 from fast.attention.paged_decode_hopper import MOST_ROWS, attend_decodes_on_hopper
 
-FEWEST_UNITS = 4  # that a program takes: a shorter share costs more to merge than it saves
+FEWEST_UNITS = 4  # that a program takes where there is work for all: shorter shares cost more to merge than they save
 
 
 class Tiles(NamedTuple):

@@ -429,9 +429,8 @@ def attend_chunks_on_hopper(
     queries = TILE_Q // heads
     num_slots = cdiv(num_tokens, queries) if num_seqs == 1 else num_tokens // queries + num_seqs
     most_parts = parts_of_an_item(max(num_seqs, cdiv(num_tokens, queries)) * (num_heads // heads), num_processors(q))
-    # A program each for so few items: one that has none, behind a sequence's last tile, makes room at once.
     num_items = num_slots * (num_heads // heads) * most_parts
-    num_programs = num_items if num_items <= 16 * num_processors(q) else num_processors(q)
+    num_programs = min(num_items, num_processors(q))  # a producer is at its next item while the last one is computed
     scratch = None, None, None
     if most_parts > 1:
         parts = torch.empty((num_items * 2, TILE_Q // 2, head_dim), dtype=torch.float32, device=q.device)

@@ -28,7 +28,7 @@ MOST_ROWS = 32  # of queries and heads in a tile: more, and the registers do not
 TILE_KV = 64
 CONSUMERS = 4  # warps
 PRODUCER_REGISTERS = gl.constexpr(56)  # of a thread; the consumers get what is left
-FEWEST_UNITS = 4  # that a program takes: a shorter share costs more to merge than it saves
+FEWEST_UNITS = 4  # that a program takes where there is work for all: shorter shares cost more to merge than they save
 LOG2E = gl.constexpr(1.4426950408889634)
 PER_BATCH = [
     "stride_table_seq", "num_tokens", "num_seqs", "num_kv_heads", "num_blocks", "max_blocks_per_seq",
@@ -373,7 +373,7 @@ def paged_decode_hopper_kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
     fence_async_shared()
-    wait_for_predecessor(OVERLAP)
+    wait_for_predecessor(OVERLAP, EARLY=False)  # the next kernel's programs would crowd where a share ends first
     batch = (seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, max_blocks_per_seq * BLOCK_SIZE, num_kv_heads)
     gl.warp_specialize(
         [

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor as Array
 
@@ -72,8 +71,7 @@ def project(x: Array, weight: Array, bias: Array | None, residual: Array | None,
     if way == "tiles":
         return into(out, x, weight, residual, lambda x, w, r, o: matmul(x, w, bias, r, o))
     with exact_products(x):
-        result = _by_cublas(x, weight, bias, residual)
-    return result if out is None else out.copy_(result)
+        return _by_cublas(x, weight, bias, residual, out)
 
 
 def into(out: Array | None, x: Array, weight: Array, residual: Array | None, write: Write) -> Array:
@@ -87,13 +85,18 @@ def into(out: Array | None, x: Array, weight: Array, residual: Array | None, wri
     return target if out is None or target is out else out.copy_(target)
 
 
-def _by_cublas(x: Array, weight: Array, bias: Array | None, residual: Array | None) -> Array:
-    """The bias, or the residual, is added in the accumulator; both: rounded in between, as the contract has it."""
-    bias = None if bias is None else bias.to(x.dtype)
-    if residual is None or bias is not None:
-        projected = F.linear(x, weight, bias)
-        return projected if residual is None else projected.add_(residual)
-    return torch.addmm(residual.to(x.dtype), x, weight.T)
+def _by_cublas(x: Array, weight: Array, bias: Array | None, residual: Array | None, out: Array | None) -> Array:
+    """The bias, or the residual, is added in the accumulator; both: rounded in between, as the contract has it.
+
+    A residual that is the result's place is added without a trip of its own; one that is not is copied there first.
+    """
+    out = x.new_empty((len(x), len(weight))) if out is None else out
+    if bias is not None and residual is not None:
+        return torch.add(torch.addmm(bias.to(x.dtype), x, weight.T), residual, out=out)
+    added = residual if bias is None else bias
+    if added is None:
+        return torch.mm(x, weight.T, out=out)
+    return torch.addmm(added.to(x.dtype), x, weight.T, out=out)
 
 
 @contextmanager

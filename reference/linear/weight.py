@@ -313,5 +313,8 @@ def _as_float(weight: np.ndarray, name: str) -> np.ndarray:
 def _add(residual: Any, y: Any, out: Any) -> Any:
     if out is None:
         return residual + y
-    out[...] = residual + y
+    if out is residual:
+        out += y
+    else:
+        out[...] = residual + y
     return out

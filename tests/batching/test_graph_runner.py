@@ -5,6 +5,7 @@ computed again instead of replayed, so that what pads it is tested too; on a GPU
 batches in different ways, and so may round differently, except on batch-invariant kernels: there all is equal.
 """
 
+import gc
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -244,6 +245,28 @@ def test_a_step_that_cannot_be_recorded_is_such_a_failure():
     stream = torch.cuda.current_stream()
     check_failure(decoder(fast.invariant), look_at_a_value, "CUDA error")
     assert torch.cuda.current_stream() == stream
+
+
+@pytest.mark.needs("gpu")
+def test_an_engine_thrown_away_does_not_end_a_recording(monkeypatch):
+    """Its graphs are garbage that may be collected at any time, but not between the kernels of another's recording."""
+    model, params = decoder(fast.invariant), SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    engine = engine_for(model, runner=GraphRunner)
+    run_all(engine, [Request("old", [5, 6, 7], params)])
+    cycle: list[Any] = [engine]
+    cycle.append(cycle)
+    sample, collected = fast.invariant.sample, []
+
+    def collecting(*args: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing() and gc.isenabled():
+            collected.append(gc.collect())
+        return sample(*args)
+
+    del engine, cycle
+    monkeypatch.setattr(fast.invariant, "sample", collecting)
+    new = engine_for(model, runner=GraphRunner)
+    assert run_all(new, [Request("new", [5, 6, 7], params)])["new"].error is None
+    assert not collected, "a collection was possible"
 
 
 @pytest.mark.needs("gpu")

@@ -8,7 +8,7 @@ import torch
 import fast
 import reference
 from fast._triton.platform import default_device
-from twofold.bench.kernels import Ceilings, Measured, _rows, attention, fusion, geometric_means, linear, sampling
+from twofold.bench.kernels import Ceilings, Measured, _rows, _why, attention, fusion, geometric_means, linear, sampling
 from twofold.bench.kernels.rows import Row, Target, size
 from twofold.bench.kernels.timing import MOST_SETS, num_sets
 from twofold.conformance import plain_torch
@@ -91,3 +91,9 @@ def test_buffers_are_cold():
     assert num_sets(10**8) == 3
     assert num_sets(1) == MOST_SETS
     assert size(torch.empty(3, dtype=torch.bfloat16), torch.empty(2)) == 14
+
+
+def test_what_went_wrong_names_files_not_folders():
+    """Results are kept for everybody, and say nothing of whose machine it was."""
+    error = RuntimeError("at '/home/somebody/site/lib.cu:7' of 3/4: no room\nsecond line")
+    assert _why(error) == "RuntimeError: at 'lib.cu:7' of 3/4: no room"

@@ -1,8 +1,8 @@
 """`twofold bench engine`: whole runs of the engine on a GPU, with random weights of well-known shapes.
 
 Every figure stands beside the least that is possible (`limits`), what vLLM does on such a machine, and what was to be
-reached. Requests are greedy and never stop early; the prefix cache is off. Each run is done once before it counts, so
-that kernels are compiled and steps recorded.
+reached. Requests are greedy and never stop early; the prefix cache is off. Each run is done twice before it counts, so
+that kernels are compiled and steps recorded, the long ones too.
 """
 
 import gc
@@ -267,10 +267,11 @@ class Bench:
     def _times(self, num_seqs: int, prompt: int, tokens: int, **how: Any) -> tuple[float, float, float]:
         """Seconds of a step (the time after the first token, over the other tokens); to the first token of all; and
         the share of time in which the device was given nothing to do."""
-        runs = [play(self.llm, self._requests([(prompt, tokens)] * num_seqs, **how)) for _ in range(self.rounds + 1)]
-        step = statistics.median((run.seconds - run.first_token) / (tokens - 1) for run in runs[1:])
-        idle = statistics.median(1 - run.device / run.seconds for run in runs[1:])
-        return step, statistics.median(run.first_token for run in runs[1:]), idle
+        lengths = [(prompt, tokens)] * num_seqs
+        runs = [play(self.llm, self._requests(lengths, **how)) for _ in range(self.rounds + 2)][2:]
+        step = statistics.median((run.seconds - run.first_token) / (tokens - 1) for run in runs)
+        idle = statistics.median(1 - run.device / run.seconds for run in runs)
+        return step, statistics.median(run.first_token for run in runs), idle
 
     def _adapters(self, count: int, rank: int) -> Iterator[Figure]:
         """The same steps with adapters on all linear layers, and what they cost."""
@@ -285,24 +286,31 @@ class Bench:
         assert self.deck.throughput is not None
         count, low, high = self.deck.throughput
         lengths = np.random.default_rng(SEED).integers(low, high + 1, (count, 2)).tolist()
-        play(self.llm, self._requests(lengths))
-        run = play(self.llm, self._requests(lengths))
+        run = self._third(lengths)
         saturated = run.num_tokens / run.seconds
         yield self._figure("throughput", "tokens/s", saturated, run.num_tokens / self.limits.run(lengths))
         if self.deck.compare:
             name, params = self.deck.compare
-            play(self.llm, self._requests(lengths, params))
-            other = play(self.llm, self._requests(lengths, params))
+            other = self._third(lengths, params)
             yield self._figure(f"throughput with {name}", "tokens/s", other.num_tokens / other.seconds)
         if self.deck.arrivals:
             yield from self._arrivals(lengths, self.deck.arrivals * saturated)
+
+    def _third(
+        self,
+        lengths: Sequence[tuple[int, int]],
+        params: SamplingParams = GREEDY,
+        arrivals: Sequence[float] | None = None,
+    ) -> Run:
+        """Of three runs. Long steps are met in the first, recorded in the second, and replayed in this one."""
+        runs = [play(self.llm, self._requests(lengths, params), arrivals) for _ in range(3)]
+        return runs[-1]
 
     def _arrivals(self, lengths: Sequence[tuple[int, int]], tokens_per_second: float) -> Iterator[Figure]:
         """Requests that arrive by chance (a Poisson process), so that prompts meet decoding sequences."""
         rate = tokens_per_second / statistics.mean(output for _, output in lengths)
         due = np.random.default_rng(SEED).exponential(1 / rate, len(lengths)).cumsum().tolist()
-        play(self.llm, self._requests(lengths), due)
-        run = play(self.llm, self._requests(lengths), due)
+        run = self._third(lengths, arrivals=due)
         for name, seconds in (("to the first token", run.waits), ("between tokens", run.gaps)):
             for label, share in (("median", 50), ("p99", 99)):
                 value = float(np.percentile(seconds, share)) * 1e3

@@ -7,6 +7,7 @@ machine's own copy and matmul. A call that fails says so in its row, and the oth
 
 import gc
 import math
+import re
 import statistics
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -168,8 +169,12 @@ def _time(contender: Contender, backend: Any, sets: list[Arrays], replays: int) 
     return timing.seconds(calls * math.ceil(4 / len(calls)), replays)
 
 
+FOLDERS = re.compile(r"(?<![\w.])(/[^\s/:'\"]+)+/")
+
+
 def _why(error: Exception) -> str:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    """The first line; of a path only the name: whose folder it is in says nothing."""
+    first = FOLDERS.sub("", str(error).strip() or type(error).__name__).splitlines()[0][:160]
     return first if isinstance(error, Missing) else f"{type(error).__name__}: {first}"
 
 

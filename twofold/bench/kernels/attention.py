@@ -108,7 +108,7 @@ def _prefill_row(lens: list[int], num_heads: int, num_kv_heads: int, head_dim: i
         )
 
     def flashinfer(backend: Any, a: Arrays) -> Call:
-        workspace = torch.empty(256 << 20, dtype=torch.uint8)
+        workspace = torch.empty(512 << 20, dtype=torch.uint8)
         wrapper = peers.flashinfer().BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD", backend="fa3")
         wrapper.plan(a.cu, a.cu, num_heads, num_kv_heads, head_dim, causal=True, q_data_type=a.q.dtype)
         return lambda: wrapper.run(a.q, a.k, a.v)
@@ -250,7 +250,7 @@ def _decode_row(lens: list[int], num_heads: int, num_kv_heads: int, reach_for: f
 
     def flashinfer(tensor_cores: bool) -> Any:
         def contender(backend: Any, a: Arrays) -> Call:
-            workspace = torch.empty(256 << 20, dtype=torch.uint8)
+            workspace = torch.empty(512 << 20, dtype=torch.uint8)
             wrapper = peers.flashinfer().BatchDecodeWithPagedKVCacheWrapper(
                 workspace, "NHD", use_tensor_cores=tensor_cores
             )
