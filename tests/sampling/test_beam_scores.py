@@ -1,6 +1,7 @@
 """Beam search, one step: the best continuations, and no better one left out."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 
 import fast
@@ -18,6 +19,15 @@ def test_beams_are_the_best(backend, case):
 @given(case=inputs.beams())
 def test_groups_do_not_depend_on_company(backend, case):
     properties.groups_do_not_depend_on_company(backend, case)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_more_beams_than_are_merged_at_once(backend, order):
+    """The best may be in the first beams of a group as well as in the last."""
+    scores = np.linspace(0, -8, 37)[::order].astype(np.float32)
+    logits = np.random.default_rng(0).normal(size=(37, 7)).astype(np.float32)
+    cu_beams = np.array([0, 1, 37], np.int32)
+    properties.beams_are_the_best(backend, inputs.Beams(logits, scores, cu_beams, num_candidates=8))
 
 
 def test_offsets_beyond_the_rows_end_with_them_where_nobody_looks(monkeypatch):
