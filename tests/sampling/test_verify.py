@@ -66,6 +66,17 @@ def test_what_comes_out_is_the_target(backend, targets, drafts):
     properties.what_comes_out_is_the_target(backend, target, draft, lambda offset, n: tokens[offset][:n])
 
 
+def test_a_certain_draft_that_is_rejected_does_not_come_back(backend):
+    """Of two tokens, equally likely, the other one is drawn; how often, the tests above look at."""
+    num_seqs = 40
+    target, drafts = np.full((2 * num_seqs, 2), 0.5, np.float32), np.arange(num_seqs) % 2
+    named = np.arange(num_seqs), np.zeros(num_seqs, np.int32), np.zeros(num_seqs, np.int32)
+    accepted, tokens = call(backend, "verify", target, None, drafts, np.arange(num_seqs + 1, dtype=np.int32), *named)
+    rejected = accepted == 0
+    assert 8 < rejected.sum() < 32, f"{rejected.sum()} of {num_seqs} rejected"
+    assert (tokens != drafts)[rejected].all(), f"rejected {drafts[rejected]}, and drew {tokens[rejected]}"
+
+
 def test_equal_but_for_rounding_still_gives_a_token(backend):
     """Where the target is everywhere a little less than the draft, a rejection leaves no residual: the target draws."""
     every, zero = np.arange(3000), np.zeros(3000, np.int32)
