@@ -255,7 +255,8 @@ def test_what_is_out_of_range_is_not_there_where_nobody_looks(monkeypatch, backe
     """As an engine runs: `fast` looks at no value; a block that does not exist is a hole, and nothing is read or
     written beside the arrays, whatever lengths and offsets say."""
     monkeypatch.setenv("TWOFOLD_CHECK", "0")
-    q, k_cache, v_cache, table, seq_lens, offsets = batch([3, 40, 1], [30, 60, 70]).arguments(backend)
+    case = batch([3, 40, 1], [30, 60, 70])
+    q, k_cache, v_cache, table, seq_lens, offsets = case.arguments(backend)
     around = fast.from_host(np.full((3 * len(q), *q.shape[1:]), 7.0, np.float32))
     out = around[len(q) : 2 * len(q)]
 
@@ -265,6 +266,11 @@ def test_what_is_out_of_range_is_not_there_where_nobody_looks(monkeypatch, backe
     hole = table.clone()
     hole[1, 2] = hole[2, 0] = -1
     expected = attend(hole).copy()
+    last, seen = case.sequences[2], slice(case.block_size, None)  # all but the first block
+    weights = np.exp(np.einsum("hd,kd->hk", last.q[0], last.k[seen, 0]).astype(np.float64) / 4)
+    weights /= weights.sum(axis=1, keepdims=True)
+    error, bound = expected[-1] - weights @ last.v[seen, 0], 2.0**-18 * (weights @ np.abs(last.v[seen, 0]))
+    assert (np.abs(error) <= bound).all(), "keys in a hole were seen"
     for wrong in (len(k_cache), 2**31 - 1, -2, -(2**31)):
         hole[1, 2] = hole[2, 0] = wrong
         assert attend(hole).tobytes() == expected.tobytes(), f"block {wrong} is not as good as none"
