@@ -306,6 +306,12 @@ def test_log_probs_are_the_logarithms(backend, case):
     properties.log_probs_are_the_logarithms(backend, *case)
 
 
+def test_log_probs_of_rows_of_several_tiles(backend):
+    """Tokens in the first tile, the last and between; the best anywhere, some of them equal."""
+    logits = np.round(np.random.default_rng(0).normal(scale=3, size=(4, 700)), 1).astype(np.float32)
+    properties.log_probs_are_the_logarithms(backend, logits, np.array([0, 699, 300, 511]), 9)
+
+
 # ---- what is refused --------------------------------------------------------------------------------------------
 
 GOOD_SAMPLING = {
