@@ -2,7 +2,7 @@
 
 import pytest
 
-from twofold.bench import copying
+from twofold.bench.engine import copying
 from twofold.conformance.strategies.small_checkpoint import small_checkpoint
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference.model.config import ModelConfig
-from twofold.bench import engine, engine_peer
+from twofold.bench import engine
 from twofold.bench.engine import DECKS, LLAMA, QWEN, Bench, Deck, Figure, Target, chosen
 from twofold.bench.limits import Limits
 from twofold.bench.profiling import summary
@@ -68,7 +68,7 @@ def test_transformers_answers_the_same_requests():
 
 
 def test_without_transformers_it_is_left_out(monkeypatch):
-    monkeypatch.setattr(engine_peer, "is_there", lambda: False)
+    monkeypatch.setattr(engine.peer, "is_there", lambda: False)
     assert set(figures(throughput=(4, 3, 8), beside=(3, 9, 5))) == {"throughput"}
 
 
@@ -76,8 +76,8 @@ def test_what_transformers_cannot_do_says_so_and_is_no_figure(monkeypatch):
     def broken(self, requests):
         raise RuntimeError("not on this device")
 
-    monkeypatch.setattr(engine_peer.Transformers, "generate", broken)
-    monkeypatch.setattr(engine_peer.Transformers, "generate_batch", broken)
+    monkeypatch.setattr(engine.peer.Transformers, "generate", broken)
+    monkeypatch.setattr(engine.peer.Transformers, "generate_batch", broken)
     with pytest.warns(UserWarning, match="generate is not measured: not on this device"):
         assert set(figures(throughput=(4, 3, 8), beside=(3, 9, 5))) == {"throughput"}
 

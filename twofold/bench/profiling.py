@@ -1,17 +1,21 @@
 """What the device did in some steps of an engine, kernel by kernel, and what it waited for."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 LARGEST_NAME = 80
+KERNEL = re.compile(r"^def (\w*_kernel)\(", re.MULTILINE)
+FOREIGN = {"linear": re.compile(r"gemm|nvjet|cutlass|cublas", re.IGNORECASE), "copies": re.compile(r"^Mem(cpy|set)")}
 
 
 def profile(step: Callable[[], Any], num_steps: int) -> dict[str, Any]:
     """Profile calls of ``step``.
 
     Returns:
-        `summary` of what ran on the device.
+        `summary` of what ran on the device, and of each kernel the ``room`` that it belongs to.
     """
     import torch
     from torch.profiler import ProfilerActivity
@@ -26,7 +30,42 @@ def profile(step: Callable[[], Any], num_steps: int) -> dict[str, Any]:
         for event in profiler.events() or ()
         if event.device_type.name == "CUDA"
     ]
-    return summary(ranges, num_steps)
+    found = summary(ranges, num_steps)
+    rooms = kernel_rooms()
+    for name, kernel in found["kernels"].items():
+        kernel["room"] = room_of(name, rooms)
+    return found
+
+
+def kernel_rooms() -> dict[str, str]:
+    """Of the kernels of `fast`, by name: the folder that they come from. Attention over codes is attention too.
+
+    Example:
+        >>> rooms = kernel_rooms()
+        >>> rooms["_rotary_kernel"], rooms["coded_attention_kernel"], rooms["_write_kv_kernel"]
+        ('fusion', 'attention', 'kv_cache')
+    """
+    rooms = {}
+    root = Path(__file__).parents[2] / "fast"
+    for file in sorted(root.glob("*/*.py")):
+        if file.stem != "lossless":  # it runs when blocks are swapped, and one of its kernels is called as another
+            for name in KERNEL.findall(file.read_text()):
+                attends = "attention" in name or "decode" in name
+                rooms[name] = "attention" if attends else file.parent.name
+    return rooms
+
+
+def room_of(name: str, rooms: Mapping[str, str]) -> str:
+    """Where a kernel's work belongs, by its name as the device has it; "other" if nobody knows.
+
+    Example:
+        >>> names = "_rotary_kernel", "nvjet_tst_64x8", "Memcpy HtoD (Pinned -> Device)", "void at::native::fill"
+        >>> [room_of(name, {"_rotary_kernel": "fusion"}) for name in names]
+        ['fusion', 'linear', 'copies', 'other']
+    """
+    if name in rooms:
+        return rooms[name]
+    return next((room for room, known in FOREIGN.items() if known.search(name)), "other")
 
 
 def summary(ranges: Sequence[tuple[float, float, str]], num_steps: int) -> dict[str, Any]:

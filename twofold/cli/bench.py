@@ -159,20 +159,22 @@ def engine(
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help="Where the JSON goes; by default benchmarks/results/engine-DEVICE.json.", metavar="FILE"),
+        typer.Option(
+            help="Where the JSON goes; by default benchmarks/results/engine-DEVICE.json (or copying-...).",
+            metavar="FILE",
+        ),
     ] = None,
 ) -> int:
     """Whole runs of the engine on a GPU, with random weights of well-known shapes, beside what is possible."""
     from rich.console import Console
 
     from twofold import __version__
-    from twofold.bench import copying
-    from twofold.bench.engine import SEED, VLLM_SOURCE, Figure, chosen, run
+    from twofold.bench.engine import SEED, VLLM_SOURCE, Figure, chosen, copying, run
     from twofold.bench.report import gpu_name, save
 
     decks = chosen(only or (), quick=quick)
     device = gpu_name()
-    results = results or _of_device("engine-copying" if model else "engine", device)
+    results = results or _of_device("copying" if model else "engine", device)
     command = _asked("engine", only=only, quick=quick, profile=profile, model=model)
     measured = copying.run(model) if model else run(decks, rounds=1 if quick else 3, profiled=profile)
     figures: dict[str, dict[str, Any]] = {}

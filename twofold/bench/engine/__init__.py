@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from reference.batching.request import Request, SamplingParams
-from twofold.bench import engine_peer
+from twofold.bench.engine import peer
 from twofold.bench.limits import Limits
 from twofold.bench.profiling import profile
 from twofold.errors import TwofoldError
@@ -264,7 +264,7 @@ class Bench:
             yield from self._adapters(*self.deck.adapters)
         if self.deck.throughput:
             yield from self._throughput()
-        if self.deck.beside and engine_peer.is_there():
+        if self.deck.beside and peer.is_there():
             yield from self._beside(*self.deck.beside)
 
     def profiles(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -361,10 +361,10 @@ class Bench:
 
     def _beside(self, num_seqs: int, prompt: int, tokens: int) -> Iterator[Figure]:
         """What `transformers` does, and how many times as fast we are. What it cannot do here is no figure."""
-        peer = engine_peer.Transformers(self.deck.model, self.llm.decoder.dtype, **self.peer_pool)
+        transformers = peer.Transformers(self.deck.model, self.llm.decoder.dtype, **self.peer_pool)
         ways = {
-            "generate": (peer.generate, [(prompt, tokens)] * num_seqs),
-            "continuous batching": (peer.generate_batch, self._lengths()),
+            "generate": (transformers.generate, [(prompt, tokens)] * num_seqs),
+            "continuous batching": (transformers.generate_batch, self._lengths()),
         }
         for name, (theirs, lengths) in ways.items():
             ours = self._third(lengths)
