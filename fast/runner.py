@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fast._runner.blocks import BlockMover
 from fast._runner.memory import Arena, InArena
 from fast._runner.staging import Readback, stamp, to_device
 from fast._runner.step import Step, StepShape, Upload, only_draws
 from fast._triton.platform import default_device
 from reference.batching.packing import Batch, SamplingBatch
 from reference.batching.runner import NOT_FINITE, Logprobs, StepResult, verified_tokens
-from reference.kv_cache.cache import CacheView, KVCache, copy_waves
-from reference.kv_cache.coded_rows import CodedRows
+from reference.kv_cache.cache import CacheView, KVCache
 from reference.memory.arena import PlannedBackend
 from reference.model.decoder import AdapterBank, Decoder
 from reference.numerics.philox import PURPOSE_DRAFT
@@ -77,7 +77,8 @@ class GraphRunner:
         long = tokens_launched_in_vain(decoder) if recorded_again is None else recorded_again
         self.most_recorded_again = long if recorded else 0
         self.device: torch.device = cache.pools[0].device
-        self.host: dict[tuple[int, int], Tensor | np.ndarray | CodedRows] = {}
+        self._blocks = BlockMover(cache)
+        self.host = self._blocks.host
         self._recorded: dict[StepShape, Step] = {}
         self._met: set[StepShape] = set()
         self._memory, self._arena = _memory_of_graphs(self.device), Arena(self.device)
@@ -90,12 +91,12 @@ class GraphRunner:
             raise ValueError(f"GraphRunner: expected at most {self.most_seqs} draws a step, got {sampling.num_drawn}")
         if batch.num_tokens == 0:
             start = stamp(self.device)
-            self._move_blocks(batch)
+            self._blocks.move(batch)
             return InFlight(sampling, Readback({}, self.device, start))
         step = self._step_for(batch)
         packed = step.upload.packed(batch)
         start = stamp(self.device)  # from here on there is something to do for the device
-        self._move_blocks(batch)
+        self._blocks.move(batch)
         found = self._run(step, packed, len(batch.logit_rows))
         results = {"best": found["best"]}
         if only_draws(sampling):
@@ -130,31 +131,6 @@ class GraphRunner:
             return torch.cuda.mem_get_info(self.device)[1]
         taken = torch.cuda.max_memory_allocated(self.device) - before
         return taken * 3 if num_tokens <= self.most_recorded_again else taken
-
-    def _move_blocks(self, batch: Batch) -> None:
-        for swap in batch.swaps_out:
-            if swap.coded and self.cache.word_layouts[swap.pool] is not None:
-                self.host[swap.key, swap.pool] = self.cache.swap_out(swap.block_ids, pool=swap.pool, coded=True)
-                continue
-            rows = self.backend.swap_out(self.cache.pools[swap.pool], self._ids(swap.block_ids))
-            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
-            self.host[swap.key, swap.pool] = host.copy_(rows, non_blocking=True)
-        for swap in batch.swaps_in:
-            host = self.host.pop((swap.key, swap.pool))
-            if not isinstance(host, Tensor):
-                self.cache.swap_in(host[swap.host_rows], swap.block_ids, pool=swap.pool)
-                continue
-            rows = self.backend.take_rows(host.to(self.device, non_blocking=True), self._ids(swap.host_rows))
-            self.backend.swap_in(rows, self.cache.pools[swap.pool], self._ids(swap.block_ids))
-        for key in batch.drops:
-            for pool in range(len(batch.copies)):
-                self.host.pop((key, pool), None)
-        for pool, copies in enumerate(batch.copies):
-            for sources, targets in copy_waves(copies):
-                self.backend.copy_blocks(self.cache.pools[pool], self._ids(sources), self._ids(targets))
-
-    def _ids(self, ids: Any) -> Tensor:
-        return to_device(np.asarray(ids, np.int64), self.device)
 
     # From tokens to logits.
 

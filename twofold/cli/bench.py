@@ -85,6 +85,26 @@ def lossless(
 
 
 @app.command()
+def swap(
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Where the JSON goes; by default benchmarks/results/swap-DEVICE.json.", metavar="FILE"),
+    ] = None,
+) -> int:
+    """Blocks to the host and back over the bus, as they are and losslessly coded, on a GPU."""
+    from twofold.bench.report import gpu_name, save, table
+
+    device = gpu_name()
+    from twofold.bench.swap import run
+
+    found = {f"{count} blocks": figures for count, figures in run()}
+    save(results or _of_device("swap", device), _asked("swap"), found, device=device)
+    columns = ("bytes", "coded_bytes", "plain_out_ms", "plain_back_ms", "coded_out_ms", "coded_back_ms", "times")
+    table("Swapping", ("of", *columns), [(name, *(row[c] for c in columns)) for name, row in found.items()])
+    return 0
+
+
+@app.command()
 def planner(model: options.Model = None, results: Results = Path("benchmarks/results/planner.json")) -> int:
     """The memory of a step's activations: in an arena, at the least, and with none sharing any."""
     from twofold.bench.planner import run
