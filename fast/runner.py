@@ -211,11 +211,14 @@ class GraphRunner:
             logit_rows=inputs["logit_rows"],
             adapters=self.adapters,
             adapter_ids=inputs.get("adapter_ids"),
+            in_float32=False,
         )
         drawn = self.backend.sample(logits, *(inputs[name] for name in FILTERS + COUNTERS))
         self._remember(drawn)
         results = {"token_ids": token_ids, "drawn": drawn, "best": largest(logits)}
-        return results | {"logits": logits} if keeps_logits else results
+        if keeps_logits:
+            results["logits"] = logits if logits.dtype == torch.float32 else self.backend.cast(logits, "float32")
+        return results
 
     def _remember(self, drawn: Tensor) -> None:
         """For the step after, which may name these tokens before anybody has read them."""
@@ -233,7 +236,7 @@ def tokens_launched_in_vain(decoder: Decoder) -> int:
 def largest(logits: Tensor) -> Tensor:
     """Of each row; NaN if there is one. In two goes, for one leaves most of a GPU idle where rows are few and long."""
     columns = math.gcd(logits.shape[1], 128)
-    return logits.unflatten(1, (-1, columns)).amax(dim=2).amax(dim=1)
+    return logits.unflatten(1, (-1, columns)).amax(dim=2).amax(dim=1).float()
 
 
 def _memory_of_graphs(device: torch.device) -> Any:
@@ -277,9 +280,12 @@ class Sampling:
         rows = slice(0, self.sampling.num_drawn)
         if self.sampling.for_drafts:
             return self._draw_drafts(scores, rows)
-        if self.sampling.penalties is None or not self.sampling.num_drawn:
-            return {"token_ids": self.step["drawn"][rows]}
-        return {"token_ids": self.backend.sample(scores, *self._columns(FILTERS + COUNTERS, rows))}
+        penalties, drawn = self.sampling.penalties, self.step["drawn"][rows]
+        if penalties is None or not self.sampling.num_drawn:
+            return {"token_ids": drawn}
+        tokens = self.backend.sample(scores, *self._columns(FILTERS + COUNTERS, rows))
+        penalized = self._put(penalties.present[rows])
+        return {"token_ids": torch.where(penalized, tokens, drawn)}  # the others' company changes no bit of theirs
 
     def _draw_drafts(self, scores: Tensor, rows: slice) -> dict[str, Tensor]:
         """As `sample`, with noise of its own, and the distributions drawn from: what `verify` asks of a drafter."""

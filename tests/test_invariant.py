@@ -16,6 +16,7 @@ import fast
 import reference
 from fast import invariant
 from fast.attention import invariant_attention
+from fast.linear import _descriptors, _matmul
 from fast.linear._descriptors import BLOCKS, choose_block, matmul_described
 from fast.linear._matmul import TILES, choose_tile, matmul
 from fast.linear._split import split_linear, unsplit
@@ -244,6 +245,21 @@ def test_all_tiles_agree(way, dtype):
         split_linear(x[first:last], weight, None, residual[first:last], few, unsplit(last - first))
         different = (few != this[first:last]).float().mean()
         assert different == 0, f"{different:.1%} of the results of tokens {first} to {last} differ"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tiles_lie_side_by_side(monkeypatch, way):
+    """Several tiles of tokens and of rows, in groups of which the last is not full; a processor has several."""
+    monkeypatch.setattr(_matmul, "GROUP", 2)
+    monkeypatch.setattr(_descriptors, "GROUP", 2)
+    monkeypatch.setattr(_descriptors, "num_processors", lambda array: 4)
+    x, weight, residual = layer(290, 40, 304, torch.float16)
+    bias = residual[0].clone()
+    out = WAYS[way](x, weight, bias, residual, torch.full_like(residual, torch.nan)).double()
+    x, weight, residual, bias = (array.double() for array in (x, weight, residual, bias))
+    magnitude = x.abs() @ weight.abs().T + residual.abs() + bias.abs()
+    wrong = (out - (x @ weight.T + residual + bias)).abs() > 2**-10 * magnitude
+    assert not wrong.any(), f"{wrong.sum()} of {wrong.numel()} are wrong, the first at {wrong.nonzero()[0].tolist()}"
 
 
 @pytest.mark.needs("gpu")  # sizes of real layers

@@ -220,7 +220,7 @@ def find_tile(slot, cu_seqlens_q_ptr, num_seqs, QUERIES: tl.constexpr):
     before = 0
     for first in range(0, num_seqs, SEARCH):
         seq = first + tl.arange(0, SEARCH)
-        start = tl.load(cu_seqlens_q_ptr + seq, mask=seq < num_seqs, other=0)
+        start = tl.load(cu_seqlens_q_ptr + seq, mask=seq < num_seqs)
         before += tl.sum(((start // QUERIES + seq <= slot) & (seq < num_seqs)).to(tl.int32), 0)
     seq = tl.maximum(before - 1, 0)
     return seq, slot - (tl.load(cu_seqlens_q_ptr + seq) // QUERIES + seq).to(tl.int32)

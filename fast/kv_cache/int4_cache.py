@@ -69,8 +69,8 @@ def _write_kernel(
     in_tile = has_slot[:, None] & (byte < half_head_dim)[None, :]
 
     x_ptrs = x_ptr + (token * x_stride_token + head * x_stride_head)[:, None] + byte * x_stride_dim
-    low = clamp(tl.load(x_ptrs, mask=in_tile, other=0.0).to(tl.float32), FLOAT16_MAX)
-    high = tl.load(x_ptrs + half_head_dim * x_stride_dim, mask=in_tile, other=0.0)
+    low = clamp(tl.load(x_ptrs, mask=in_tile).to(tl.float32), FLOAT16_MAX)
+    high = tl.load(x_ptrs + half_head_dim * x_stride_dim, mask=in_tile)
     high = clamp(high.to(tl.float32), FLOAT16_MAX)
 
     # A group may lie in the lower half of the head, in the upper one, or in both.

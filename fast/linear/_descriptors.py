@@ -98,12 +98,12 @@ def _finish(
     """``y + bias + residual``, rounded once."""
     n = first_row + tl.arange(0, y.shape[1])
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < out_features, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(bias_ptr + n, mask=n < out_features).to(tl.float32)[None, :]
     if residual_ptr is not None:
         token = first_token + tl.arange(0, y.shape[0]).to(tl.int64)
         mask = (token < num_tokens)[:, None] & (n < out_features)[None, :]
         pointers = residual_ptr + token[:, None] * stride_residual_m + n[None, :]
-        y += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(pointers, mask=mask).to(tl.float32)
     out_desc.store([first_token, first_row], to_dtype(y, out_desc.dtype))
 
 

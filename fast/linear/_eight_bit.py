@@ -82,11 +82,11 @@ def finish(y, weight_scale_ptr, x_scale_ptr, bias_ptr, out_ptr, stride_out_t, st
     y = y.to(tl.float32)
     bias = tl.zeros_like(y)
     if bias_ptr is not None:
-        bias += tl.load(bias_ptr + o, mask=mask, other=0.0).to(tl.float32)
+        bias += tl.load(bias_ptr + o, mask=mask).to(tl.float32)
     if weight_scale_ptr is not None:
-        factor = tl.load(weight_scale_ptr + o, mask=mask, other=0.0).to(tl.float32)
+        factor = tl.load(weight_scale_ptr + o, mask=mask).to(tl.float32)
         if x_scale_ptr is not None:
-            factor = tl.load(x_scale_ptr + token, mask=mask, other=0.0) * factor
+            factor = tl.load(x_scale_ptr + token, mask=mask) * factor
         y = tl.fma(y, factor + tl.zeros_like(y), bias)
     else:
         y += bias

@@ -68,7 +68,7 @@ def _quantize_rows_kernel(
     tl.store(scale_ptr + row, scale)
     usable = scale > 0  # neither 0 nor NaN
     factor = tl.where(scale < SMALL, 1.0 / SMALL, 1.0)  # the inverse of a tiny scale would be infinite
-    inverse = tl.where(usable, tl.div_rn(tl.full([], 1.0, tl.float32), tl.where(usable, scale * factor, 1.0)), 0.0)
+    inverse = tl.where(usable, tl.div_rn(tl.full([], 1.0, tl.float32), scale * factor), 0.0)
     store_codes(codes_ptr, tl.where(usable, x, 0.0), factor, inverse, 0, num_columns, MOST)
     if not WHOLE:
         for first in range(TILE, num_columns, TILE):
@@ -123,11 +123,11 @@ def _many_tokens_kernel(
         acc = tl.dot(x, tl.trans(weight), acc, out_dtype=tl.int32)
     token, o = first_t + tl.arange(0, TILE_T), first_o + tl.arange(0, TILE_O)
     in_batch, in_row = token < num_tokens, o < out_features
-    x_scale = tl.load(x_scale_ptr + token, mask=in_batch, other=0.0)
-    weight_scale = tl.load(weight_scale_ptr + o, mask=in_row, other=0.0).to(tl.float32)
+    x_scale = tl.load(x_scale_ptr + token, mask=in_batch)
+    weight_scale = tl.load(weight_scale_ptr + o, mask=in_row).to(tl.float32)
     bias = tl.zeros([TILE_T, TILE_O], tl.float32)
     if bias_ptr is not None:
-        bias += tl.load(bias_ptr + o, mask=in_row, other=0.0).to(tl.float32)[None, :]
+        bias += tl.load(bias_ptr + o, mask=in_row).to(tl.float32)[None, :]
     y = tl.fma(acc.to(tl.float32), x_scale[:, None] * weight_scale[None, :], bias)  # as `_eight_bit.finish` does
     pointers = out_ptr + token.to(tl.int64)[:, None] * stride_out_t + o[None, :] * stride_out_o
     store(pointers, y, in_batch[:, None] & in_row[None, :])

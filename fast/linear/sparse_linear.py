@@ -53,8 +53,8 @@ def floats(word, dtype: tl.constexpr):
     if dtype == tl.bfloat16:
         first, second = (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
     else:
-        first = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        second = ((word >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        first = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        second = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     return first, second
 
 

@@ -68,7 +68,7 @@ def find_frontier(
         other_token = tl.load(tokens_ptr + j, mask=j < num_candidates)[None, :]
         other = tl.load(noisy_ptr + j, mask=j < num_candidates, other=float("-inf"))[None, :]
         first = (other > noisy[:, None]) | ((other == noisy[:, None]) & (other_token < token[:, None]))
-        num_above += tl.sum((first & (other_x >= x[:, None]) & (other_x >= least)).to(tl.int32), axis=1)
+        num_above += tl.sum((first & (other_x >= x[:, None])).to(tl.int32), axis=1)
     on_frontier = inside & (x >= least) & (num_above == 0)
     tl.store(on_frontier_ptr + i, on_frontier.to(tl.int32))
     tl.debug_barrier()

@@ -124,7 +124,7 @@ def nucleus_key(
 def min_p_key(min_p, top, inverse_temperature, SHIFT: tl.constexpr):
     """The smallest key that passes min-p, for a row whose best logit is ``top``: no data is needed."""
     # Times 2**64, since a subnormal min_p would count as 0.
-    least = tl.log(tl.where(min_p > 0, min_p * 18446744073709551616.0, 1.0)) - 44.3614195558365
+    least = tl.log(min_p * 18446744073709551616.0) - 44.3614195558365
     low, high = lowest_key(SHIFT) - 1, sort_key(top, SHIFT)
     low = tl.where(min_p > 0, low, high - 1)
     while low + 1 < high:

@@ -42,7 +42,7 @@ def _tile_tops_kernel(
     x, token = load_tile(logits_row_ptr, stride_logits_vocab, tile, vocab_size, CHUNK, COLS)
 
     top = tl.max(tl.max(x, axis=0), axis=0)
-    mass = tl.exp(x - tl.where(top == float("-inf"), 0.0, top))
+    mass = tl.exp(x - top)  # of a tile without a finite logit this is no number, and `row_log_sum` does not ask for it
     tl.store(tile_max_ptr + here, top)
     tl.store(tile_mass_ptr + here, tl.sum(tl.sum(mass, axis=0), axis=0))
     if RANKED:

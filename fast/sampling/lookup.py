@@ -17,7 +17,7 @@ TILE_ENDS = 16 if INTERPRETING else 1024  # places of a history that a program t
 def _match_kernel(
     history_ptr,  # [num_seqs, max_history]
     history_lens_ptr,  # [num_seqs]
-    best_ptr,  # [num_seqs, num_tiles]: length of the match * 2**32 + where it ends; 0 if there is none
+    best_ptr,  # [num_seqs, num_tiles]: length of the match (0: there is none) * 2**32 + where it ends
     stride_history_seq,
     stride_history_token,
     max_history,
@@ -41,7 +41,7 @@ def _match_kernel(
         matches = matches & (token == last)
         matched += matches.to(tl.int32)
         n += 1
-    best = tl.max((matched.to(tl.int64) << 32) + tl.where(matched > 0, end, 0).to(tl.int64), axis=0)
+    best = tl.max((matched.to(tl.int64) << 32) + end.to(tl.int64), axis=0)
     tl.store(best_ptr + seq * num_tiles + tile, best)
 
 

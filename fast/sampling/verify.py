@@ -51,7 +51,7 @@ def count_accepted(
             pointers = draft_ptr + (start + i).to(tl.int64) * stride_draft_row + token * stride_draft_vocab
             draft = tl.load(pointers, mask=valid, other=1.0).to(tl.float32)
         word, _, _, _ = random_words(seed, position + i, sample_index, i - i, PURPOSE_ACCEPT)
-        rejected = inside & (to_uniform(word) * draft >= target)  # 0 of 0 is not accepted, something of 0 is
+        rejected = to_uniform(word) * draft >= target  # 0 of 0 is not accepted, something of 0 is
         count = tl.minimum(count, tl.min(tl.where(rejected, i, num_drafts), axis=0))
     return count
 
@@ -102,7 +102,7 @@ def _verify_kernel(
     if rejected:
         drafted = tl.load(draft_tokens_ptr + start + count)
     target_row_ptr = target_ptr + (start + seq + count).to(tl.int64) * stride_target_row
-    draft_row_ptr = draft_ptr + tl.where(rejected, start + count, 0).to(tl.int64) * stride_draft_row
+    draft_row_ptr = draft_ptr + (start + count).to(tl.int64) * stride_draft_row
     rows, cols = tl.arange(0, PART), tl.arange(0, COLS)
     best = tl.full([PART, COLS], float("-inf"), tl.float32)
     best_missing = tl.full([PART, COLS], float("-inf"), tl.float32)

@@ -12,7 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 from numpy import ndarray as Array
 
 from reference.batching.plan import StepPlan, Swap
@@ -31,6 +31,12 @@ class Penalties:
     frequency_penalty: Float32[Array, " num_rows"]
     bias_ids: Int32[Array, "num_rows max_biases"]
     bias_values: Float32[Array, "num_rows max_biases"]
+
+    @property
+    def present(self) -> Bool[Array, " num_rows"]:
+        """The rows that have any."""
+        added = (self.presence_penalty != 0) | (self.frequency_penalty != 0)
+        return (self.repetition_penalty != 1) | added | (self.bias_ids >= 0).any(axis=1)
 
 
 @dataclass

@@ -250,6 +250,38 @@ def test_blocks_that_the_window_is_past(backend, op, query_lens):
     properties.assert_out(backend, case, op, "attention within a window")
 
 
+@pytest.mark.parametrize("backend", [fast, invariant], ids=["fast", "invariant"])
+def test_what_is_out_of_range_is_not_there_where_nobody_looks(monkeypatch, backend):
+    """As an engine runs: `fast` looks at no value; a block that does not exist is a hole, and nothing is read or
+    written beside the arrays, whatever lengths and offsets say."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")
+    case = batch([3, 40, 1], [30, 60, 70])
+    q, k_cache, v_cache, table, seq_lens, offsets = case.arguments(backend)
+    around = fast.from_host(np.full((3 * len(q), *q.shape[1:]), 7.0, np.float32))
+    out = around[len(q) : 2 * len(q)]
+
+    def attend(table=table, seq_lens=seq_lens, offsets=offsets):
+        return backend.to_host(backend.paged_attention(q, k_cache, v_cache, table, seq_lens, offsets, out=out))
+
+    hole = table.clone()
+    hole[1, 2] = hole[2, 0] = -1
+    expected = attend(hole).copy()
+    last, seen = case.sequences[2], slice(case.block_size, None)  # all but the first block
+    weights = np.exp(np.einsum("hd,kd->hk", last.q[0], last.k[seen, 0]).astype(np.float64) / 4)
+    weights /= weights.sum(axis=1, keepdims=True)
+    error, bound = expected[-1] - weights @ last.v[seen, 0], 2.0**-18 * (weights @ np.abs(last.v[seen, 0]))
+    assert (np.abs(error) <= bound).all(), "keys in a hole were seen"
+    for wrong in (len(k_cache), 2**31 - 1, -2, -(2**31)):
+        hole[1, 2] = hole[2, 0] = wrong
+        assert attend(hole).tobytes() == expected.tobytes(), f"block {wrong} is not as good as none"
+    for wrong in ([2**31 - 1, -5, 70], [-(2**31), 60, 10**6]):
+        attend(seq_lens=fast.from_host(np.array(wrong, np.int32)))
+    for wrong in ([0, 3, 43, 10**6], [-9, 3, 43, 44], [44, 3, 0, 44]):
+        attend(offsets=fast.from_host(np.array(wrong, np.int32)))
+    outside = fast.to_host(around)[[*range(len(q)), *range(2 * len(q), 3 * len(q))]]
+    assert (outside == 7).all(), "rows outside out were written"
+
+
 @pytest.mark.needs("interpreter")  # where a step of a kernel can be counted
 @pytest.mark.parametrize("window", [None, 1, 65, 130, 213])  # 213: one key of the first tile is not seen by all
 @pytest.mark.parametrize(("num_queries", "seq_len"), [(150, 300), (128, 128), (30, 193)])

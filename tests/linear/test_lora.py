@@ -101,6 +101,19 @@ def test_each_kernel_is_chosen_and_right(monkeypatch, kernels, num_tokens, dtype
     assert seen == [kernels], f"expected {kernels}, got {seen}"
 
 
+@pytest.mark.parametrize("num_tokens", [33, 257])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ids_out_of_range_are_none_where_nobody_looks(monkeypatch, num_tokens, dtype):
+    """As an engine runs: `fast` does not look at ids, and a token whose adapter is not there has none."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")
+    call = batch(num_tokens, dtype)
+    ids = call.arrays["adapter_ids"].copy()
+    ids[1::3] = np.resize([5, 2**31 - 1, -2, -(2**31)], len(ids[1::3]))
+    none = np.where((ids < 0) | (ids >= 5), -1, ids)
+    results = [run(fast, call.with_arrays(adapter_ids=each))["out"] for each in (ids, none)]
+    assert results[0].tobytes() == results[1].tobytes(), "an id that is out of range is not as good as none"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_invariant_variant_does_not_see_the_batch(dtype):
     """A token's bits are the same alone, in a small batch and in a large one, wherever in it."""

@@ -82,6 +82,19 @@ def test_a_row_that_is_not_finite_stays_so_and_touches_no_other(backend, format,
     np.testing.assert_allclose(got[[0, 2]], x[[0, 2]], atol=0.01, err_msg="the other rows")
 
 
+@pytest.mark.parametrize("format", ["int8", "float8_e4m3fn"])
+def test_long_rows_are_rounded_in_parts(monkeypatch, format):
+    """Wherever in a row the largest number is, or one that is none; the last part is not full."""
+    monkeypatch.setattr(_w8a8, "TILE_COLUMNS", 16)
+    x = np.random.default_rng(0).normal(size=(5, 39)).astype(np.float32)
+    x[0, 3], x[1, 20], x[2, 38] = 30, -30, 30
+    properties.quantizes_rows(fast, x, format)
+    x[3, 20], x[4, 38] = np.nan, np.inf
+    codes, scale = (fast.to_host(part) for part in fast.quantize_rows(fast.from_host(x), format=format))
+    assert np.isnan(scale).tolist() == [False] * 3 + [True] * 2, f"scales {scale}"
+    assert not codes[3:].astype(np.float32).any(), "codes of rows without a scale"
+
+
 @settings(max_examples=200)
 @given(matrices=int8_matrices())
 def test_int8_sums_are_exact(backend, matrices):
@@ -218,6 +231,16 @@ def test_each_kernel_for_8_bits(monkeypatch, op, kernel, num_tokens, in_features
     bytes_ = recorded(monkeypatch, _w8a8, ["many_tokens"])
     properties.matches_the_oracle(fast, layer(op, num_tokens, in_features, group_size, dtype, bias=True))
     assert seen + ["bytes"] * len(bytes_) == [kernel], f"expected the kernel {kernel}, got {seen} and {bytes_}"
+
+
+@pytest.mark.needs("interpreter")  # tiles so small are none to the tensor cores
+def test_bands_of_tiles_cover_everything(monkeypatch):
+    """Several tiles of tokens and of rows, in bands of which the last is not full."""
+    monkeypatch.setattr(_w8a8, "TILE", (16, 32, 64))
+    monkeypatch.setattr(_w8a8, "BAND", 2)
+    seen = recorded(monkeypatch, _w8a8, ["many_tokens"])
+    properties.matches_the_oracle(fast, layer("linear_int8_int8", 70, 96, bias=True, out_features=150))
+    assert seen, "the kernel with bands was not chosen"
 
 
 def test_many_tokens_of_8_bit_floats(monkeypatch):

@@ -18,7 +18,8 @@ from transformers.generation.logits_process import (
 
 import fast
 import reference
-from fast.sampling import _draw, _filter, _threshold
+from fast.sampling import _draw, _filter, _keys, _threshold
+from reference.numerics.philox import PURPOSE_DRAW
 from twofold.conformance.properties import sampling as properties
 from twofold.conformance.properties.numerics import call, refuses
 from twofold.conformance.strategies import sampling as inputs
@@ -153,6 +154,33 @@ def test_a_threshold_costs_what_it_must(monkeypatch, spread, temperature, top_k,
     assert " ".join(taken) == steps
 
 
+def test_more_equals_than_a_head_holds(backend):
+    """Of 300 best tokens all are kept, by top-k and by top-p, and of the 300 next ones none."""
+    logits = np.repeat(np.array([1, 0], np.float32), 300)
+    rows = [one_row(logits, top_k=1), one_row(logits, top_k=300), one_row(logits, top_p=0.1)]
+    case = Filtering(*(np.concatenate(arrays) for arrays in zip(*(row.args() for row in rows))))
+    kept = np.isfinite(call(backend, "filter_logits", *case.args()))
+    assert kept.tolist() == [[True] * 300 + [False] * 300] * 3, f"kept {kept.sum(axis=1)} of 300 equals"
+
+
+@pytest.mark.needs("interpreter")
+def test_a_search_takes_few_steps(monkeypatch):
+    """Far fewer than halving, which takes 32; and none once a count is what was asked for."""
+    guesses, counts, guess, count = [], [], _keys.first_guess, _keys.count_from
+
+    def counted(*arguments):
+        counts.append(int(count(*arguments).handle.data.item()))
+        return count(*arguments)
+
+    monkeypatch.setattr(_keys, "first_guess", lambda *arguments: guesses.append(0) or guess(*arguments))
+    monkeypatch.setattr(_keys, "count_from", counted)
+    logits = np.random.default_rng(5).normal(20, size=300)
+    call(fast, "filter_logits", *one_row(logits, top_k=100).args())
+    assert counts.index(100) == len(counts) - 1, f"the 100th is found at a count of 100, not of {counts}"
+    assert len(counts) <= 12, f"{len(counts)} passes over the row"
+    assert len(guesses) - len(counts) <= 8, f"{len(guesses) - len(counts)} steps in the head"
+
+
 # ---- sample -----------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +274,22 @@ def test_every_way_to_a_token_is_taken(monkeypatch, spread, temperature, top_k, 
     assert getattr(_draw, way).value in ways, f"went by way of {ways}"
 
 
+def test_a_frontier_of_any_length(backend):
+    """Tokens whose logits rise as their noise falls: whichever of them top-p keeps first is drawn."""
+    names = np.full(12, 7), np.zeros(12, np.int32), np.zeros(12, np.int32)
+    noise = reference.random_gumbel(*(name[:1] for name in names), purpose=PURPOSE_DRAW, num_draws=300)[0]
+    by_noise = np.argsort(-noise)
+    logits = np.full(300, -0.05)
+    logits[by_noise[:12]] = 1e-3 * np.arange(12)
+    logits[by_noise[-100:]] = 0.05  # more than a head holds, and all of them kept
+    mass = np.exp(logits)
+    better = np.array([mass[logits > logits[token]].sum() for token in by_noise[:12]])
+    top_p = ((better + 0.5) / mass.sum()).astype(np.float32)  # keeps this token, and not the one before
+    filters = np.ones(12, np.float32), np.zeros(12, np.int32), top_p, np.zeros(12, np.float32)
+    tokens = call(backend, "sample", np.tile(logits.astype(np.float32), (12, 1)), *filters, *names)
+    assert tokens.tolist() == by_noise[:12].tolist(), f"drew {tokens}, and the first ones kept are {by_noise[:12]}"
+
+
 # ---- log_probs --------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +304,12 @@ def log_prob_cases(draw):
 @given(case=log_prob_cases())
 def test_log_probs_are_the_logarithms(backend, case):
     properties.log_probs_are_the_logarithms(backend, *case)
+
+
+def test_log_probs_of_rows_of_several_tiles(backend):
+    """Tokens in the first tile, the last and between; the best anywhere, some of them equal."""
+    logits = np.round(np.random.default_rng(0).normal(scale=3, size=(4, 700)), 1).astype(np.float32)
+    properties.log_probs_are_the_logarithms(backend, logits, np.array([0, 699, 300, 511]), 9)
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------
@@ -381,6 +431,28 @@ def test_log_probs_refuses_bad_ids_and_counts(backend):
     refuses(backend, "log_probs", "token_ids", logits, ids.astype(np.int32), num_top=1)
     refuses(backend, "log_probs", "num_top", logits, ids, num_top=6)
     refuses(backend, "log_probs", "num_top", logits, ids, num_top=-1)
+
+
+OUT_OF_RANGE = [5, -2, 2**31 - 1, -(2**31)]
+
+
+def test_ids_out_of_range_are_none_where_nobody_looks(monkeypatch):
+    """As an engine runs: `fast` does not look at ids, and passes over those that no token has."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")
+    two = np.full(2, 2, np.float32)
+    some = {"logits": np.array([[1, -1, 2, -2, 3]] * 2, np.float32), "prompt_lens": np.zeros(2, np.int32)}
+    some |= {f"{name}_penalty": two for name in ("repetition", "presence", "frequency")}
+    some["bias_values"] = np.ones((2, 6), np.float32)
+    results = []
+    for bad in (OUT_OF_RANGE, [-1] * 4):
+        ids = np.array([[1, *bad, 4], [*bad, 4, 4]], np.int32)
+        case = Penalties(**some, history=ids, bias_ids=np.array([[*bad, 0, 2], [3, *bad, 1]], np.int32))
+        results.append(call(fast, "penalize", *case.args()))
+    assert results[0].tolist() == results[1].tolist(), "an id that is out of range is not as good as none"
+    ids = np.array([3, *OUT_OF_RANGE, 2**40])
+    logprob, rank, _, _ = call(fast, "log_probs", np.tile(some["logits"][0], (6, 1)), ids, num_top=1)
+    assert np.isfinite(logprob).tolist() == [True] + [False] * 5, f"log-probabilities {logprob} of tokens {ids}"
+    assert rank.tolist() == [5] + [6] * 5, f"ranks {rank} of tokens {ids}"
 
 
 def test_a_history_of_nothing_changes_nothing(backend):

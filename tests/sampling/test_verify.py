@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+import fast
 import reference
 from reference.numerics.philox import PURPOSE_ACCEPT
 from twofold.conformance.properties import sampling as properties
@@ -65,6 +66,17 @@ def test_what_comes_out_is_the_target(backend, targets, drafts):
     properties.what_comes_out_is_the_target(backend, target, draft, lambda offset, n: tokens[offset][:n])
 
 
+def test_a_certain_draft_that_is_rejected_does_not_come_back(backend):
+    """Of two tokens, equally likely, the other one is drawn; how often, the tests above look at."""
+    num_seqs = 40
+    target, drafts = np.full((2 * num_seqs, 2), 0.5, np.float32), np.arange(num_seqs) % 2
+    named = np.arange(num_seqs), np.zeros(num_seqs, np.int32), np.zeros(num_seqs, np.int32)
+    accepted, tokens = call(backend, "verify", target, None, drafts, np.arange(num_seqs + 1, dtype=np.int32), *named)
+    rejected = accepted == 0
+    assert 8 < rejected.sum() < 32, f"{rejected.sum()} of {num_seqs} rejected"
+    assert (tokens != drafts)[rejected].all(), f"rejected {drafts[rejected]}, and drew {tokens[rejected]}"
+
+
 def test_equal_but_for_rounding_still_gives_a_token(backend):
     """Where the target is everywhere a little less than the draft, a rejection leaves no residual: the target draws."""
     every, zero = np.arange(3000), np.zeros(3000, np.int32)
@@ -77,6 +89,25 @@ def test_equal_but_for_rounding_still_gives_a_token(backend):
     accepted, tokens = call(backend, "verify", target, draft, tokens, cu_drafts, *named)
     assert accepted.tolist() == [0] * num_rejected + [1] * 5, f"accepted {accepted}"
     assert set(tokens[:num_rejected].tolist()) == {0, 1}, f"tokens {tokens} of two that are equally likely"
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_what_is_out_of_range_is_rejected_where_nobody_looks(monkeypatch, certain):
+    """As an engine runs: `fast` looks at neither ids nor offsets, and reads nothing that is not there."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")
+    target, draft = np.full((6, 5), 0.2, np.float32), np.full((4, 5), 0.2, np.float32)
+    drafts, named = np.array([1, 2, 3, 4]), (np.arange(2), np.zeros(2, np.int32), np.zeros(2, np.int32))
+
+    def verified(tokens, offsets=(0, 2, 4)):
+        probs = (target, None if certain else draft)
+        return [part.tolist() for part in call(fast, "verify", *probs, tokens, np.array(offsets, np.int32), *named)]
+
+    for bad in (-1, 5, 2**40, -(2**40)):
+        accepted, tokens = verified(np.where(np.arange(4) % 2, drafts, bad))
+        assert accepted == [0, 0], f"accepted {accepted} drafts before token {bad}"
+        assert all(0 <= token < 5 for token in tokens), f"drew {tokens}"
+    for offsets in ((-3, 2, 4), (0, 2, 400), (-(2**31), 2, 2**31 - 1)):
+        assert verified(drafts, offsets) == verified(drafts), f"offsets {offsets} are not those within"
 
 
 def test_refuses_bad_drafts(backend):

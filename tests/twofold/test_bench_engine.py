@@ -33,7 +33,8 @@ def figures(**deck) -> dict[str, Figure]:
 def test_latency_is_a_first_token_and_a_step():
     found = figures(latency=[(3, 9, 4)], targets={"3 x 9, step": Target(1.0)})
     host = {f"3 x 9, {work} on the host" for work in ("schedule", "launch", "update")}
-    assert set(found) == {"3 x 9, step", "3 x 9, first token", "3 x 9, device idle", *host}
+    assert set(found) == {"start to first token", "3 x 9, step", "3 x 9, first token", "3 x 9, device idle", *host}
+    assert found["start to first token"].value > found["3 x 9, first token"].value / 1e3, "loading is counted"
     assert all(found[name].value > 0 for name in host)
     for name in ("3 x 9, step", "3 x 9, first token"):
         figure = found[name]

@@ -102,6 +102,7 @@ DECKS = [
         latency=LATENCY,
         throughput=MANY,
         targets={
+            "start to first token": Target(25.0),
             "1 x 512, step": Target(5.7, 5.25, 6.6),
             "32 x 1024, step": Target(7.2, 6.8, 8.5),
             "128 x 1024, step": Target(12.2, 11.4, 13.9),
@@ -242,6 +243,7 @@ class Bench:
 
     def __init__(self, deck: Deck, backend: str = "fast", rounds: int = 3, peer_pool: Mapping[str, Any] | None = None):
         self.deck, self.rounds, self.num_runs, self.peer_pool = deck, rounds, 0, peer_pool or {}
+        self.began = time.perf_counter()
         longest = [prompt + tokens for _, prompt, tokens in deck.latency]
         longest += [2 * deck.throughput[2]] if deck.throughput else []
         self.llm = LLM(
@@ -258,6 +260,8 @@ class Bench:
 
     def figures(self) -> Iterator[Figure]:
         """All that the deck asks for, as it is known."""
+        if self.deck.latency:
+            yield self._start(self.deck.latency[0][1])
         for latency in self.deck.latency:
             yield from self._latency(*latency)
         if self.deck.adapters:
@@ -300,6 +304,11 @@ class Bench:
 
     def _figure(self, name: str, unit: str, value: float, limit: float | None = None) -> Figure:
         return Figure(self.deck.model, f"{self.deck.name}: {name}", unit, value, limit, self.deck.targets.get(name))
+
+    def _start(self, prompt: int) -> Figure:
+        """From nothing but imports to the first token. (Kernels that no run before has compiled are compiled here.)"""
+        play(self.llm, self._requests([(prompt, 1)]))
+        return self._figure("start to first token", "s", time.perf_counter() - self.began)
 
     def _latency(self, num_seqs: int, prompt: int, tokens: int) -> Iterator[Figure]:
         name = f"{num_seqs} x {prompt}"
