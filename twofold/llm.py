@@ -323,8 +323,8 @@ class LLM:
 
         Log-probabilities are of the model's own distribution, as `generate` reports them, whatever parameters a
         completion was drawn with. With ``deterministic=True`` they are the same bits, in every KV format, in any
-        company, with a prefix hit or cold, preempted or not; otherwise the same up to rounding. Many tokens are
-        computed in a step, and their prompt once if its blocks are shared.
+        company, with a prefix hit or cold, preempted or not; otherwise the same up to rounding. A step judges as many
+        tokens as sequences may run (``max_num_seqs``); completions of one prompt share its blocks.
 
         Args:
             prompts: One or many, as `generate` takes them. One with many completions: for all of them.

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fast
 import reference
 from fast.kv_cache._attention import choose_decode, choose_tiles, lie_in_words
 from twofold.conformance.properties import kv_cache as properties
@@ -84,6 +85,28 @@ def test_released_blocks_do_not_matter_to_decodes(backend, batch):
 def test_heads_of_a_cut_sequence_are_merged(backend, head_dim):
     batch = decode_batch("int8", (230, 1, 40), num_kv_heads=4, group=3, head_dim=head_dim)
     properties.attends_over_what_is_stored(backend, batch)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+def test_blocks_out_of_range_are_none_where_nobody_looks(monkeypatch, format):
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")  # as an engine runs
+    batch = decode_batch(format, (70, 1, 40), num_kv_heads=2, group=3, head_dim=16)
+    properties.blocks_out_of_range_are_none(fast, batch)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+def test_decodes_read_a_block_that_exists_where_nobody_looks(monkeypatch, format):
+    """The kernel for decodes takes the nearest block there is: a number, and nothing is read beside the cache."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")
+    batch = decode_batch(format, (33, 20), num_kv_heads=1, group=3, head_dim=64)
+    cache, last = properties.written_cache(fast, batch), batch.layout.num_blocks - 1
+    for block_id, nearest in ((last + 1, last), (-(2**31), 0)):
+        results = []
+        for each in (block_id, nearest):
+            table = batch.block_table.copy()
+            table[0, 0] = table[-1, 1] = each
+            results.append(cache.attend(batch, block_table=table))
+        assert properties.same_bits(*results), f"block {block_id} is not as good as {nearest}"
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,31 @@ def test_a_score_is_what_generating_reported(llm, prompts, seed, num_top):
     assert blocks_in_use(llm) == 0
 
 
+@pytest.mark.needs("gpu")
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8", "int4", "kivi4"])
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_a_score_is_bit_for_bit_what_the_deterministic_mode_reported(path, kv_cache_dtype, preemption, monkeypatch):
+    """In chunks and out of memory, answers drawn and then judged in another order and other company."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")  # a step in which values are looked at is not recorded
+    sizes = {"block_size": 32, "num_blocks": 8, "max_num_seqs": 8, "max_num_batched_tokens": 48, "max_model_len": 128}
+    how = {"kv_cache_dtype": kv_cache_dtype, "preemption": preemption, "deterministic": True, "dtype": "bfloat16"}
+    llm = LLM(path, backend="fast", **sizes, **how)
+    check_scores_bit_for_bit(llm, ["hello world 123 " * n for n in (1, 5, 3, 4, 2, 5)], max_tokens=40)
+    assert llm.engine.metrics.num_preemptions > 0
+
+
+def check_scores_bit_for_bit(llm, prompts, max_tokens):
+    params = SamplingParams(temperature=1.1, seed=5, max_tokens=max_tokens, ignore_eos=True, logprobs=1)
+    answers = [output.outputs[0] for output in llm.generate(prompts, params)]
+    scores = llm.score(prompts[::-1], [answer.token_ids for answer in answers[::-1]], logprobs=1)[::-1]
+    for answer, score in zip(answers, scores, strict=True):
+        assert score.error is None
+        assert len(answer.token_ids) == max_tokens
+        for token, ours, reported in zip(answer.token_ids, score.outputs[0].logprobs, answer.logprobs, strict=True):
+            assert ours[token] == reported[token]
+    assert blocks_in_use(llm) == 0
+
+
 def test_a_prompt_is_scored_with_several_completions(llm):
     """Text or token ids; the likeliest first token is the greedy one."""
     greedy = llm.generate("hello", GREEDY)[0].outputs[0]

@@ -246,6 +246,7 @@ class Bench:
         self.began = time.perf_counter()
         longest = [prompt + tokens for _, prompt, tokens in deck.latency]
         longest += [2 * deck.throughput[2]] if deck.throughput else []
+        longest += [sum(deck.beside[1:])] if deck.beside else []
         self.llm = LLM(
             deck.model,
             load="dummy",

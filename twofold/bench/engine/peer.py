@@ -33,6 +33,7 @@ class Transformers:
         config = AutoConfig.for_model(**SHAPES[shape])
         with torch.device(device):
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        self.model.generation_config.eos_token_id = None
         self.device, self.pool = device, pool
 
     def generate(self, requests: Sequence[Request]) -> float:
@@ -49,7 +50,6 @@ class Transformers:
             found = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                min_new_tokens=num_tokens,
                 max_new_tokens=num_tokens,
                 do_sample=False,
                 pad_token_id=0,

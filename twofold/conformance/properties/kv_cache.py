@@ -458,6 +458,17 @@ def padding_of_the_table_does_not_matter(backend: Backend, batch: Batch) -> None
         assert same_bits(got, expected), f"the result depends on blocks that no query reads, when they are {before}"
 
 
+def blocks_out_of_range_are_none(backend: Backend, batch: Batch) -> None:
+    """A block that the cache does not have is as good as -1: no query sees a key of it. (Nobody checks values.)"""
+    cache, results = written_cache(backend, batch), []
+    for block_id in (-1, batch.layout.num_blocks, 2**31 - 1, -(2**31)):
+        table = batch.block_table.copy()
+        table[0, 0] = table[-1, 1] = block_id
+        results.append(cache.attend(batch, block_table=table))
+        assert same_bits(results[-1], results[0]), f"block {block_id} is not as good as none"
+    assert not same_bits(results[0], cache.attend(batch)), "nobody missed the first block"
+
+
 # ---- laws -------------------------------------------------------------------------------------------------------
 
 
