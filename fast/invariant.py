@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor as Array
 
 import fast
-from fast import FLOAT_DTYPES, __all__  # noqa: F401  (a backend says these of itself)
+from fast import FLOAT_DTYPES, INTERPRETING, __all__  # noqa: F401  (a backend says these of itself)
 from fast.attention.invariant_attention import paged_attention_invariant
 from fast.fusion._norm_linear import check_norm_linear
 from fast.fusion._swiglu_linear import check_swiglu_linear

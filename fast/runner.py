@@ -23,14 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fast._runner.blocks import BlockMover
 from fast._runner.memory import Arena, InArena
 from fast._runner.staging import Readback, stamp, to_device
-from fast._runner.step import RecordedStep, StepShape, Upload, only_draws
+from fast._runner.step import Step, StepShape, Upload, only_draws
 from fast._triton.platform import default_device
 from reference.batching.packing import Batch, SamplingBatch
 from reference.batching.runner import NOT_FINITE, Logprobs, StepResult, verified_tokens
-from reference.kv_cache.cache import CacheView, KVCache, copy_waves
-from reference.kv_cache.coded_rows import CodedRows
+from reference.kv_cache.cache import CacheView, KVCache
 from reference.memory.arena import PlannedBackend
 from reference.model.decoder import AdapterBank, Decoder
 from reference.numerics.philox import PURPOSE_DRAFT
@@ -77,8 +77,9 @@ class GraphRunner:
         long = tokens_launched_in_vain(decoder) if recorded_again is None else recorded_again
         self.most_recorded_again = long if recorded else 0
         self.device: torch.device = cache.pools[0].device
-        self.host: dict[tuple[int, int], Tensor | np.ndarray | CodedRows] = {}
-        self._recorded: dict[StepShape, RecordedStep] = {}
+        self._blocks = BlockMover(cache)
+        self.host = self._blocks.host
+        self._recorded: dict[StepShape, Step] = {}
         self._met: set[StepShape] = set()
         self._memory, self._arena = _memory_of_graphs(self.device), Arena(self.device)
         self._drawn = torch.full((most_seqs + 1,), -1, dtype=torch.int32, device=self.device)
@@ -88,16 +89,20 @@ class GraphRunner:
         sampling = batch.sampling
         if sampling.num_drawn > self.most_seqs:
             raise ValueError(f"GraphRunner: expected at most {self.most_seqs} draws a step, got {sampling.num_drawn}")
-        start = stamp(self.device)
-        self._move_blocks(batch)
         if batch.num_tokens == 0:
+            start = stamp(self.device)
+            self._blocks.move(batch)
             return InFlight(sampling, Readback({}, self.device, start))
-        step = self._compute_step(batch)
-        results = {"best": step["best"]}
+        step = self._step_for(batch)
+        packed = step.upload.packed(batch)
+        start = stamp(self.device)  # from here on there is something to do for the device
+        self._blocks.move(batch)
+        found = self._run(step, packed, len(batch.logit_rows))
+        results = {"best": found["best"]}
         if only_draws(sampling):
-            results["token_ids"] = step["drawn"][: sampling.num_drawn]
+            results["token_ids"] = found["drawn"][: sampling.num_drawn]
         else:
-            results |= Sampling(self.backend, batch, step).results()
+            results |= Sampling(self.backend, batch, found).results()
             self._remember(results["token_ids"])
         return InFlight(sampling, Readback(results, self.device, start))
 
@@ -127,45 +132,19 @@ class GraphRunner:
         taken = torch.cuda.max_memory_allocated(self.device) - before
         return taken * 3 if num_tokens <= self.most_recorded_again else taken
 
-    def _move_blocks(self, batch: Batch) -> None:
-        for swap in batch.swaps_out:
-            if swap.coded and self.cache.word_layouts[swap.pool] is not None:
-                self.host[swap.key, swap.pool] = self.cache.swap_out(swap.block_ids, pool=swap.pool, coded=True)
-                continue
-            rows = self.backend.swap_out(self.cache.pools[swap.pool], self._ids(swap.block_ids))
-            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
-            self.host[swap.key, swap.pool] = host.copy_(rows, non_blocking=True)
-        for swap in batch.swaps_in:
-            host = self.host.pop((swap.key, swap.pool))
-            if not isinstance(host, Tensor):
-                self.cache.swap_in(host[swap.host_rows], swap.block_ids, pool=swap.pool)
-                continue
-            rows = self.backend.take_rows(host.to(self.device, non_blocking=True), self._ids(swap.host_rows))
-            self.backend.swap_in(rows, self.cache.pools[swap.pool], self._ids(swap.block_ids))
-        for key in batch.drops:
-            for pool in range(len(batch.copies)):
-                self.host.pop((key, pool), None)
-        for pool, copies in enumerate(batch.copies):
-            for sources, targets in copy_waves(copies):
-                self.backend.copy_blocks(self.cache.pools[pool], self._ids(sources), self._ids(targets))
-
-    def _ids(self, ids: Any) -> Tensor:
-        return to_device(np.asarray(ids, np.int64), self.device)
-
     # From tokens to logits.
 
-    def _compute_step(self, batch: Batch) -> dict[str, Tensor]:
-        """What the step has on the device in the end: its arrays, and what `_compute` makes of them."""
-        shape, num_rows = StepShape.of(batch), len(batch.logit_rows)
+    def _step_for(self, batch: Batch) -> Step:
+        shape = StepShape.of(batch)
         padded = shape.padded()
         if self._is_worth_recording(padded):
-            step = self._recorded_step(padded)
-            inputs, results = step.upload.tensors, step.run(batch)
-        else:
-            upload = Upload(shape, self.device)
-            upload.send(batch)
-            inputs, results = upload.tensors, self._compute(shape.keeps_logits, upload.tensors)
-        return inputs | {name: x[:num_rows] if name in OF_ROWS else x for name, x in results.items()}
+            return self._recorded_step(padded)
+        return Step(shape, partial(self._compute, shape.keeps_logits), self.device)
+
+    def _run(self, step: Step, packed: Tensor, num_rows: int) -> dict[str, Tensor]:
+        """What the step has on the device in the end: its arrays, and what `_compute` makes of them."""
+        results = step.run(packed)
+        return step.upload.tensors | {name: x[:num_rows] if name in OF_ROWS else x for name, x in results.items()}
 
     def _is_worth_recording(self, shape: StepShape) -> bool:
         """To record a step takes longer than to launch it: so there should be many like it."""
@@ -175,17 +154,19 @@ class GraphRunner:
             self._met.add(shape)
         return False
 
-    def _recorded_step(self, shape: StepShape) -> RecordedStep:
+    def _recorded_step(self, shape: StepShape) -> Step:
         if shape not in self._recorded:
             in_flight = self._drawn.clone()  # what is recorded is computed once before, and draws
             compute: Any = partial(self._compute, shape.keeps_logits)
             if isinstance(self.backend, PlannedBackend):
                 compute = InArena(compute, self.backend, self._arena)
+            step = Step(shape, compute, self.device)
             try:
-                self._recorded[shape] = RecordedStep(shape, compute, self.device, self._memory)
+                step.record(self._memory)
             except Exception:
                 self._memory = _memory_of_graphs(self.device)  # after a capture that failed it takes no other
                 raise
+            self._recorded[shape] = step
             self._drawn.copy_(in_flight)
         return self._recorded[shape]
 
@@ -206,11 +187,14 @@ class GraphRunner:
             logit_rows=inputs["logit_rows"],
             adapters=self.adapters,
             adapter_ids=inputs.get("adapter_ids"),
+            in_float32=False,
         )
         drawn = self.backend.sample(logits, *(inputs[name] for name in FILTERS + COUNTERS))
         self._remember(drawn)
         results = {"token_ids": token_ids, "drawn": drawn, "best": largest(logits)}
-        return results | {"logits": logits} if keeps_logits else results
+        if keeps_logits:
+            results["logits"] = logits if logits.dtype == torch.float32 else self.backend.cast(logits, "float32")
+        return results
 
     def _remember(self, drawn: Tensor) -> None:
         """For the step after, which may name these tokens before anybody has read them."""
@@ -228,7 +212,7 @@ def tokens_launched_in_vain(decoder: Decoder) -> int:
 def largest(logits: Tensor) -> Tensor:
     """Of each row; NaN if there is one. In two goes, for one leaves most of a GPU idle where rows are few and long."""
     columns = math.gcd(logits.shape[1], 128)
-    return logits.unflatten(1, (-1, columns)).amax(dim=2).amax(dim=1)
+    return logits.unflatten(1, (-1, columns)).amax(dim=2).amax(dim=1).float()
 
 
 def _memory_of_graphs(device: torch.device) -> Any:
@@ -272,9 +256,12 @@ class Sampling:
         rows = slice(0, self.sampling.num_drawn)
         if self.sampling.for_drafts:
             return self._draw_drafts(scores, rows)
-        if self.sampling.penalties is None or not self.sampling.num_drawn:
-            return {"token_ids": self.step["drawn"][rows]}
-        return {"token_ids": self.backend.sample(scores, *self._columns(FILTERS + COUNTERS, rows))}
+        penalties, drawn = self.sampling.penalties, self.step["drawn"][rows]
+        if penalties is None or not self.sampling.num_drawn:
+            return {"token_ids": drawn}
+        tokens = self.backend.sample(scores, *self._columns(FILTERS + COUNTERS, rows))
+        penalized = self._put(penalties.present[rows])
+        return {"token_ids": torch.where(penalized, tokens, drawn)}  # the others' company changes no bit of theirs
 
     def _draw_drafts(self, scores: Tensor, rows: slice) -> dict[str, Tensor]:
         """As `sample`, with noise of its own, and the distributions drawn from: what `verify` asks of a drafter."""

@@ -31,6 +31,7 @@ class Prompt:
     num_beams: int = 0
     length_penalty: float = 1.0
     cache_salt: str = ""
+    completion: list[int] | None = None  # how it does go on: only the log-probabilities are wanted
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Generation:
                 cache_salt=prompt.cache_salt,
                 num_beams=prompt.num_beams,
                 length_penalty=prompt.length_penalty,
+                forced_token_ids=prompt.completion,
             )
             self.engine.add(request)
         except ValueError as error:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from reference.batching.engine import Engine
 from reference.batching.request import SamplingParams
 from reference.batching.trace import Record
@@ -30,6 +32,7 @@ __all__ = ["LLM", "SamplingParams"]
 
 PromptLike = str | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
+CompletionLike = str | Sequence[int]
 
 
 class LLM:
@@ -249,9 +252,13 @@ class LLM:
                 several, _one_each(params or SamplingParams(), several, "params"), _one_each(lora, several, "lora")
             )
         ]
+        return self._start(wanted)
+
+    def _start(self, prompts: Sequence[Prompt]) -> Iterator[Chunk]:
+        """A run, instead of the one before it."""
         if self._run is not None:
             self._run.close()
-        self._run = Generation(self.engine, wanted, tokenizer=self.tokenizer, prefix=f"{next(self._runs)}-")
+        self._run = Generation(self.engine, prompts, tokenizer=self.tokenizer, prefix=f"{next(self._runs)}-")
         return iter(self._run)
 
     def stop(self) -> None:
@@ -304,6 +311,61 @@ class LLM:
             pass
         return self.outputs
 
+    def score(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        completions: CompletionLike | Sequence[CompletionLike],
+        *,
+        logprobs: int = 0,
+        lora: str | Sequence[str | None] | None = None,
+    ) -> list[RequestOutput]:
+        """How likely the model finds given completions: what `generate` would have reported had it drawn them.
+
+        Log-probabilities are of the model's own distribution, as `generate` reports them, whatever parameters a
+        completion was drawn with. With ``deterministic=True`` they are the same bits, in every KV format, in any
+        company, with a prefix hit or cold, preempted or not; otherwise the same up to rounding. A step judges as many
+        tokens as sequences may run (``max_num_seqs``); completions of one prompt share its blocks.
+
+        Args:
+            prompts: One or many, as `generate` takes them. One with many completions: for all of them.
+            completions: One for each prompt: token ids, or text. Text is encoded by itself, without special tokens:
+                that need not be how the model would have written it, so pass the ``token_ids`` of what was generated.
+            logprobs: How many of the likeliest tokens to report at each place, beside the completion's own.
+            lora: The adapter, by its name in ``lora_modules``: for all of them, or one each.
+
+        Returns:
+            As of `generate`: one output each, with ``logprobs`` of every token of the completion and their sum,
+            ``cumulative_logprob``. One that cannot be computed (empty, too long for the context) has an ``error``.
+
+        Raises:
+            TwofoldError: If the numbers of prompts and completions differ, or one is neither text nor token ids.
+        """
+        is_one = isinstance(prompts, str | Mapping)
+        given: Any = (
+            [completions] if isinstance(completions, str) or (is_one and _are_ids(completions)) else completions
+        )
+        several = [prompts] * len(given) if is_one else list(prompts)
+        if len(several) != len(given):
+            raise TwofoldError(f"{len(given)} completions for {len(several)} prompts: give one each")
+        try:
+            params = SamplingParams(temperature=0.0, ignore_eos=True, logprobs=logprobs)
+        except ValueError as error:
+            raise TwofoldError(str(error)) from None
+        wanted = [
+            self._prompt(prompt, params, name, completion=self._completion(completion))
+            for prompt, completion, name in zip(several, given, _one_each(lora, several, "lora"))
+        ]
+        for _ in self._start(wanted):
+            pass
+        return self.outputs
+
+    def _completion(self, completion: Any) -> list[int]:
+        if isinstance(completion, str):
+            return self.checkpoint.require_tokenizer().encode(completion, add_special_tokens=False)
+        if not _are_ids(completion):
+            raise TwofoldError("a completion is a string or a list of token ids")
+        return [int(id) for id in completion]
+
     # --- what it took --------------------------------------------------------------------------------------------
 
     def metrics(self) -> RunMetrics:
@@ -319,6 +381,10 @@ def _checkpoint(model: str | Path | Checkpoint | None, load: str, on_progress: A
     if isinstance(model, Checkpoint):
         return model
     return dummy_checkpoint(model) if load == "dummy" else load_checkpoint(model, on_progress=on_progress)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, Sequence | np.ndarray) and all(isinstance(token, int | np.integer) for token in value)
 
 
 def _one_each(value: Any, prompts: Sequence[Any], name: str) -> list[Any]:

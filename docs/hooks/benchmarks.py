@@ -1,7 +1,8 @@
 """Results of benchmarks on the pages: tables and plots, from the JSON that the repository keeps.
 
 ``<!-- table: memory.claims -->`` is what `twofold.bench.memory.show.claims` makes of `benchmarks/results/memory.json`,
-``<!-- plot: quality-weights -->`` the picture of that name. What has not been measured yet says so.
+``<!-- plot: quality-weights -->`` the picture of that name. What has not been measured yet says so. A file of
+results from a GPU has the GPU's name in its own: `engine-nvidia-....json`.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
-STUDIES = ("memory", "quality")
+STUDIES = ("memory", "quality", "engine")
 NOT_YET = "*Not measured yet: the command above does it.*"
 
 
@@ -43,7 +44,7 @@ def _table(study: str, name: str) -> str:
     from twofold.bench.quality.known_models import KNOWN_MODELS
     from twofold.bench.report import markdown
 
-    results = _results(study)
+    results = _results("copying" if name == "copying" else study)
     if name == "known_models":  # computed, not measured
         results = {"known_models": [model.row() for model in KNOWN_MODELS]}
     if results is None:
@@ -52,5 +53,8 @@ def _table(study: str, name: str) -> str:
 
 
 def _results(study: str):
-    path = RESULTS / f"{study}.json"
-    return json.loads(path.read_text())["results"] if path.exists() else None
+    paths = [*RESULTS.glob(f"{study}.json"), *sorted(RESULTS.glob(f"{study}-nvidia-*.json"))]
+    if not paths:
+        return None
+    kept = json.loads(paths[0].read_text())
+    return kept.pop("results") | {"measured": kept}

@@ -1,4 +1,4 @@
-"""A step's inputs as arrays of agreed names and shapes; and a step recorded once, to be replayed.
+"""A step's inputs as arrays of agreed names and shapes; and a step, which may be recorded once, to be replayed.
 
 A recorded step is a CUDA graph: its kernels, their sizes and the addresses they read are fixed. So steps come in
 *buckets*. A step is recorded for round numbers of tokens, sequences, logit rows and blocks a sequence, and a batch is
@@ -185,11 +185,15 @@ class Upload:
         self.on_device = torch.zeros(self.layout.num_bytes, dtype=torch.uint8, device=self.device)
         self.tensors = self.layout.tensors(self.on_device)
 
-    def send(self, batch: Batch) -> None:
-        """Queue the copy of a batch's arrays."""
+    def packed(self, batch: Batch) -> Tensor:
+        """A batch's arrays on the host, as `send` wants them."""
         host = host_buffer(self.layout.num_bytes, self.device)
         fill(self.layout.arrays(host), batch)
-        self.on_device.copy_(host, non_blocking=True)
+        return host
+
+    def send(self, packed: Tensor) -> None:
+        """Queue the copy of a batch's arrays."""
+        self.on_device.copy_(packed, non_blocking=True)
 
     def send_padding(self) -> None:
         """Arrays of a step that computes nothing for anybody."""
@@ -200,26 +204,31 @@ class Upload:
         self.tensors["cu_seqlens_q"].copy_(offsets.clamp(max=self.shape.num_tokens))
 
 
-class RecordedStep:
+class Step:
     """A step of some shape over buffers of its own.
 
     Args:
-        compute: From the step's tensors to its results. It is called twice: to compile kernels and to allocate what
-            they keep, then to record them. Without a GPU nothing is recorded, and it is called for every step; so too
-            while values are checked (``TWOFOLD_CHECK=1``), for which the host has to read them.
-        pool: The memory that recorded steps share, since only one runs at a time; None without a GPU.
+        compute: From the step's tensors to its results.
 
     Attributes:
         results: What ``compute`` gave, overwritten by the next step of this shape.
     """
 
-    def __init__(self, shape: StepShape, compute: Compute, device: torch.device, pool: Any):
+    def __init__(self, shape: StepShape, compute: Compute, device: torch.device):
         self.upload, self._compute, self._graph = Upload(shape, device), compute, None
-        if device.type == "cuda" and not checking_values():
-            self._record(pool)
 
-    def _record(self, pool: Any) -> None:
-        """Over padding alone, which touches nobody's blocks."""
+    def record(self, pool: Any) -> None:
+        """From now on replay what is computed here, over padding alone, which touches nobody's blocks.
+
+        ``compute`` is called twice: to compile kernels and to allocate what they keep, then to record them. Without a
+        GPU nothing is recorded, and it is called for every step; so too while values are checked
+        (``TWOFOLD_CHECK=1``), for which the host has to read them.
+
+        Args:
+            pool: The memory that recorded steps share, since only one runs at a time; None without a GPU.
+        """
+        if self.upload.device.type != "cuda" or checking_values():
+            return
         self.upload.send_padding()
         self._compute(self.upload.tensors)
         graph = torch.cuda.CUDAGraph()
@@ -228,9 +237,9 @@ class RecordedStep:
             self.results = self._compute(self.upload.tensors)
         self._graph = graph
 
-    def run(self, batch: Batch) -> dict[str, Tensor]:
-        """Queue the step."""
-        self.upload.send(batch)
+    def run(self, packed: Tensor) -> dict[str, Tensor]:
+        """Queue the step for a batch's arrays."""
+        self.upload.send(packed)
         if self._graph is None:
             self.results = self._compute(self.upload.tensors)
         else:

@@ -34,6 +34,8 @@ class Split(NamedTuple):
     splits: int  # programs for each tile
     columns: int  # in one step
     stages: int
+    rows: int = ROWS  # of the weight, a tile's
+    warps: int = 4
 
 
 def choose_split(num_tokens: int, out_features: int, in_features: int, processors: int) -> Split:
@@ -160,26 +162,26 @@ def split_linear(
 ) -> Array:
     """``out = residual + x weight^T + bias`` for as many tokens as ``split`` has room for."""
     num_tokens, (out_features, in_features) = len(x), weight.shape
-    num_tiles = cdiv(out_features, ROWS)
+    num_tiles = cdiv(out_features, split.rows)
     columns = IN_INTERPRETER if INTERPRETING else split.columns
     split_features = cdiv(cdiv(in_features, split.splits), columns) * columns
     splits = cdiv(in_features, split_features)
     parts = counters = None
     if splits > 1:
-        parts = torch.empty(num_tiles * splits * ROWS * split.tokens, dtype=torch.float32, device=x.device)
+        parts = torch.empty(num_tiles * splits * split.rows * split.tokens, dtype=torch.float32, device=x.device)
         counters = take_counters(x, num_tiles)
     constants: dict[str, Any] = {
         "TILE_M": split.tokens,
-        "TILE_N": ROWS,
+        "TILE_N": split.rows,
         "TILE_K": columns,
         "CHUNKS": chunks if in_features >= 256 else 0,
         "STAGES": split.stages,
-        "num_warps": 4,
+        "num_warps": split.warps,
         **overlapped(x),
     }
     _split_kernel[(num_tiles, splits)](
         TensorDescriptor.from_tensor(x, [split.tokens, columns]),
-        TensorDescriptor.from_tensor(weight, [ROWS, columns]),
+        TensorDescriptor.from_tensor(weight, [split.rows, columns]),
         weight, bias, residual, out, parts, counters,
         weight.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
         num_tokens, out_features, in_features, split_features, **constants,

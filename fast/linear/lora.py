@@ -8,6 +8,11 @@ goes through the adapters that it finds in it, in the order of their ids. None o
 id.
 """
 
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from math import gcd
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +26,7 @@ from fast._triton.platform import cdiv, next_power_of_2
 from fast._triton.rounding import dot, store, to_dtype
 from fast.linear._skinny import whole_rows
 from fast.linear._split import describable
+from reference.linear.lora import num_layers
 
 FEW_TOKENS = 256  # up to here every token reads its adapter itself, from the L2 cache if others use it too
 SPLIT = 512  # input features of a program that shrinks: 64 tokens of 4096 features are 512 programs
@@ -30,6 +36,7 @@ TOGETHER_TOKENS = 4  # for each adapter there is, at the least, for all tokens t
 MOST_RANK = 64  # of the adapters then: what shared memory holds
 TOGETHER_SPLITS = 8  # programs that share out the input features there: 16 adapters are 128 programs
 TOGETHER_I = 128  # input features of a step
+MOST_COLUMNS = 1 << 30  # of a tile that nothing limits
 TILE_O = 256  # output features of a program that expands
 
 
@@ -47,7 +54,7 @@ def wait_for_base(OVERLAP: tl.constexpr):
 @triton.jit
 def _shrink_together_kernel(
     x_desc,  # [num_tokens, in_features] in tiles of [TILE_T, TILE_I]
-    lora_a_desc,  # [num_adapters * rank, in_features] in tiles of [TILE_R, TILE_I]
+    lora_a_desc,  # [num_adapters * rank, in_features] in tiles of [TILE_R, TILE_I]; the rank of all layers together
     adapter_ids_ptr,  # [num_tokens]
     shrunk_ptr,  # [num_tokens, num_splits, rank] float32
     num_tokens,
@@ -110,9 +117,15 @@ def _shrink_kernel(
 
 
 @triton.jit
+def first_rank(o, rank, second, third):
+    """Where, in a token's shrunk row, the numbers stand for the layer that output feature ``o`` belongs to."""
+    return ((o >= second).to(tl.int32) + (o >= third).to(tl.int32)) * rank
+
+
+@triton.jit
 def _expand_kernel(
     base_ptr,  # [num_tokens, out_features]
-    shrunk_ptr,  # [num_tokens, num_splits, rank] float32
+    shrunk_ptr,  # [num_tokens, num_splits, all_ranks] float32
     lora_b_ptr,  # [num_adapters, out_features, rank]
     scaling_ptr,  # [num_adapters]
     adapter_ids_ptr,  # [num_tokens]
@@ -124,7 +137,10 @@ def _expand_kernel(
     stride_out_o,
     num_adapters,
     rank,
+    all_ranks,
     out_features,
+    second,
+    third,
     TILE_R: tl.constexpr,
     TILE_O: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
@@ -133,6 +149,7 @@ def _expand_kernel(
     token = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * TILE_O + tl.arange(0, TILE_O)
     in_row = o < out_features
+    own_rows = first_rank(tl.program_id(1) * TILE_O, rank, second, third)
     base = tl.load(base_ptr + token * stride_base_t + o, mask=in_row, other=0.0)
     out_ptrs = out_ptr + token * stride_out_t + o.to(tl.int64) * stride_out_o
     adapter = tl.load(adapter_ids_ptr + token).to(tl.int64)
@@ -145,7 +162,8 @@ def _expand_kernel(
             tl.extra.cuda.gdc_wait()  # what is read above is older than the kernel that shrinks
         shrunk = tl.zeros([TILE_R], tl.float32)
         for split in tl.static_range(NUM_SPLITS):
-            shrunk += tl.load(shrunk_ptr + (token * NUM_SPLITS + split) * rank + r, mask=r < rank, other=0.0)
+            row_ptr = shrunk_ptr + (token * NUM_SPLITS + split) * all_ranks + own_rows
+            shrunk += tl.load(row_ptr + r, mask=r < rank, other=0.0)
         grown = tl.sum(b * shrunk[None, :], axis=1)
         store(out_ptrs, base.to(tl.float32) + scaling * grown, in_row)
     else:
@@ -219,7 +237,10 @@ def _expand_tiles_kernel(
     num_tokens,
     num_adapters,
     rank,
+    all_ranks,
     out_features,
+    second,
+    third,
     num_splits,
     DTYPE: tl.constexpr,
     TILE_T: tl.constexpr,
@@ -235,6 +256,7 @@ def _expand_tiles_kernel(
     without = (in_batch & ((adapter < 0) | (adapter >= num_adapters)))[:, None] & in_row[None, :]
     tl.store(out_ptrs, tl.load(base_ptrs, mask=without, other=0.0), mask=without)
     r = tl.arange(0, TILE_R)
+    own_rows = first_rank(tl.program_id(1) * TILE_O, rank, second, third)
     this = next_adapter(adapter, -1, num_adapters)
     while this < num_adapters:
         mine = adapter == this
@@ -242,7 +264,7 @@ def _expand_tiles_kernel(
         shrunk_mask = mine[:, None] & (r < rank)[None, :]
         shrunk = tl.zeros([TILE_T, TILE_R], tl.float32)
         for split in range(num_splits):
-            row = (token * num_splits + split)[:, None] * rank
+            row = (token * num_splits + split)[:, None] * all_ranks + own_rows
             shrunk += tl.load(shrunk_ptr + row + r[None, :], mask=shrunk_mask, other=0.0)
         b_ptrs = lora_b_ptr + this.to(tl.int64) * stride_b_n + o[:, None] * stride_b_o + r[None, :]
         b = tl.load(b_ptrs, mask=in_row[:, None] & (r < rank)[None, :], other=0.0)
@@ -258,11 +280,12 @@ def _expand_tiles_kernel(
 def lora(
     base: Float[Array, "num_tokens out_features"],
     x: Float[Array, "num_tokens in_features"],
-    lora_a: Float[Array, "num_adapters max_rank in_features"],
+    lora_a: Float[Array, "num_adapters all_ranks in_features"],
     lora_b: Float[Array, "num_adapters out_features max_rank"],
     scaling: Float32[Array, " num_adapters"],
     adapter_ids: Int32[Array, " num_tokens"],
     *,
+    widths: Sequence[int] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.lora.lora`.
@@ -272,14 +295,18 @@ def lora(
     token and tile of output features. Beyond that, tiles of ``TILE_T`` tokens take the place of a token.
     Moves: all adapters once from memory, or those in use (again from the L2 cache for each program); base and x once.
     Limits: beyond ``FEW_TOKENS``, ``A x`` is rounded to the dtype of ``lora_b`` where that is the dtype of ``base``.
+    More than three layers side by side, or such whose widths 16 does not divide, have launches of their own.
     """
-    out = _door(base, x, lora_a, lora_b, scaling, adapter_ids, out)
+    out = _door(base, x, lora_a, lora_b, scaling, adapter_ids, widths, out)
     if not out.numel():
         return out
+    sides = side_by_side(widths, out.shape[1])
+    if sides is None:
+        return _one_by_one(lora, base, x, lora_a, lora_b, scaling, adapter_ids, widths, out)
     base, x, lora_a, lora_b = map(whole_rows, (base, x, lora_a, lora_b))
     kind = choose(len(base), len(lora_a), x.dtype == lora_a.dtype != torch.float32 and is_described(x, lora_a))
     kernel = {"together": together, "few": few_tokens, "many": many_tokens}[kind]
-    return kernel(base, x, lora_a, lora_b, scaling, adapter_ids.contiguous(), out)
+    return kernel(base, x, lora_a, lora_b, scaling, adapter_ids.contiguous(), sides, out)
 
 
 def lora_invariant(
@@ -290,13 +317,58 @@ def lora_invariant(
     scaling: Array,
     adapter_ids: Array,
     *,
+    widths: Sequence[int] | None = None,
     out: Array | None = None,
 ) -> Array:
     """`lora` of which no token's result depends on how many others there are: always each token by itself."""
-    out = _door(base, x, lora_a, lora_b, scaling, adapter_ids, out)
+    out = _door(base, x, lora_a, lora_b, scaling, adapter_ids, widths, out)
     if not out.numel():
         return out
-    return few_tokens(*map(whole_rows, (base, x, lora_a, lora_b)), scaling, adapter_ids.contiguous(), out)
+    sides = side_by_side(widths, out.shape[1])
+    if sides is None:
+        return _one_by_one(lora_invariant, base, x, lora_a, lora_b, scaling, adapter_ids, widths, out)
+    return few_tokens(*map(whole_rows, (base, x, lora_a, lora_b)), scaling, adapter_ids.contiguous(), sides, out)
+
+
+class Sides(NamedTuple):
+    """Up to three layers side by side: where the second and the third begin, and a tile that crosses no border."""
+
+    second: int
+    third: int
+    widest_tile: int
+
+
+def side_by_side(widths: Sequence[int] | None, out_features: int) -> Sides | None:
+    """None for layers that a launch of its own each suits better.
+
+    Example:
+        >>> side_by_side((4096, 1024, 1024), 6144), side_by_side((40, 8), 48)
+        (Sides(second=4096, third=5120, widest_tile=1024), None)
+    """
+    starts = [*accumulate(widths or ())][:-1]
+    second, third = (*starts, out_features, out_features)[:2]
+    border = gcd(*starts)
+    widest_tile = border & -border if border else MOST_COLUMNS
+    return Sides(second, third, widest_tile) if len(starts) <= 2 and widest_tile >= 16 else None
+
+
+def _one_by_one(
+    op: Callable[..., Array],
+    base: Array,
+    x: Array,
+    lora_a: Array,
+    lora_b: Array,
+    scaling: Array,
+    adapter_ids: Array,
+    widths: Sequence[int] | None,
+    out: Array,
+) -> Array:
+    rank, end = lora_b.shape[2], 0
+    for layer, width in enumerate(widths or ()):
+        rows, columns = slice(layer * rank, (layer + 1) * rank), slice(end, end + width)
+        end += width
+        op(base[:, columns], x, lora_a[:, rows], lora_b[:, columns], scaling, adapter_ids, out=out[:, columns])
+    return out
 
 
 def choose(num_tokens: int, num_adapters: int, is_described: bool) -> str:
@@ -318,7 +390,7 @@ def is_described(x: Array, lora_a: Array) -> bool:
 
 
 def together(
-    base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, out: Array
+    base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, sides: Sides, out: Array
 ) -> Array:
     """``A x`` of every token with every adapter, of which its own is kept."""
     num_tokens, (num_adapters, rank, in_features) = len(x), lora_a.shape
@@ -332,11 +404,11 @@ def together(
         adapter_ids, shrunk, num_tokens, rank, in_features, split,
         TILE_T=tile_t, TILE_R=tile_r, TILE_I=TOGETHER_I, STAGES=4, num_warps=4, **overlapped(x),
     )  # fmt: skip
-    return expand(base, shrunk, lora_b, scaling, adapter_ids, out)
+    return expand(base, shrunk, lora_b, scaling, adapter_ids, sides, out)
 
 
 def few_tokens(
-    base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, out: Array
+    base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, sides: Sides, out: Array
 ) -> Array:
     """``A x`` of every token by itself."""
     num_tokens, (num_adapters, rank, in_features) = len(x), lora_a.shape
@@ -348,7 +420,7 @@ def few_tokens(
         x, lora_a, adapter_ids, shrunk, x.stride(0), lora_a.stride(0), lora_a.stride(1),
         num_adapters, rank, in_features, split, TILE_R=tile_r, TILE_I=tile_i, num_warps=4, **overlapped(x),
     )  # fmt: skip
-    return expand(base, shrunk, lora_b, scaling, adapter_ids, out)
+    return expand(base, shrunk, lora_b, scaling, adapter_ids, sides, out)
 
 
 def split_features(in_features: int) -> tuple[int, int]:
@@ -357,41 +429,44 @@ def split_features(in_features: int) -> tuple[int, int]:
     return split, max(1, cdiv(in_features, split))
 
 
-def expand(base: Array, shrunk: Array, lora_b: Array, scaling: Array, adapter_ids: Array, out: Array) -> Array:
+def expand(
+    base: Array, shrunk: Array, lora_b: Array, scaling: Array, adapter_ids: Array, sides: Sides, out: Array
+) -> Array:
     """``base`` plus ``scaling`` times B times the sum of the parts of ``A x``, token by token."""
-    (num_tokens, num_splits, rank), out_features = shrunk.shape, base.shape[1]
+    (num_tokens, num_splits, all_ranks), (num_adapters, out_features, rank) = shrunk.shape, lora_b.shape
     tile_r = next_power_of_2(max(1, rank))
-    tile_o = max(16, min(TILE_O, 4096 // tile_r, next_power_of_2(out_features)))
+    tile_o = max(16, min(TILE_O, 4096 // tile_r, next_power_of_2(out_features), sides.widest_tile))
     _expand_kernel[(num_tokens, cdiv(out_features, tile_o))](
         base, shrunk, lora_b, scaling, adapter_ids, out,
         base.stride(0), lora_b.stride(0), lora_b.stride(1), out.stride(0), out.stride(1),
-        len(lora_b), rank, out_features,
+        num_adapters, rank, all_ranks, out_features, sides.second, sides.third,
         TILE_R=tile_r, TILE_O=tile_o, NUM_SPLITS=num_splits, num_warps=4, **overlapped(base),
     )  # fmt: skip
     return out
 
 
 def many_tokens(
-    base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, out: Array
+    base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, sides: Sides, out: Array
 ) -> Array:
-    (num_tokens, out_features), (num_adapters, rank, in_features) = base.shape, lora_a.shape
+    """Tiles of tokens, each through the adapters that are in it."""
+    num_tokens, (num_adapters, all_ranks, in_features) = len(x), lora_a.shape
     half, half_b = _halves(base, x, lora_a, lora_b)
     split, num_splits = split_features(in_features)
-    shrunk = torch.empty(num_tokens, num_splits, rank, dtype=torch.float32, device=x.device)
-    tile_r = max(16, next_power_of_2(rank))
+    shrunk = torch.empty(num_tokens, num_splits, all_ranks, dtype=torch.float32, device=x.device)
     _shrink_tiles_kernel[(cdiv(num_tokens, TILE_T), num_splits)](
         x, lora_a, adapter_ids, shrunk, x.stride(0), lora_a.stride(0), lora_a.stride(1),
-        num_tokens, num_adapters, rank, in_features, split,
-        DTYPE=half, TILE_T=TILE_T, TILE_R=tile_r, TILE_I=32 if half == tl.float32 else 128,
+        num_tokens, num_adapters, all_ranks, in_features, split,
+        DTYPE=half, TILE_T=TILE_T, TILE_R=max(16, next_power_of_2(all_ranks)), TILE_I=32 if half == tl.float32 else 128,
         num_warps=8 if half == tl.float32 else 4,
     )  # fmt: skip
-    tile_o = 64 if half_b == tl.float32 else 128
+    out_features, rank = lora_b.shape[1:]
+    tile_o = min(64 if half_b == tl.float32 else 128, sides.widest_tile)
     _expand_tiles_kernel[(cdiv(num_tokens, TILE_T), cdiv(out_features, tile_o))](
         base, shrunk, lora_b, scaling, adapter_ids, out,
         base.stride(0), lora_b.stride(0), lora_b.stride(1), out.stride(0), out.stride(1),
-        num_tokens, num_adapters, rank, out_features, num_splits,
+        num_tokens, num_adapters, rank, all_ranks, out_features, sides.second, sides.third, num_splits,
         DTYPE=half_b,
-        TILE_T=TILE_T, TILE_R=tile_r, TILE_O=tile_o, num_warps=4,
+        TILE_T=TILE_T, TILE_R=max(16, next_power_of_2(rank)), TILE_O=tile_o, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -403,12 +478,14 @@ def _door(
     lora_b: Array,
     scaling: Array,
     adapter_ids: Array,
+    widths: Sequence[int] | None,
     out: Array | None,
 ) -> Array:
     require_shape("lora", "base", base, (None, None))
     require_shape("lora", "x", x, (len(base), None))
     require_shape("lora", "lora_a", lora_a, (None, None, x.shape[1]))
-    require_shape("lora", "lora_b", lora_b, (len(lora_a), base.shape[1], lora_a.shape[1]))
+    rank = lora_a.shape[1] // num_layers(widths, base.shape[1], lora_a.shape[1])
+    require_shape("lora", "lora_b", lora_b, (len(lora_a), base.shape[1], rank))
     require_shape("lora", "scaling", scaling, (len(lora_a),))
     require_integers("lora", "adapter_ids", adapter_ids, (len(base),))
     for name, array in (("base", base), ("x", x), ("lora_a", lora_a), ("lora_b", lora_b), ("scaling", scaling)):

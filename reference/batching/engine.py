@@ -102,7 +102,12 @@ class Engine:
     def _check_tokens(self, request: Request) -> None:
         """Tokens and counts beyond the model's vocabulary would fail in the middle of a step, for everyone in it."""
         size, params, name = self.runner.vocab_size, request.params, f"request {request.request_id}"
-        for what, tokens in (("prompt", request.prompt_token_ids), ("logit_bias", params.logit_bias or ())):
+        given = {
+            "prompt": request.prompt_token_ids,
+            "completion": request.forced_token_ids or (),
+            "logit_bias": params.logit_bias or (),
+        }
+        for what, tokens in given.items():
             unknown = [token for token in tokens if not 0 <= token < size]
             if unknown:
                 raise ValueError(f"{name}: {what}: token {unknown[0]} is not in the vocabulary of {size}")

@@ -48,8 +48,8 @@ class Lifecycle:
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError, changing nothing, if it could never run."""
         self._refuse_hopeless(request)
-        params, prompt = request.params, request.prompt_token_ids
-        asked = self.config.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
+        params, prompt, max_tokens = request.params, request.prompt_token_ids, request.max_tokens
+        asked = self.config.max_model_len if max_tokens is None else len(prompt) + max_tokens
         request.limit = int(min(self.config.max_model_len, self.space.capacity(request), asked))
         request.stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -62,6 +62,7 @@ class Lifecycle:
 
     def _refuse_hopeless(self, request: Request) -> None:
         config, prompt_len, num_seqs = self.config, len(request.prompt_token_ids), request.num_sequences
+        whole_len = prompt_len + len(request.forced_token_ids or ())
         reason = None
         if request.status is not Status.NEW:
             reason = "it has been added before; make a new one"
@@ -74,6 +75,11 @@ class Lifecycle:
             reason = (
                 f"the prompt has {prompt_len} tokens: {blocks} can never hold it and an answer ({num_seqs} samples)"
             )
+        elif whole_len > min(config.max_model_len, self.space.capacity(request)):
+            room = (
+                f"a context of {config.max_model_len} and {config.num_blocks} KV blocks of {config.block_size} tokens"
+            )
+            reason = f"prompt and completion have {whole_len} tokens: {room} can never hold them"
         elif num_seqs > config.max_num_seqs:
             reason = f"it has {num_seqs} sequences, and max_num_seqs is {config.max_num_seqs}"
         elif request.num_beams > config.max_num_batched_tokens:

@@ -12,7 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 from numpy import ndarray as Array
 
 from reference.batching.plan import StepPlan, Swap
@@ -31,6 +31,12 @@ class Penalties:
     frequency_penalty: Float32[Array, " num_rows"]
     bias_ids: Int32[Array, "num_rows max_biases"]
     bias_values: Float32[Array, "num_rows max_biases"]
+
+    @property
+    def present(self) -> Bool[Array, " num_rows"]:
+        """The rows that have any."""
+        added = (self.presence_penalty != 0) | (self.frequency_penalty != 0)
+        return (self.repetition_penalty != 1) | added | (self.bias_ids >= 0).any(axis=1)
 
 
 @dataclass
@@ -202,7 +208,7 @@ def _sampling(plan: StepPlan, rows: RunningRows, row: Array, last_positions: Arr
     if (num_top >= 0).any():
         sampling.num_top = int(num_top.max())
         sampling.logprob_rows = np.flatnonzero(num_top >= 0).astype(np.int32)
-    if rows.penalized[row].any():
+    if (rows.penalized | rows.forced)[row].any():
         sampling.penalties = _penalties(rows, row, last_positions)
     if verified:
         sampling.draft_tokens = np.array([token for seq in verified for token in seq.drafts], np.int64)
@@ -241,7 +247,7 @@ def _penalties(rows: RunningRows, row: Array, last_positions: Array) -> Penaltie
     width = int(last_positions.max(where=penalized, initial=0)) + 1
     history = rows.token_ids[row, :width]
     history[(np.arange(width) > last_positions[:, None]) | ~penalized[:, None]] = -1
-    biases = [rows.logit_bias[r] for r in row]
+    biases = [rows.bias(r, position + 1) for r, position in zip(row, last_positions)]
     max_biases = max(map(len, biases))
     bias_ids = np.full((len(row), max_biases), -1, np.int32)
     bias_values = np.zeros((len(row), max_biases), np.float32)

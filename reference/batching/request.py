@@ -142,6 +142,8 @@ class Request:
         num_beams: Of a beam search; 0: sample as ``params`` say. A beam search draws nothing: of ``params`` it heeds
             the lengths, the stop tokens, the penalties and the bias.
         length_penalty: Of a beam search: a finished beam's score is its log-probability over length ** this.
+        forced_token_ids: The output, given beforehand: each token is taken whatever the model thinks of it, and with
+            ``params.logprobs`` that is reported. Their number is the length; None: the model chooses.
         arrival_time: Of the engine's clock.
 
     Attributes:
@@ -163,6 +165,7 @@ class Request:
     cache_salt: str = ""
     num_beams: int = 0
     length_penalty: float = 1.0
+    forced_token_ids: list[int] | None = None
     arrival_time: float = field(default_factory=time.monotonic)
 
     seed: int = field(init=False)
@@ -185,6 +188,8 @@ class Request:
             raise ValueError(f"request {self.request_id}: expected a prompt of at least one token, got none")
         if self.num_beams < 0 or (self.num_beams and self.params.n > 1):
             raise ValueError(f"request {self.request_id}: expected num_beams of at least 1, and n of 1 beside it")
+        if self.forced_token_ids is not None and (not self.forced_token_ids or self.num_sequences > 1):
+            raise ValueError(f"request {self.request_id}: expected forced tokens, at least one, of a single sequence")
         self.seed = secrets.randbits(32) if self.params.seed is None else self.params.seed
         self.metrics = RequestMetrics(arrival_time=self.arrival_time)
 
@@ -192,6 +197,11 @@ class Request:
     def num_sequences(self) -> int:
         """How many sequences it has after the fork."""
         return self.num_beams or self.params.n
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Most tokens of its output; None: as many as there is room for."""
+        return self.params.max_tokens if self.forced_token_ids is None else len(self.forced_token_ids)
 
     @property
     def num_rows(self) -> int:

@@ -11,12 +11,16 @@ import numpy as np
 
 from reference.batching.request import Sequence
 
+FORCE = 1e30  # added to a logit, it leaves every other token without a chance, whatever the sampling parameters
+
 
 class RunningRows:
     """A row of arrays for each running sequence.
 
     Attributes:
-        token_ids: By position; drafts stand after the known tokens. What is past them is left over from before.
+        token_ids: By position; drafts and forced tokens stand after the known ones. What is past them is left over from
+            before.
+        forced: Are the tokens after the known ones forced?
         block_tables: One array a pool; -1 where there is no block.
     """
 
@@ -38,6 +42,7 @@ class RunningRows:
         self.presence_penalty = np.zeros(max_rows, np.float32)
         self.frequency_penalty = np.zeros(max_rows, np.float32)
         self.logit_bias: list[Mapping[int, float]] = [{}] * max_rows
+        self.forced = np.zeros(max_rows, bool)
         self.num_top = np.full(max_rows, -1, np.int32)
         self._free = list(range(max_rows - 1, -1, -1))
 
@@ -49,9 +54,12 @@ class RunningRows:
     def claim(self, seq: Sequence) -> None:
         """Give a sequence a row, with its tokens and parameters; its block tables are empty."""
         row = seq.row = self._free.pop()
-        params = seq.request.params
+        params, forced = seq.request.params, seq.request.forced_token_ids
+        prompt_len = self.prompt_lens[row] = len(seq.request.prompt_token_ids)
+        self.forced[row] = forced is not None
+        if forced is not None:
+            self.token_ids[row, prompt_len : prompt_len + len(forced)] = forced
         self.token_ids[row, : len(seq.token_ids)] = seq.token_ids
-        self.prompt_lens[row] = len(seq.request.prompt_token_ids)
         self.temperature[row] = params.temperature
         self.top_k[row] = max(params.top_k, 0)
         self.top_p[row] = params.top_p
@@ -64,6 +72,10 @@ class RunningRows:
         self.frequency_penalty[row] = params.frequency_penalty
         self.logit_bias[row] = params.logit_bias or {}
         self.num_top[row] = -1 if params.logprobs is None else params.logprobs
+
+    def bias(self, row: int, position: int) -> Mapping[int, float]:
+        """What is added to the logits that decide the token at a position."""
+        return {int(self.token_ids[row, position]): FORCE} if self.forced[row] else self.logit_bias[row]
 
     def give_up(self, seq: Sequence) -> None:
         """The sequence stops running: its row is anybody's."""

@@ -61,7 +61,7 @@ class Scheduler(ResultReader):
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError, changing nothing, if it could never run."""
         super().add(request)
-        request.is_plain = request.forked and not (request.search or self.speculative)
+        request.is_plain = request.forked and not self._needs_values(request)
 
     def schedule(self) -> Batch | None:
         """The next step; None if there is nothing to do before a result is read."""
@@ -90,7 +90,7 @@ class Scheduler(ResultReader):
             if request.is_plain and self._decode_one(plan, request.live[0]):
                 continue
             seqs = self._ready(request)
-            if request.forked and not (request.search or self.speculative):
+            if request.forked and not self._needs_values(request):
                 seqs = [seq for seq in seqs if not self._decode_one(plan, seq)]
             if any(seq.num_uncomputed > 1 for seq in seqs):
                 prompts.append((request, seqs))
@@ -117,10 +117,14 @@ class Scheduler(ResultReader):
         """The sequences of a running request that the next step may compute."""
         if not request.forked:
             return self._ready_to_fork(request)
-        if (request.search or self.speculative) and any(seq.num_pending for seq in request.live):
+        if self._needs_values(request) and any(seq.num_pending for seq in request.live):
             return []
         limit = request.limit
         return [seq for seq in request.live if len(seq.token_ids) + seq.num_pending < limit]
+
+    def _needs_values(self, request: Request) -> bool:
+        """Does its next step depend on what the last one gave? (Forced tokens are known, but go the way of drafts.)"""
+        return bool(request.search or self.speculative or request.forced_token_ids)
 
     def _ready_to_fork(self, request: Request) -> list[Sequence]:
         """Before the fork: the first sequence, which computes the prompt for all."""
@@ -157,12 +161,22 @@ class Scheduler(ResultReader):
             if not request.forked:  # only what all of them share
                 wanted = len(request.prompt_token_ids) - seq.num_computed
             num_new = min(wanted, left)
+            if request.forced_token_ids and num_new == wanted:
+                self._draft_forced(plan, seq, request.forced_token_ids)
             if num_new == wanted and seq.drafts:
                 num_new += max(0, min(len(seq.drafts), left - num_new - others))
             if num_new > 0:
                 work.append((seq, num_new))
                 left -= num_new
         return work
+
+    def _draft_forced(self, plan: StepPlan, seq: Sequence, forced: list[int]) -> None:
+        """The next of the forced tokens, as drafts that cannot be rejected. All drafts of a step have as many rows of
+        logits as there are sequences that do not run: so it has no more than any other step may have."""
+        num_rows = self.config.max_num_seqs - self.rows.num_used - sum(map(len, plan.drafts.values()))
+        num_drafts = max(0, min(num_rows, seq.request.limit - len(seq.token_ids) - 1))
+        start = len(seq.token_ids) - len(seq.request.prompt_token_ids)
+        seq.drafts = forced[start : start + num_drafts]
 
     def _fit(self, plan: StepPlan, request: Request, work: Work) -> Work:
         """The same work if there is memory for it, or a smaller chunk, or a token of each, preempting for it."""
@@ -262,7 +276,7 @@ class Scheduler(ResultReader):
         return [
             seq
             for request in self.running
-            if request.forked and not request.search
+            if request.forked and not request.search and not request.forced_token_ids
             for seq in request.live
             if seq.num_pending == 0 and seq.num_uncomputed == 1
         ]

@@ -21,6 +21,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int64, UInt8, UInt16
+from numpy import ndarray as Array
 
 from reference.kv_cache.formats import ArraySpec
 from reference.kv_cache.lossless import HEADER_BYTES
@@ -62,7 +64,9 @@ class CodedRows:
     """Rows of a pool on the host, each coded by itself. Indexed by a list it gives those rows, as an array would.
 
     Attributes:
-        codes: Of each row's leading words, as long as they need be; never longer than the words and a header.
+        codes: Of each row's leading words, in rows as long as the longest needs; never longer than the words and a
+            header.
+        sizes: Bytes that each row's code has; what is behind them means nothing.
         others: The words that do not lead, as they are.
 
     Example:
@@ -70,14 +74,15 @@ class CodedRows:
         >>> numbers = np.linspace(1, 2, 64, dtype=np.float32).reshape(2, 32)
         >>> rows = CodedRows.encode(numbers.view(np.uint8), WORD_LAYOUTS["float32"], reference)
         >>> rows.nbytes, numbers.nbytes
-        (209, 256)
+        (210, 256)
         >>> bool((rows[[1]].decode(reference).view(np.float32) == numbers[1]).all())
         True
     """
 
     layout: WordLayout
-    codes: tuple[np.ndarray, ...]
-    others: np.ndarray  # uint16 [num_rows, numbers of a row, words_per_number - 1]
+    codes: UInt8[Array, "num_rows longest"]
+    sizes: Int64[Array, " num_rows"]
+    others: UInt16[Array, "num_rows num_values others_per_number"]
 
     @classmethod
     def encode(cls, rows: Any, layout: WordLayout, backend: ModuleType | Any) -> "CodedRows":
@@ -87,35 +92,34 @@ class CodedRows:
         codes, sizes = backend.encode_lossless(numbers[:, :, -1], format=layout.format)
         sizes = backend.to_host(sizes)
         codes = backend.to_host(codes[:, : int(sizes.max(initial=0))])  # what none of them needs does not travel
-        others = backend.to_host(numbers[:, :, :-1])
-        return cls(layout, tuple(code[:size].copy() for code, size in zip(codes, sizes)), others.copy())
+        return cls(layout, np.ascontiguousarray(codes), sizes, backend.to_host(numbers[:, :, :-1]).copy())
 
     def decode(self, backend: ModuleType | Any, *, device: str | None = None) -> Any:
         """The rows of bytes, as the backend's array."""
         num_rows, num_values, _ = self.others.shape
-        sizes = np.array([len(code) for code in self.codes], np.int64)
-        trimmed = np.zeros((num_rows, int(sizes.max(initial=0))), np.uint8)
-        for row, code in zip(trimmed, self.codes):
-            row[: len(code)] = code
         codes = backend.empty((num_rows, HEADER_BYTES + 2 * num_values), dtype="uint8", device=device)
-        codes[:, : trimmed.shape[1]] = backend.from_host(trimmed, device=device)
-        sizes = backend.from_host(sizes, device=device)
+        codes[:, : self.codes.shape[1]] = backend.from_host(self.codes, device=device)
+        sizes = backend.from_host(self.sizes, device=device)
         leading = backend.decode_lossless(codes, sizes, num_values=num_values, format=self.layout.format)
 
         words_per_number = self.layout.words_per_number
         rows = backend.empty((num_rows, 2 * words_per_number * num_values), dtype="uint8", device=device)
         numbers = backend.bitcast(rows, "uint16").reshape(num_rows, num_values, words_per_number)
         numbers[:, :, -1] = leading
-        numbers[:, :, :-1] = backend.from_host(self.others, device=device)
+        if words_per_number > 1:
+            numbers[:, :, :-1] = backend.from_host(self.others, device=device)
         return rows
 
     def __len__(self) -> int:
         return len(self.codes)
 
     def __getitem__(self, rows: Sequence[int]) -> "CodedRows":
-        return replace(self, codes=tuple(self.codes[row] for row in rows), others=self.others[list(rows)])
+        which = list(rows)
+        if which == [*range(len(self))]:
+            return self
+        return replace(self, codes=self.codes[which], sizes=self.sizes[which], others=self.others[which])
 
     @property
     def nbytes(self) -> int:
         """What travels, and what the host keeps."""
-        return sum(code.nbytes for code in self.codes) + self.others.nbytes
+        return self.codes.nbytes + self.others.nbytes

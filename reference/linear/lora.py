@@ -5,6 +5,8 @@ could add it to the weight, but then every adapter is a model of its own. Kept a
 layer, and each token of a batch can have another one: the base is multiplied once for all of them.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float, Float32, Int32
 from numpy import ndarray as Array
@@ -16,11 +18,12 @@ from reference.linear.linear import matmul_transposed
 def lora(
     base: Float[Array, "num_tokens out_features"],
     x: Float[Array, "num_tokens in_features"],
-    lora_a: Float[Array, "num_adapters max_rank in_features"],
+    lora_a: Float[Array, "num_adapters all_ranks in_features"],
     lora_b: Float[Array, "num_adapters out_features max_rank"],
     scaling: Float32[Array, " num_adapters"],
     adapter_ids: Int32[Array, " num_tokens"],
     *,
+    widths: Sequence[int] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     r"""Add to each token's result what its own adapter says.
@@ -35,6 +38,9 @@ def lora(
         lora_b: The second factors; filled up with columns of zeros.
         scaling: Multiplies an adapter's part: ``alpha / rank``, or ``alpha / sqrt(rank)`` for rsLoRA.
         adapter_ids: Each token's adapter; -1 for none. Such a token is returned as it came, bit for bit.
+        widths: Of several layers side by side that read the same ``x`` (queries, keys and values), the output features
+            of each, in order. Their first factors then stand below each other in ``lora_a``, of ``max_rank`` rows each.
+            None: it is one layer.
         out: Where to write the result; may be ``base``.
 
     Returns:
@@ -55,24 +61,35 @@ def lora(
         array([[5.],
                [0.]])
     """
-    _check(base, x, lora_a, lora_b, scaling, adapter_ids, out)
+    _check(base, x, lora_a, lora_b, scaling, adapter_ids, widths, out)
+    rank, ends = lora_b.shape[2], np.cumsum([base.shape[1]] if widths is None else widths)
     compute = compute_dtype(base.dtype)
     result = base.astype(compute, copy=out is not base)
     for adapter in np.unique(adapter_ids[adapter_ids >= 0]):
         tokens = np.flatnonzero(adapter_ids == adapter)
         shrunk = matmul_transposed(x[tokens].astype(compute), lora_a[adapter].astype(compute, copy=False))
-        grown = matmul_transposed(shrunk, lora_b[adapter].astype(compute, copy=False))
-        result[tokens] += scaling[adapter].astype(compute) * grown
+        for layer, columns in enumerate(map(slice, [0, *ends[:-1]], ends)):
+            own = shrunk[:, layer * rank : (layer + 1) * rank]
+            grown = matmul_transposed(own, lora_b[adapter, columns].astype(compute, copy=False))
+            result[tokens, columns] += scaling[adapter].astype(compute) * grown
     return result if result is out else deliver(result, base.dtype, out)
 
 
 def _check(
-    base: Array, x: Array, lora_a: Array, lora_b: Array, scaling: Array, adapter_ids: Array, out: Array | None
+    base: Array,
+    x: Array,
+    lora_a: Array,
+    lora_b: Array,
+    scaling: Array,
+    adapter_ids: Array,
+    widths: Sequence[int] | None,
+    out: Array | None,
 ) -> None:
     require_shape("lora", "base", base, (None, None))
     require_shape("lora", "x", x, (len(base), None))
     require_shape("lora", "lora_a", lora_a, (None, None, x.shape[1]))
-    require_shape("lora", "lora_b", lora_b, (len(lora_a), base.shape[1], lora_a.shape[1]))
+    rank = lora_a.shape[1] // num_layers(widths, base.shape[1], lora_a.shape[1])
+    require_shape("lora", "lora_b", lora_b, (len(lora_a), base.shape[1], rank))
     require_shape("lora", "scaling", scaling, (len(lora_a),))
     require_shape("lora", "adapter_ids", adapter_ids, (len(base),))
     for name, array in (("base", base), ("x", x), ("lora_a", lora_a), ("lora_b", lora_b), ("scaling", scaling)):
@@ -80,3 +97,14 @@ def _check(
     known = adapter_ids.size == 0 or (adapter_ids.min() >= -1 and adapter_ids.max() < len(lora_a))
     require(known, "lora", "adapter_ids", f"-1 or 0 to {len(lora_a) - 1}", adapter_ids)
     require_out("lora", out, base.shape, base.dtype)
+
+
+def num_layers(widths: Sequence[int] | None, out_features: int, all_ranks: int) -> int:
+    """How many layers stand side by side; they must have these output features and first factors together."""
+    if widths is None:
+        return 1
+    fit = len(widths) > 0 and min(widths) >= 0 and sum(widths) == out_features
+    require(fit, "lora", "widths", f"numbers of output features, {out_features} in all", widths)
+    count = len(widths)
+    require(all_ranks % count == 0, "lora", "lora_a", f"as many rows for each of {count} layers", all_ranks)
+    return count

@@ -57,7 +57,7 @@ class ReservingScheduler(Scheduler):
 
     def _final_len(self, request: Request) -> int:
         """Tokens of it in the end, if no stop token ends it before."""
-        longest, max_tokens = self.config.max_model_len, request.params.max_tokens
+        longest, max_tokens = self.config.max_model_len, request.max_tokens
         return longest if max_tokens is None else min(longest, len(request.prompt_token_ids) + max_tokens)
 
     def _refuse_hopeless(self, request: Request) -> None:

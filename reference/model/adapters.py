@@ -60,7 +60,7 @@ class AdapterBank:
         self._shapes = {n.removesuffix(".weight"): s for n, s in config.expected_tensors().items() if "_proj.w" in n}
         self._backend, self._dtype, self._device = backend, dtype, device
         self._adapters: list[dict[str, LowRank]] = []
-        self._stacks: dict[str, tuple[Any, Any, Any] | None] = {}
+        self._stacks: dict[tuple[str, ...], tuple[Any, Any, Any] | None] = {}
 
     def add(self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> int:
         """Add an adapter as `peft` saves it, and return its number.
@@ -95,34 +95,46 @@ class AdapterBank:
             modules: Their names in it, such as "self_attn.q_proj".
             adapter_ids: An adapter's number for each token; -1 for none.
         """
+        names = [f"model.layers.{layer}.{module}" for module in modules]
+        stack = self._stack(tuple(names))
+        if stack is not None:
+            widths = [self._shapes[name][0] for name in names]
+            self._backend.lora(base, x, *stack, adapter_ids, widths=widths, out=base)
+            return base
         start = 0
-        for module in modules:
-            name = f"model.layers.{layer}.{module}"
+        for name in names:
             end = start + self._shapes[name][0]
-            stack = self._stack(name)
+            stack = self._stack((name,))
             if stack is not None:
                 columns = base[:, start:end]
                 self._backend.lora(columns, x, *stack, adapter_ids, out=columns)
             start = end
         return base
 
-    def _stack(self, layer: str) -> tuple[Any, Any, Any] | None:
-        """(lora_a, lora_b, scaling) of all adapters for this linear layer; None where none touches it."""
-        if layer not in self._stacks:
-            parts = [adapter.get(layer) for adapter in self._adapters]
-            self._stacks[layer] = self._place(layer, parts) if any(parts) else None
-        return self._stacks[layer]
+    def _stack(self, layers: tuple[str, ...]) -> tuple[Any, Any, Any] | None:
+        """(lora_a, lora_b, scaling) of all adapters for these linear layers, side by side; None where one of them is
+        touched by no adapter, or by one with another scaling than its neighbour."""
+        if layers not in self._stacks:
+            parts = [[adapter.get(layer) for layer in layers] for adapter in self._adapters]
+            touched = all(any(of_layer) for of_layer in zip(*parts))
+            alike = all(len({part.scaling for part in of_adapter if part}) <= 1 for of_adapter in parts)
+            self._stacks[layers] = self._place(layers, parts) if parts and touched and alike else None
+        return self._stacks[layers]
 
-    def _place(self, layer: str, parts: list[LowRank | None]) -> tuple[Any, Any, Any]:
-        out_features, in_features = self._shapes[layer]
-        max_rank = max(len(part.a) for part in parts if part)
-        lora_a = np.zeros((len(parts), max_rank, in_features), np.float32)
-        lora_b = np.zeros((len(parts), out_features, max_rank), np.float32)
+    def _place(self, layers: tuple[str, ...], parts: list[list[LowRank | None]]) -> tuple[Any, Any, Any]:
+        in_features, widths = self._shapes[layers[0]][1], [self._shapes[layer][0] for layer in layers]
+        rank = max(len(part.a) for of_adapter in parts for part in of_adapter if part)
+        lora_a = np.zeros((len(parts), len(layers) * rank, in_features), np.float32)
+        lora_b = np.zeros((len(parts), sum(widths), rank), np.float32)
         scaling = np.zeros(len(parts), np.float32)
-        for i, part in enumerate(parts):
-            if part:
-                rank = len(part.a)
-                lora_a[i, :rank], lora_b[i, :, :rank], scaling[i] = part
+        for i, of_adapter in enumerate(parts):
+            end = 0
+            for j, (part, width) in enumerate(zip(of_adapter, widths)):
+                end += width
+                if part:
+                    own = len(part.a)
+                    lora_a[i, j * rank : j * rank + own], lora_b[i, end - width : end, :own] = part.a, part.b
+                    scaling[i] = part.scaling
         place = self._backend.from_host
         a, b = (place(array, dtype=self._dtype, device=self._device) for array in (lora_a, lora_b))
         return a, b, place(scaling, device=self._device)

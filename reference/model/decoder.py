@@ -133,6 +133,7 @@ class Decoder:
         logit_rows: Any = None,
         adapters: AdapterBank | None = None,
         adapter_ids: Any = None,
+        in_float32: bool = True,
     ) -> Any:
         """Logits of a step's tokens. Writes the step's keys and values to ``cache``.
 
@@ -144,6 +145,8 @@ class Decoder:
             logit_rows: The tokens whose logits are wanted, in this order, repeated where asked twice; None: all.
             adapters: The LoRA adapters, if any token has one.
             adapter_ids: [num_tokens], an adapter's number or -1; None: no token has one, and nothing is spent on it.
+            in_float32: The logits; if not, then in ``dtype``: the same numbers, for who does not compute with them
+                but draws.
 
         Returns:
             Logits [num_rows, vocab_size], float32. Rounded to ``dtype`` on the way where that is 16 bits wide, as by
@@ -158,7 +161,7 @@ class Decoder:
                 deltas = deltas and (deltas[0], self.backend.take_rows(deltas[1], logit_rows))
             x = self._feed_forward(i, layer, x, deltas)
         logits = self.head.rms_norm_linear(x, self.final_norm, eps=self.config.rms_norm_eps)
-        return logits if self.dtype == "float32" else self.backend.cast(logits, "float32")
+        return self.backend.cast(logits, "float32") if in_float32 and self.dtype != "float32" else logits
 
     def _embed(self, token_ids: Any) -> Any:
         x, format = self.embedding.rows(token_ids), self.embedding.format

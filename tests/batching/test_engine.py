@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import fast
 import reference
 from fast.runner import GraphRunner
+from reference.batching.drafting import NgramDrafter
 from reference.batching.request import FinishReason, Request, SamplingParams, SequenceOutput
 from reference.batching.runner import ModelRunner, StepResult
 from reference.kv_cache.cache import KV_FORMATS, CacheView, KVCache
@@ -122,6 +123,78 @@ def test_so_it_is_on_other_backends(backend, runner, workload, kv_format):
         if torch.cuda.is_available() and runner is GraphRunner:  # a step in which values are looked at is not recorded
             patched.setenv("TWOFOLD_CHECK", "0")
         check_workload(decoder("qwen3", backend), kv_format, workload, runner)
+
+
+def check_scores(model: Decoder, kv_format: str, workload, runner: Any, *, rounding: float, drafts: bool) -> None:
+    """The log-probabilities of tokens that are forced are those that were reported when they were drawn. Both times in
+    company and out of memory, but never with the same luck."""
+    requests, engine_settings = workload
+    engine = engine_for(
+        model,
+        kv_format=kv_format,
+        runner=runner,
+        max_model_len=48,
+        drafter=NgramDrafter(3, backend=model.backend) if drafts else None,
+        **engine_settings,
+    )
+    drawn = run_all(engine, [Request(f"{i}", prompt, params) for i, (prompt, params) in enumerate(requests)])
+    forced = []
+    for i, (prompt, params) in enumerate(requests):
+        [output] = drawn[f"{i}"].outputs
+        params = SamplingParams(temperature=params.temperature, ignore_eos=True, logprobs=1)
+        forced.append(Request(f"{i}", prompt, params, forced_token_ids=output.token_ids))
+    scores = run_all(engine, forced)
+    nothing_is_left(engine)
+    for i in range(len(requests)):
+        assert scores[f"{i}"].error is None
+        [output], [score] = drawn[f"{i}"].outputs, scores[f"{i}"].outputs
+        assert score.token_ids == output.token_ids, f"request {i}: others than those that were forced"
+        for ours, reported in zip(score.logprobs, output.logprobs, strict=True):
+            difference = abs(ours.logprob - reported.logprob)
+            assert difference <= rounding, f"request {i}: {ours.logprob}, but {reported.logprob} was reported"
+            assert ours.rank == reported.rank or rounding
+
+
+SCORES = {"workload": workloads(), "kv_format": st.sampled_from(FORMATS), "drafts": st.booleans()}
+
+
+@given(**SCORES)
+@settings(max_examples=100)
+def test_a_score_is_what_was_reported(workload, kv_format, drafts):
+    check_scores(decoder("qwen2"), kv_format, workload, ModelRunner, rounding=2e-4, drafts=drafts)
+
+
+@given(**SCORES)
+@settings(max_examples=50)
+def test_a_score_is_what_was_reported_by_the_runner_of_the_device(workload, kv_format, drafts):
+    check_scores(decoder("qwen3", plain_torch), kv_format, workload, GraphRunner, rounding=2e-4, drafts=drafts)
+
+
+def test_scores_take_few_steps_of_no_more_logits_than_others():
+    """Prompt and completion go in the same steps; and no more rows of logits than sequences may run, but for those of
+    requests that are admitted behind."""
+    engine = engine_for(decoder(), max_num_seqs=8, max_num_batched_tokens=32)
+    steps, launch = [], engine.runner.launch
+    engine.runner.launch = lambda batch: (steps.append(len(batch.logit_rows)), launch(batch))[1]
+    params = SamplingParams(logprobs=0)
+    run_all(engine, [Request("a", [5] * 10, params, forced_token_ids=[6] * 20)])
+    assert steps == [8, 8, 4]
+    steps.clear()
+    run_all(engine, [Request(name, [5, 6, 7], params, forced_token_ids=[8] * 9) for name in "abc"])
+    assert max(steps) <= 8 + 2
+    assert len(steps) < 9
+
+
+@pytest.mark.interpreted(2)
+@pytest.mark.parametrize("backend", [fast.invariant])
+@given(**SCORES)
+@settings(max_examples=150)
+def test_a_score_is_bit_for_bit_what_was_reported(backend, workload, kv_format, drafts):
+    """On batch-invariant kernels, whatever the format of the cache."""
+    with pytest.MonkeyPatch.context() as patched:
+        if torch.cuda.is_available():  # a step in which values are looked at is not recorded
+            patched.setenv("TWOFOLD_CHECK", "0")
+        check_scores(decoder("qwen3", backend), kv_format, workload, GraphRunner, rounding=0.0, drafts=drafts)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,12 @@ class Scheduling(RuleBasedStateMachine):
         params = SamplingParams(n=n, max_tokens=3, seed=1)
         self.add_one(Request(f"r{len(self.requests)}", prompt, params, first.adapter, first.cache_salt))
 
+    @rule(prompt=prompts(), forced=prompts(), params=sampling_params(), adapter=st.sampled_from([None, None, "fr"]))
+    def force(self, prompt, forced, params, adapter):
+        """What somebody else has said is to be judged."""
+        params = replace(params, n=1, logprobs=0)
+        self.add_one(Request(f"r{len(self.requests)}", prompt, params, adapter, forced_token_ids=forced))
+
     @precondition(lambda self: self.engine.has_unfinished())
     @rule(count=st.integers(1, 8))
     def step(self, count):

@@ -54,8 +54,11 @@ def test_writes_only_where_it_says(backend, call):
 def test_rank_is_padded_with_zeros(backend, call, extra):
     """More rows and columns of zeros change nothing, within rounding."""
     a = call.arrays
+    num_adapters, in_features = len(a["lora_a"]), a["x"].shape[1]
+    of_layers = a["lora_a"].reshape(num_adapters, -1, a["lora_b"].shape[2], in_features)
+    wider = np.concatenate([of_layers, np.zeros_like(of_layers[:, :, :1]).repeat(extra, 2)], axis=2)
     padded = call.with_arrays(
-        lora_a=np.concatenate([a["lora_a"], np.zeros_like(a["lora_a"][:, :1]).repeat(extra, 1)], axis=1),
+        lora_a=wider.reshape(num_adapters, -1, in_features),
         lora_b=np.concatenate([a["lora_b"], np.zeros_like(a["lora_b"][:, :, :1]).repeat(extra, 2)], axis=2),
     )
     assert_within(run(backend, padded)["out"], *properties.lora_expected(call), "padded")
@@ -64,19 +67,22 @@ def test_rank_is_padded_with_zeros(backend, call, extra):
 # ---- the kernels of the fast backend --------------------------------------------------------------------------------
 
 
-def batch(num_tokens: int, dtype: str, num_adapters: int = 5, in_features: int = 600) -> Call:
+def batch(
+    num_tokens: int, dtype: str, num_adapters: int = 5, in_features: int = 600, widths: tuple[int, ...] = (40,)
+) -> Call:
     """Adapters anywhere in the batch, one that nobody uses, tokens without one."""
     rng = np.random.default_rng(0)
     cast = np.dtype(getattr(ml_dtypes, dtype, dtype))
     shapes = {
-        "base": (num_tokens, 40),
+        "base": (num_tokens, sum(widths)),
         "x": (num_tokens, in_features),
-        "lora_a": (num_adapters, 8, in_features),
-        "lora_b": (num_adapters, 40, 8),
+        "lora_a": (num_adapters, 8 * len(widths), in_features),
+        "lora_b": (num_adapters, sum(widths), 8),
     }
     arrays = {name: rng.normal(size=shape).astype(cast) for name, shape in shapes.items()}
     ids = rng.integers(-1, num_adapters - 1, num_tokens).astype(np.int32)
-    return Call("lora", arrays | {"scaling": rng.normal(size=num_adapters).astype(np.float32), "adapter_ids": ids})
+    arrays |= {"scaling": rng.normal(size=num_adapters).astype(np.float32), "adapter_ids": ids}
+    return Call("lora", arrays, {"widths": widths})
 
 
 @pytest.mark.parametrize(
@@ -92,13 +98,17 @@ def batch(num_tokens: int, dtype: str, num_adapters: int = 5, in_features: int =
     ],
 )
 def test_each_kernel_is_chosen_and_right(monkeypatch, kernels, num_tokens, dtype):
-    """All tokens with every adapter, each token by itself, and in tiles. All over more than one part of x."""
+    """All tokens with every adapter, each token by itself, and in tiles. All over more than one part of x, for a layer,
+    for three side by side in one launch, and one by one where tiles would cross their borders."""
     module, seen = sys.modules["fast.linear.lora"], []
     for name in ("together", "few_tokens", "many_tokens"):
         run_it = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, run_it=run_it: (seen.append(name), run_it(*a))[1])
-    properties.lora_matches_the_oracle(fast, batch(num_tokens, dtype))
-    assert seen == [kernels], f"expected {kernels}, got {seen}"
+    for widths, launches in (((40,), 1), ((32, 16, 16), 1), ((24, 8), 2)):
+        seen.clear()
+        properties.lora_matches_the_oracle(fast, batch(num_tokens, dtype, widths=widths))
+        of_slices = "few_tokens" if kernels == "together" and launches > 1 else kernels
+        assert seen == [of_slices] * launches, f"{widths}: expected {launches} {of_slices}, got {seen}"
 
 
 @pytest.mark.parametrize("num_tokens", [33, 257])
@@ -117,13 +127,13 @@ def test_ids_out_of_range_are_none_where_nobody_looks(monkeypatch, num_tokens, d
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_invariant_variant_does_not_see_the_batch(dtype):
     """A token's bits are the same alone, in a small batch and in a large one, wherever in it."""
-    call = batch(300, dtype, in_features=100)
+    call = batch(300, dtype, in_features=100, widths=(16, 32))
     place = {name: fast.from_host(array) for name, array in call.arrays.items()}
-    whole = fast.to_host(lora_invariant(**place))
+    whole = fast.to_host(lora_invariant(**place, **call.options))
     assert_within(whole, *properties.lora_expected(call), "lora_invariant", ("token", "feature"))
     for tokens in ([0], [299], [7, 298, 8]):
         part = {name: fast.from_host(call.arrays[name][tokens]) for name in ("base", "x", "adapter_ids")}
-        got = fast.to_host(lora_invariant(**place | part))
+        got = fast.to_host(lora_invariant(**place | part, **call.options))
         assert got.tobytes() == whole[tokens].tobytes(), f"tokens {tokens} differ from themselves in the batch"
 
 
@@ -228,6 +238,14 @@ BAD = [
     ("adapter_ids", np.array([0, -2], np.int32)),
     ("out", np.ones((2, 4), np.float32)),
 ]
+
+
+@pytest.mark.parametrize("widths", [(), (2,), (4, -1), (1, 2, 0, 0), (2, 2)])
+def test_the_door_says_which_widths_are_wrong(backend, widths):
+    """None, too few or too many features in all, less than none; and a number of layers that A's rows are not of."""
+    arrays = {name: backend.from_host(array) for name, array in GOOD.items()}
+    with pytest.raises(ValueError, match=r"lora: (widths|lora_a): expected"):
+        backend.lora(**arrays, widths=widths)
 
 
 @pytest.mark.parametrize(("named", "bad"), BAD)

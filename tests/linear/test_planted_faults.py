@@ -204,16 +204,25 @@ def counts_from_the_end(op, **a):
 
 def multiplies_by_a_mask(op, **a):
     """Every adapter for every token, times 0 where it is another's: 0 times NaN is NaN."""
-    out = a["base"].astype(np.float32)
+    out, alone = a["base"].astype(np.float32), np.zeros_like(a["base"], np.float32)
     for adapter in range(len(a["lora_a"])):
-        down, up = (a[name][adapter].astype(np.float32) for name in ("lora_a", "lora_b"))
-        mine = a["scaling"][adapter] * (a["adapter_ids"] == adapter)[:, None]
-        out = out + mine * (a["x"].astype(np.float32) @ down.T @ up.T)
+        every = np.full_like(a["adapter_ids"], adapter)
+        out = out + (a["adapter_ids"] == adapter)[:, None] * op(
+            **a | {"base": alone, "adapter_ids": every, "out": None}
+        )
     return out.astype(a["base"].dtype)
 
 
 def stops_at_rank_eight(op, **a):
-    return op(**a | {"lora_a": a["lora_a"][:, :8], "lora_b": a["lora_b"][:, :, :8]})
+    up = a["lora_b"].copy()
+    up[:, :, 8:] = 0
+    return op(**a | {"lora_b": up})
+
+
+def shrinks_by_the_first_layer_s(op, **a):
+    rank = a["lora_b"].shape[2]
+    layers = a["lora_a"].shape[1] // rank
+    return op(**a | {"lora_a": np.tile(a["lora_a"][:, :rank], (1, layers, 1))})
 
 
 def forgets_the_base(op, **a):
@@ -226,6 +235,7 @@ LORA = [
     counts_from_the_end,
     multiplies_by_a_mask,
     stops_at_rank_eight,
+    shrinks_by_the_first_layer_s,
     forgets_the_base,
 ]
 

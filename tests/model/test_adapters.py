@@ -106,6 +106,41 @@ def reference_values(array):
     return Weight.from_float(array, format="q8_0").dequantize()
 
 
+@pytest.mark.parametrize(("alone", "launches"), [(None, 1), ("k_proj", 3), ("no k_proj", 2)])
+def test_layers_side_by_side_are_adapted_in_one_call(alone, launches):
+    """Queries, keys and values read the same tokens. One with a scaling of its own, or without adapters, parts them."""
+    config, _ = random_model("llama", num_layers=1)
+    calls = []
+
+    class Counting:
+        def lora(self, *args, **kwargs):
+            calls.append(kwargs.get("widths"))
+            return reference.lora(*args, **kwargs)
+
+        def __getattr__(self, name):
+            return getattr(reference, name)
+
+    bank = AdapterBank(config, backend=Counting())
+    for name, rank in (("a", 2), ("b", 5)):
+        tensors, options = random_adapter(config, rank=rank, seed=rank)
+        if alone == "no k_proj":
+            tensors = {layer: array for layer, array in tensors.items() if "k_proj" not in layer}
+        bank.add(name, tensors, options | ({"alpha_pattern": {"k_proj": 1}} if alone == "k_proj" else {}))
+    modules = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    widths = [config.expected_tensors()[f"model.layers.0.{module}.weight"][0] for module in modules]
+    rng = np.random.default_rng(0)
+    x, base = rng.normal(size=(4, config.hidden_size)), rng.normal(size=(4, sum(widths)))
+    ids = np.array([0, 1, -1, 1], np.int32)
+    expected, end = base.copy(), 0
+    for module, width in zip(modules, widths):  # each as if it stood alone
+        columns, end = slice(end, end + width), end + width
+        bank.apply(expected[:, columns], x, 0, [module], ids)
+    calls.clear()
+    got = bank.apply(base.copy(), x, 0, modules, ids)
+    assert calls == ([widths] if launches == 1 else [None] * launches)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_the_digest_is_of_the_content():
     """The same content under another name has the same digest; another weight, or scaling, another."""
     config, _ = random_model("llama")

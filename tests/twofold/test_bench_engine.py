@@ -3,11 +3,14 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from reference.model.config import ModelConfig
 from twofold.bench import engine
 from twofold.bench.engine import DECKS, LLAMA, QWEN, Bench, Deck, Figure, Target, chosen
 from twofold.bench.limits import Limits
+from twofold.bench.profiling import summary
 from twofold.checkpoints.shapes import SHAPES
 from twofold.cli import run as twofold
 from twofold.conformance.strategies.model import small_shape
@@ -22,13 +25,17 @@ def named_small(monkeypatch):
 
 
 def figures(**deck) -> dict[str, Figure]:
-    bench = Bench(Deck("small", "small", **deck), backend="plain_torch", rounds=1)
+    pool = {"num_blocks": 8, "page_size": 32, "max_batch_tokens": 64}
+    bench = Bench(Deck("small", "small", **deck), backend="plain_torch", rounds=1, peer_pool=pool)
     return {figure.name.removeprefix("small: "): figure for figure in bench.figures()}
 
 
 def test_latency_is_a_first_token_and_a_step():
     found = figures(latency=[(3, 9, 4)], targets={"3 x 9, step": Target(1.0)})
-    assert set(found) == {"3 x 9, step", "3 x 9, first token", "3 x 9, device idle"}
+    host = {f"3 x 9, {work} on the host" for work in ("schedule", "launch", "update")}
+    assert set(found) == {"start to first token", "3 x 9, step", "3 x 9, first token", "3 x 9, device idle", *host}
+    assert found["start to first token"].value > found["3 x 9, first token"].value / 1e3, "loading is counted"
+    assert all(found[name].value > 0 for name in host)
     for name in ("3 x 9, step", "3 x 9, first token"):
         figure = found[name]
         assert 0 < figure.limit < figure.value
@@ -50,6 +57,30 @@ def test_throughput_is_compared_and_meets_arrivals():
 def test_adapters_are_given_in_turn():
     found = figures(latency=[(4, 5, 3)], adapters=(2, 3))
     assert {"4 x 5, step with 2 of rank 3", "4 x 5, cost of adapters"} <= set(found)
+
+
+def test_transformers_answers_the_same_requests():
+    found = figures(throughput=(4, 3, 8), beside=(3, 9, 5), targets={"transformers' generate, ours": Target(8.0)})
+    for name in ("transformers' generate", "transformers' continuous batching"):
+        assert (found[name].unit, found[f"{name}, ours"].unit) == ("tokens/s", "times")
+        assert found[name].value > 0
+        assert found[f"{name}, ours"].value > 0
+    assert found["transformers' generate, ours"].target == Target(8.0)
+
+
+def test_without_transformers_it_is_left_out(monkeypatch):
+    monkeypatch.setattr(engine.peer, "is_there", lambda: False)
+    assert set(figures(throughput=(4, 3, 8), beside=(3, 9, 5))) == {"throughput"}
+
+
+def test_what_transformers_cannot_do_says_so_and_is_no_figure(monkeypatch):
+    def broken(self, requests):
+        raise RuntimeError("not on this device")
+
+    monkeypatch.setattr(engine.peer.Transformers, "generate", broken)
+    monkeypatch.setattr(engine.peer.Transformers, "generate_batch", broken)
+    with pytest.warns(UserWarning, match="generate is not measured: not on this device"):
+        assert set(figures(throughput=(4, 3, 8), beside=(3, 9, 5))) == {"throughput"}
 
 
 def test_a_request_that_fails_is_no_figure(monkeypatch):
@@ -114,6 +145,23 @@ def test_without_a_gpu_it_is_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert twofold(["bench", "engine"]) == 2
     assert "needs a GPU" in capsys.readouterr().err
+
+
+RANGES = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), st.sampled_from("abc")), min_size=1)
+
+
+@given(RANGES)
+def test_what_kernels_add_and_idle_time_make_a_step(drawn):
+    """Whatever overlaps; and idle is what no kernel ran in, counted microsecond by microsecond."""
+    ranges = [(start, start + length, name) for start, length, name in drawn]
+    found = summary(ranges, 1)
+    ran = {at for start, end, _ in ranges for at in range(start, end)}
+    assert found["span_us"] == max(ran) + 1 - min(ran)
+    assert found["idle_us"] == found["span_us"] - len(ran)
+    assert found["busy"] == pytest.approx(len(ran) / found["span_us"])
+    kernels = found["kernels"].values()
+    assert sum(kernel["adds_us"] for kernel in kernels) == len(ran)
+    assert all(0 <= kernel["adds_us"] <= kernel["us"] for kernel in kernels)
 
 
 @pytest.mark.needs("gpu")

@@ -93,6 +93,15 @@ def test_a_trace_is_written_and_drawn(model, tmp_path, capsys):
     assert capsys.readouterr().out.strip().endswith("run.svg")
 
 
+def test_a_profile_names_what_the_backend_ran(model, tmp_path):
+    """`torch.profiler`'s trace of the answers."""
+    file = tmp_path / "run.json"
+    asked = ["generate", "hello", "-m", model, "--backend", "plain_torch", "--max-tokens", "3", "--profile", str(file)]
+    assert run(asked) == 0
+    names = {event.get("name", "") for event in json.loads(file.read_text())["traceEvents"]}
+    assert {"aten::mm", "aten::matmul", "aten::linear"} & names
+
+
 def test_models_lists_formats_and_what_a_token_costs(model, capsys):
     """Every KV format with its bytes, every weight format, for the model asked for."""
     assert run(["models", "-m", model, "--json"]) == 0
@@ -138,6 +147,11 @@ BAD = {
     "speculate": (["generate", "x", "-m", "MODEL", "--speculate", "ngram:0"], "ngram"),
     "file": (["generate", "-m", "MODEL", "--file", "/no/such/file"], "/no/such/file"),
     "trace file": (["generate", "x", "-m", "MODEL", "--trace", "/no/such/folder/t.json"], "/no/such/folder"),
+    "profile without torch": (["generate", "x", "-m", "MODEL", "--profile", "p.json"], "on torch"),
+    "profile file": (
+        ["generate", "x", "-m", "MODEL", "--backend", "plain_torch", "--profile", "/no/such/folder/p.json"],
+        "/no/such/folder",
+    ),
     "trace of what is none": (["trace", "/etc/hostname"], "not a trace"),
     "chat without a template": (["generate", "x", "-m", "RAW", "--chat"], "chat template"),
     "system without a template": (["generate", "x", "-m", "RAW", "--system", "y"], "chat template"),

@@ -101,6 +101,93 @@ def test_log_probabilities_are_those_of_the_tokens(llm):
     assert np.isclose(sample.cumulative_logprob, total)
 
 
+@given(st.lists(words, min_size=1, max_size=4), st.integers(0, 2**31), st.sampled_from([0, 2]))
+@settings(max_examples=25)
+def test_a_score_is_what_generating_reported(llm, prompts, seed, num_top):
+    """Of answers drawn with any parameters: the tokens, the text and the log-probabilities, at every place."""
+    params = SamplingParams(
+        temperature=1.2, top_p=0.9, frequency_penalty=0.3, seed=seed, max_tokens=9, logprobs=num_top
+    )
+    answers = llm.generate(prompts, params)
+    scores = llm.score(prompts, [answer.outputs[0].token_ids for answer in answers], logprobs=num_top)
+    for answer, score in zip(answers, scores, strict=True):
+        (drawn,), (scored,) = answer.outputs, score.outputs
+        assert score.error is None
+        assert scored.token_ids == drawn.token_ids
+        assert np.isclose(scored.cumulative_logprob, drawn.cumulative_logprob, atol=1e-4)
+        for token, ours, theirs in zip(drawn.token_ids, scored.logprobs, drawn.logprobs, strict=True):
+            assert np.isclose(ours[token].logprob, theirs[token].logprob, atol=1e-4)
+            assert len(ours) >= max(1, num_top)
+    assert blocks_in_use(llm) == 0
+
+
+@pytest.mark.needs("gpu")
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8", "int4", "kivi4"])
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_a_score_is_bit_for_bit_what_the_deterministic_mode_reported(path, kv_cache_dtype, preemption, monkeypatch):
+    """In chunks and out of memory, answers drawn and then judged in another order and other company."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")  # a step in which values are looked at is not recorded
+    sizes = {"block_size": 32, "num_blocks": 8, "max_num_seqs": 8, "max_num_batched_tokens": 48, "max_model_len": 128}
+    how = {"kv_cache_dtype": kv_cache_dtype, "preemption": preemption, "deterministic": True, "dtype": "bfloat16"}
+    llm = LLM(path, backend="fast", **sizes, **how)
+    check_scores_bit_for_bit(llm, ["hello world 123 " * n for n in (1, 5, 3, 4, 2, 5)], max_tokens=40)
+    assert llm.engine.metrics.num_preemptions > 0
+
+
+def check_scores_bit_for_bit(llm, prompts, max_tokens):
+    params = SamplingParams(temperature=1.1, seed=5, max_tokens=max_tokens, ignore_eos=True, logprobs=1)
+    answers = [output.outputs[0] for output in llm.generate(prompts, params)]
+    scores = llm.score(prompts[::-1], [answer.token_ids for answer in answers[::-1]], logprobs=1)[::-1]
+    for answer, score in zip(answers, scores, strict=True):
+        assert score.error is None
+        assert len(answer.token_ids) == max_tokens
+        for token, ours, reported in zip(answer.token_ids, score.outputs[0].logprobs, answer.logprobs, strict=True):
+            assert ours[token] == reported[token]
+    assert blocks_in_use(llm) == 0
+
+
+def test_a_prompt_is_scored_with_several_completions(llm):
+    """Text or token ids; the likeliest first token is the greedy one."""
+    greedy = llm.generate("hello", GREEDY)[0].outputs[0]
+    scores = llm.score("hello", [" world", greedy.token_ids, [greedy.token_ids[0]]], logprobs=1)
+    text, whole, first = (score.outputs[0] for score in scores)
+    assert text.token_ids == llm.tokenizer.encode(" world", add_special_tokens=False)
+    assert text.text == " world"
+    assert all(entries[token].rank == 1 for token, entries in zip(whole.token_ids, whole.logprobs, strict=True))
+    assert first.logprobs[0] == whole.logprobs[0]
+    assert all(text.cumulative_logprob < 0 for text in (text, whole))
+    (one,) = llm.score("hello", " world")
+    assert np.isclose(one.outputs[0].cumulative_logprob, text.cumulative_logprob, atol=1e-4)
+
+
+def test_a_completion_that_cannot_be_scored_takes_no_other_with_it(llm):
+    """Empty, too long, or of tokens that there are not: each has its sentence."""
+    scores = llm.score("hello", [[5], [], [5] * 96, [10**6]])
+    assert [bool(score.error) for score in scores] == [False, True, True, True]
+    assert "at least one" in scores[1].error
+    assert "can never hold them" in scores[2].error
+    assert "completion: token 1000000" in scores[3].error
+    (no_prompt,) = llm.score("", [5])
+    assert "the prompt is empty" in no_prompt.error
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions", "options", "sentence"),
+    [
+        (["a", "b"], ["c"], {}, "1 completions for 2 prompts"),
+        (["a", "b"], "cd", {}, "1 completions for 2 prompts"),
+        ("a", [5, "c"], {}, "a completion is a string or a list of token ids"),
+        ("a", [None], {}, "a completion is a string or a list of token ids"),
+        ("a", [5], {"logprobs": -1}, "logprobs"),
+        ("a", [5], {"lora": "other"}, "no LoRA adapter is called 'other'"),
+    ],
+)
+def test_what_cannot_be_scored_is_one_sentence(llm, prompts, completions, options, sentence):
+    with pytest.raises(TwofoldError, match=sentence) as caught:
+        llm.score(prompts, completions, **options)
+    assert "\n" not in str(caught.value)
+
+
 def test_stop_tokens_end_an_answer_and_say_so(llm):
     """The stop token is among the tokens, not in the text, and is the reason."""
     whole = llm.generate("hello", GREEDY)[0].outputs[0]

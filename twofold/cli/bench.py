@@ -85,6 +85,26 @@ def lossless(
 
 
 @app.command()
+def swap(
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Where the JSON goes; by default benchmarks/results/swap-DEVICE.json.", metavar="FILE"),
+    ] = None,
+) -> int:
+    """Blocks to the host and back over the bus, as they are and losslessly coded, on a GPU."""
+    from twofold.bench.report import gpu_name, save, table
+
+    device = gpu_name()
+    from twofold.bench.swap import run
+
+    found = {f"{count} blocks": figures for count, figures in run()}
+    save(results or _of_device("swap", device), _asked("swap"), found, device=device)
+    columns = ("bytes", "coded_bytes", "plain_out_ms", "plain_back_ms", "coded_out_ms", "coded_back_ms", "times")
+    table("Swapping", ("of", *columns), [(name, *(row[c] for c in columns)) for name, row in found.items()])
+    return 0
+
+
+@app.command()
 def planner(model: options.Model = None, results: Results = Path("benchmarks/results/planner.json")) -> int:
     """The memory of a step's activations: in an arena, at the least, and with none sharing any."""
     from twofold.bench.planner import run
@@ -151,26 +171,36 @@ def engine(
     ] = None,
     quick: Annotated[bool, typer.Option(help="Fewer tokens, requests and rounds.")] = False,
     profile: Annotated[bool, typer.Option(help="Also decoding steps kernel by kernel.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="Instead: this model copies a text, with drafts and without."
+        ),
+    ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help="Where the JSON goes; by default benchmarks/results/engine-DEVICE.json.", metavar="FILE"),
+        typer.Option(
+            help="Where the JSON goes; by default benchmarks/results/engine-DEVICE.json (or copying-...).",
+            metavar="FILE",
+        ),
     ] = None,
 ) -> int:
     """Whole runs of the engine on a GPU, with random weights of well-known shapes, beside what is possible."""
     from rich.console import Console
 
     from twofold import __version__
-    from twofold.bench.engine import SEED, VLLM_SOURCE, Figure, chosen, run
+    from twofold.bench.engine import SEED, VLLM_SOURCE, Figure, chosen, copying, run
     from twofold.bench.report import gpu_name, save
 
     decks = chosen(only or (), quick=quick)
     device = gpu_name()
-    results = results or _of_device("engine", device)
-    command = _asked("engine", only=only, quick=quick, profile=profile)
+    results = results or _of_device("copying" if model else "engine", device)
+    command = _asked("engine", only=only, quick=quick, profile=profile, model=model)
+    measured = copying.run(model) if model else run(decks, rounds=1 if quick else 3, profiled=profile)
     figures: dict[str, dict[str, Any]] = {}
     profiles: dict[str, Any] = {}
     console = Console(width=None if sys.stdout.isatty() else 200)
-    for found in run(decks, rounds=1 if quick else 3, profiled=profile):
+    for found in measured:
         if isinstance(found, Figure):
             figures.setdefault(found.model, {})[found.name] = found.as_json()
             console.print(_line(found))

@@ -14,6 +14,7 @@ from twofold.errors import TwofoldError
 
 if TYPE_CHECKING:
     from reference.batching.trace import TraceWriter
+    from twofold.llm import LLM
 
 Prompts = Annotated[
     list[str] | None, typer.Argument(help="One or many; - reads one from stdin.", metavar="[PROMPT]...")
@@ -57,6 +58,10 @@ def generate(
     load: options.Load = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt, on stdout.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Write every step as JSON.", metavar="FILE")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Write what host and device do, kernel by kernel, for chrome://tracing.", metavar="FILE"),
+    ] = None,
 ) -> int:
     """Answer prompts with a model, and say what it took."""
     from twofold.cli.show import Answers, progress, summary
@@ -104,7 +109,7 @@ def generate(
         wanted = [llm.render(text, chat=chat, system=system) for text in texts]
         lora = list(adapters)[-1] if adapters else None
         answers = Answers(texts, num_outputs=beam or n, as_json=as_json)
-        with interruptible(llm.stop) as interrupted, answers:
+        with interruptible(llm.stop) as interrupted, open_profile(profile, llm), answers:
             for chunk in llm.stream(wanted, params, lora=lora, num_beams=beam):
                 answers.show(chunk)
     answers.finish(llm.outputs)
@@ -147,6 +152,25 @@ def open_trace(path: Path | None) -> "Iterator[TraceWriter | None]":
         raise TwofoldError(f"--trace {path}: {error.strerror}") from None
     with file:
         yield TraceWriter(file)
+
+
+@contextmanager
+def open_profile(path: Path | None, llm: "LLM") -> Iterator[None]:
+    """While open, `torch.profiler` watches, and then writes into ``path``; None: nobody does."""
+    if path is None:
+        yield
+        return
+    if not type(llm.cache.pools[0]).__module__.startswith("torch"):
+        raise TwofoldError("--profile: only a backend on torch can be profiled (--trace times every step on any)")
+    try:
+        path.touch()
+    except OSError as error:
+        raise TwofoldError(f"--profile {path}: {error.strerror}") from None
+    from torch.profiler import profile
+
+    with profile() as profiler:
+        yield
+    profiler.export_chrome_trace(str(path))
 
 
 def read_prompts(prompts: list[str] | None, file: Path | None) -> Iterator[str]:

@@ -1,11 +1,14 @@
 """The linear ops in plain torch: dequantize, then `F.linear`; integers summed in float64; adapters by the token."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int8, Int32, Shaped, UInt8
 from torch import Tensor as Array
 
 from reference._checks import require
+from reference.linear.lora import num_layers
 from reference.linear.quantized_linear import LAYOUTS
 
 
@@ -167,17 +170,19 @@ def sparse_linear(
 def lora(
     base: Float[Array, "num_tokens out_features"],
     x: Float[Array, "num_tokens in_features"],
-    lora_a: Float[Array, "num_adapters max_rank in_features"],
+    lora_a: Float[Array, "num_adapters all_ranks in_features"],
     lora_b: Float[Array, "num_adapters out_features max_rank"],
     scaling: Float32[Array, " num_adapters"],
     adapter_ids: Int32[Array, " num_tokens"],
     *,
+    widths: Sequence[int] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     _require_shape("lora", "base", base, (None, None))
     _require_shape("lora", "x", x, (len(base), None))
     _require_shape("lora", "lora_a", lora_a, (None, None, x.shape[1]))
-    _require_shape("lora", "lora_b", lora_b, (len(lora_a), base.shape[1], lora_a.shape[1]))
+    layers = num_layers(widths, base.shape[1], lora_a.shape[1])
+    _require_shape("lora", "lora_b", lora_b, (len(lora_a), base.shape[1], lora_a.shape[1] // layers))
     _require_shape("lora", "scaling", scaling, (len(lora_a),))
     _require_shape("lora", "adapter_ids", adapter_ids, (len(base),))
     floats = {"base": base, "x": x, "lora_a": lora_a, "lora_b": lora_b, "scaling": scaling}
@@ -188,8 +193,9 @@ def lora(
 
     adapted = torch.nonzero(adapter_ids >= 0)[:, 0]
     ids, compute = adapter_ids[adapted].long(), _wide(base).dtype
-    shrunk = torch.einsum("tri,ti->tr", lora_a[ids].to(compute), x[adapted].to(compute))
-    grown = torch.einsum("tor,tr->to", lora_b[ids].to(compute), shrunk) * scaling[ids, None].to(compute)
+    shrunk = torch.einsum("tri,ti->tr", lora_a[ids].to(compute), x[adapted].to(compute)).unflatten(1, (layers, -1))
+    of_layer = torch.arange(layers).repeat_interleave(torch.tensor(widths or [base.shape[1]])).to(base.device)
+    grown = torch.einsum("tor,tor->to", lora_b[ids].to(compute), shrunk[:, of_layer]) * scaling[ids, None].to(compute)
     result = _wide(base).index_add(0, adapted, grown)
     return _deliver("lora", result, base.dtype, out)
 

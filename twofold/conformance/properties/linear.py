@@ -1,6 +1,6 @@
 """What the linear layers of any backend must do, and the `Weight`s that put them to use."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import ml_dtypes
@@ -197,12 +197,22 @@ def lora_expected(call: Call) -> tuple[np.ndarray, np.ndarray]:
     ref64, magnitude = a["base"].copy(), np.abs(a["base"])
     for token, adapter in enumerate(call.arrays["adapter_ids"]):
         if adapter >= 0:
-            down, up, scaling = (a[name][adapter] for name in ("lora_a", "lora_b", "scaling"))
-            ref64[token] += scaling * (up @ (down @ a["x"][token]))
-            magnitude[token] += np.abs(scaling) * (np.abs(up) @ (np.abs(down) @ np.abs(a["x"][token])))
-    terms = call.arrays["x"].shape[1] + call.arrays["lora_a"].shape[1]
+            x, scaling = a["x"][token], a["scaling"][adapter]
+            for columns, down, up in _factors(call, adapter):
+                ref64[token, columns] += scaling * (up @ (down @ x))
+                magnitude[token, columns] += np.abs(scaling) * (np.abs(up) @ (np.abs(down) @ np.abs(x)))
+    terms = call.arrays["x"].shape[1] + call.arrays["lora_b"].shape[2]
     stored = magnitude - np.abs(a["base"])  # A x, in the dtype of x
     return ref64, matmul_bound(ref64, magnitude, terms, call.arrays["base"].dtype, stored=stored)
+
+
+def _factors(call: Call, adapter: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Of each layer side by side: its columns of the result, its A and its B."""
+    a, b = (widen(call.arrays[name][adapter]) for name in ("lora_a", "lora_b"))
+    rank, end = b.shape[1], 0
+    for layer, width in enumerate(call.options.get("widths", [len(b)])):
+        end += width
+        yield slice(end - width, end), a[layer * rank : (layer + 1) * rank], b[end - width : end]
 
 
 def lora_matches_the_oracle(backend: Backend, call: Call) -> None:
@@ -225,11 +235,12 @@ def lora_is_merged(backend: Backend, call: Call, weight: np.ndarray) -> None:
     for token, adapter in enumerate(a["adapter_ids"]):
         x, merged, size = widen(a["x"][token]), widen(weight), np.abs(widen(weight))
         if adapter >= 0:
-            down, up = widen(a["lora_a"][adapter]), widen(a["lora_b"][adapter])
-            merged = merged + a["scaling"][adapter] * (up @ down)
-            size = size + np.abs(a["scaling"][adapter]) * (np.abs(up) @ np.abs(down))
+            factors = [*_factors(replace(call, arrays=a), adapter)]
+            merged = merged + a["scaling"][adapter] * np.concatenate([up @ down for _, down, up in factors])
+            added = np.concatenate([np.abs(up) @ np.abs(down) for _, down, up in factors])
+            size = size + np.abs(a["scaling"][adapter]) * added
         ref64, magnitude = merged @ x, size @ np.abs(x)
-        terms = 2 * len(x) + a["lora_a"].shape[1]
+        terms = 2 * len(x) + a["lora_b"].shape[2]
         assert_within(got[token], ref64, matmul_bound(ref64, magnitude, terms, "float32"), f"token {token}")
 
 

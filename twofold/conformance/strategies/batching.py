@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 import reference
 from reference.batching.config import EngineConfig
 from reference.batching.engine import Engine
-from reference.batching.packing import Batch
+from reference.batching.packing import Batch, SamplingBatch
 from reference.batching.request import Request, RequestOutput, SamplingParams, Sequence
 from reference.batching.runner import Logprobs, ModelRunner, Runner, StepResult
+from reference.batching.running_rows import FORCE
 from reference.kv_cache.cache import KVCache, KVFormat, resolve_format
 from reference.kv_cache.coded_rows import WORD_LAYOUTS, CodedRows
 from reference.model.decoder import Decoder
@@ -71,6 +72,9 @@ class FakeModel:
 
     def tokens_alone(self, request: Request, sample_index: int, stop_ids: frozenset[int], limit: int) -> list[int]:
         """A sequence's output, computed with no cache and no company."""
+        if request.forced_token_ids is not None:
+            ends = [i for i, token in enumerate(request.forced_token_ids, start=1) if token in stop_ids]
+            return request.forced_token_ids[: ends[0] if ends else None]
         tokens, keys, before = list(request.prompt_token_ids), [], 0
         while True:
             for token in tokens[len(keys) :]:
@@ -220,14 +224,9 @@ class FakeRunner:
             seq, visible = self.visible(batch, row)
             if batch.seq_ids[seq] in self.broken:
                 errors[row] = "not finite"
-            drawn.append(
-                self.model.draw(
-                    visible,
-                    int(sampling.seeds[row]),
-                    int(sampling.positions[row]),
-                    int(sampling.sample_indices[row]),
-                )
-            )
+            columns = (sampling.seeds, sampling.positions, sampling.sample_indices)
+            token = self.model.draw(visible, *(int(column[row]) for column in columns))
+            drawn.append(forced_token(sampling, row, default=token))
         result = StepResult(token_ids=np.array(drawn[: sampling.num_drawn], np.int64), errors=errors)
         accepted_rows = set(range(sampling.num_drawn))
         if sampling.draft_tokens is not None and sampling.cu_drafts is not None:
@@ -260,6 +259,14 @@ class FakeRunner:
             best = np.argsort(-scores, axis=None, kind="stable")[: sampling.num_candidates]
             columns.append((scores.reshape(-1)[best], *np.divmod(best, VOCAB)))
         result.beam_scores, result.beam_rows, result.beam_tokens = (np.stack(column) for column in zip(*columns))
+
+
+def forced_token(sampling: SamplingBatch, row: int, *, default: int) -> int:
+    """The token that a logit row has to take, if its biases say so."""
+    if sampling.penalties is None:
+        return default
+    forced = sampling.penalties.bias_ids[row][sampling.penalties.bias_values[row] >= np.float32(FORCE)]
+    return int(forced[0]) if len(forced) else default
 
 
 def history_is_right(batch: Batch, tokens: np.ndarray) -> None:

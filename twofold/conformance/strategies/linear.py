@@ -97,29 +97,38 @@ def _two_of_four(
 
 @st.composite
 def lora_calls(draw: st.DrawFn) -> Call:
-    """Adapters of several ranks, filled up with zeros; those that no token uses hold NaN."""
+    """Adapters of several ranks, filled up with zeros, of a layer or of several side by side; those that no token uses
+    hold NaN."""
     rng, dtype = rng_of(draw), drawn_dtype(draw)
     num_tokens = draw(st.sampled_from([0, 1, 3, 7]), label="num_tokens")
-    in_features, out_features = (draw(st.sampled_from([1, 24, 66]), label=n) for n in ("in_features", "out_features"))
+    in_features = draw(st.sampled_from([1, 24, 66]), label="in_features")
+    widths = draw(
+        st.sampled_from([[1], [24], [66]])
+        | st.lists(st.sampled_from([16, 32]), min_size=2, max_size=3)
+        | st.lists(st.sampled_from([0, 3, 16]), min_size=1, max_size=4).filter(any),
+        label="widths",
+    )
+    out_features, layers = sum(widths), len(widths)
     ranks = draw(st.lists(st.sampled_from([1, 3, 8, 16]), min_size=1, max_size=4), label="ranks")
     ids = draw(st.lists(st.integers(-1, len(ranks) - 1), min_size=num_tokens, max_size=num_tokens), label="adapter_ids")
     factors = drawn_dtype(draw)
-    lora_a = rng.normal(size=(len(ranks), max(ranks), in_features)).astype(factors)
+    lora_a = rng.normal(size=(len(ranks), layers, max(ranks), in_features)).astype(factors)
     lora_b = rng.normal(size=(len(ranks), out_features, max(ranks))).astype(factors)
     scaling = rng.choice([0.0, 0.5, 2.0, -1.0], len(ranks)).astype(np.float32)
     for adapter, rank in enumerate(ranks):
-        lora_a[adapter, rank:], lora_b[adapter, :, rank:] = 0, 0
+        lora_a[adapter, :, rank:], lora_b[adapter, :, rank:] = 0, 0
         if adapter not in ids:
             lora_a[adapter], lora_b[adapter], scaling[adapter] = np.nan, np.nan, np.nan
     arrays = {
         "base": matrix(draw, rng, (num_tokens, out_features), dtype, "base"),
         "x": matrix(draw, rng, (num_tokens, in_features), dtype, "x"),
-        "lora_a": lora_a,
+        "lora_a": lora_a.reshape(len(ranks), -1, in_features),
         "lora_b": lora_b,
         "scaling": scaling,
         "adapter_ids": np.array(ids, np.int32),
     }
-    return Call("lora", arrays)
+    is_one = layers == 1 and draw(st.booleans(), label="without widths")
+    return Call("lora", arrays, {} if is_one else {"widths": tuple(widths)})
 
 
 @st.composite

@@ -8,6 +8,7 @@ that kernels are compiled and steps recorded, the long ones too.
 import gc
 import statistics
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from reference.batching.request import Request, SamplingParams
+from twofold.bench.engine import peer
 from twofold.bench.limits import Limits
 from twofold.bench.profiling import profile
 from twofold.errors import TwofoldError
@@ -48,6 +50,8 @@ class Deck:
         arrivals: Of the throughput, that requests then arrive at; None: that is not measured.
         compare: Sampling parameters, and the name of what is measured once more with them.
         adapters: (how many, rank) to add; the requests then have them in turn, and are measured once more.
+        beside: (sequences, prompt tokens, output tokens) for `transformers`' ``generate``, measured if it is there;
+            and its continuous batching on the requests of the throughput.
         targets: By the figure's name without the deck's.
     """
 
@@ -59,13 +63,15 @@ class Deck:
     arrivals: float | None = None
     compare: tuple[str, SamplingParams] | None = None
     adapters: tuple[int, int] | None = None
+    beside: tuple[int, int, int] | None = None
     targets: Mapping[str, Target] = field(default_factory=dict)
 
     def quick(self) -> "Deck":
         """Fewer tokens and requests."""
         latency = [(seqs, prompt, max(2, min(tokens, 48))) for seqs, prompt, tokens in self.latency]
         throughput = self.throughput and (min(self.throughput[0], 64), *self.throughput[1:])
-        return replace(self, latency=latency, throughput=throughput)
+        beside = self.beside and (*self.beside[:2], min(self.beside[2], 48))
+        return replace(self, latency=latency, throughput=throughput, beside=beside)
 
 
 LATENCY = ((1, 512, 256), (32, 1024, 128), (128, 1024, 128))
@@ -96,6 +102,7 @@ DECKS = [
         latency=LATENCY,
         throughput=MANY,
         targets={
+            "start to first token": Target(25.0),
             "1 x 512, step": Target(5.7, 5.25, 6.6),
             "32 x 1024, step": Target(7.2, 6.8, 8.5),
             "128 x 1024, step": Target(12.2, 11.4, 13.9),
@@ -113,12 +120,23 @@ DECKS = [
         targets={"1 x 512, step": Target(2.8, 2.3)},
     ),
     Deck(LLAMA, "adapters", latency=((64, 512, 64),), adapters=(16, 16)),
+    Deck(
+        QWEN,
+        "beside transformers",
+        settings={"gpu_memory_utilization": 0.5},
+        throughput=MANY,
+        beside=(64, 512, 128),
+        targets={
+            "transformers' generate, ours": Target(8.0),
+            "transformers' continuous batching, ours": Target(1.5),
+        },
+    ),
 ]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number, and what it is to be judged by; seconds are in milliseconds, and less is better but of a rate."""
+    """One number, and what it is to be judged by. Less is better, but of a rate, and of how many "times" as fast."""
 
     model: str
     name: str
@@ -149,6 +167,8 @@ class Run:
         first_token: Seconds until every request had one.
         device: Seconds of them that the device was given something to do.
         waits, gaps: Seconds to the first token of each request, and between the tokens of each.
+        host: Of each step since every request had a token, the seconds that the engine took to schedule one, to launch
+            it and to read one's results: `HOST_WORK`.
     """
 
     seconds: float
@@ -157,6 +177,10 @@ class Run:
     num_tokens: int
     waits: list[float]
     gaps: list[float]
+    host: np.ndarray
+
+
+HOST_WORK = ("schedule", "launch", "update")
 
 
 def play(llm: LLM, requests: Iterable[Request], arrivals: Sequence[float] | None = None) -> Run:
@@ -164,7 +188,8 @@ def play(llm: LLM, requests: Iterable[Request], arrivals: Sequence[float] | None
     engine, waiting = llm.engine, list(requests)
     due = [0.0] * len(waiting) if arrivals is None else list(arrivals)
     added, last, waits, gaps = {}, {}, [], []
-    num_tokens, first_token = 0, 0.0
+    num_tokens, first_token, first_step = 0, 0.0, 0
+    worked = []
     before = engine.metrics.device_time
     start = now = time.perf_counter()
     while waiting or engine.has_unfinished():
@@ -173,19 +198,38 @@ def play(llm: LLM, requests: Iterable[Request], arrivals: Sequence[float] | None
             engine.add(waiting.pop(0))
         output = engine.step()
         now = time.perf_counter()
+        worked.append([getattr(engine.metrics, f"{work}_time") for work in HOST_WORK])
         for gained in output.sequences:
             name, count = gained.request_id, len(gained.new_token_ids)
             if name in last:
                 gaps += [(now - last[name]) / count] * count
             else:
                 waits.append(now - added[name])
-                first_token = now - start
+                first_token, first_step = now - start, len(worked)
             last[name] = now
             num_tokens += count
         errors = [done.error for done in output.finished if done.error]
         if errors:
             raise TwofoldError(f"bench engine: a request failed: {errors[0]}")
-    return Run(now - start, engine.metrics.device_time - before, first_token, num_tokens, waits, gaps)
+    host = np.diff(np.array(worked[first_step - 1 :]), axis=0)
+    return Run(now - start, engine.metrics.device_time - before, first_token, num_tokens, waits, gaps, host)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds, medians over runs.
+
+    Attributes:
+        step: The time after the first token, over the other tokens.
+        first_token: Until all sequences had one.
+        idle: The share of time in which the device was given nothing to do.
+        host: Of a step, by `HOST_WORK`.
+    """
+
+    step: float
+    first_token: float
+    idle: float
+    host: dict[str, float]
 
 
 class Bench:
@@ -194,12 +238,15 @@ class Bench:
     Args:
         backend: Whose engine.
         rounds: Of each latency; the median counts.
+        peer_pool: Settings of the cache of the engine beside ours.
     """
 
-    def __init__(self, deck: Deck, backend: str = "fast", rounds: int = 3):
-        self.deck, self.rounds, self.num_runs = deck, rounds, 0
+    def __init__(self, deck: Deck, backend: str = "fast", rounds: int = 3, peer_pool: Mapping[str, Any] | None = None):
+        self.deck, self.rounds, self.num_runs, self.peer_pool = deck, rounds, 0, peer_pool or {}
+        self.began = time.perf_counter()
         longest = [prompt + tokens for _, prompt, tokens in deck.latency]
         longest += [2 * deck.throughput[2]] if deck.throughput else []
+        longest += [sum(deck.beside[1:])] if deck.beside else []
         self.llm = LLM(
             deck.model,
             load="dummy",
@@ -214,12 +261,16 @@ class Bench:
 
     def figures(self) -> Iterator[Figure]:
         """All that the deck asks for, as it is known."""
+        if self.deck.latency:
+            yield self._start(self.deck.latency[0][1])
         for latency in self.deck.latency:
             yield from self._latency(*latency)
         if self.deck.adapters:
             yield from self._adapters(*self.deck.adapters)
         if self.deck.throughput:
             yield from self._throughput()
+        if self.deck.beside and peer.is_there():
+            yield from self._beside(*self.deck.beside)
 
     def profiles(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Of some decoding steps of each latency, kernel by kernel: see `profiling`."""
@@ -255,37 +306,43 @@ class Bench:
     def _figure(self, name: str, unit: str, value: float, limit: float | None = None) -> Figure:
         return Figure(self.deck.model, f"{self.deck.name}: {name}", unit, value, limit, self.deck.targets.get(name))
 
+    def _start(self, prompt: int) -> Figure:
+        """From nothing but imports to the first token. (Kernels that no run before has compiled are compiled here.)"""
+        play(self.llm, self._requests([(prompt, 1)]))
+        return self._figure("start to first token", "s", time.perf_counter() - self.began)
+
     def _latency(self, num_seqs: int, prompt: int, tokens: int) -> Iterator[Figure]:
         name = f"{num_seqs} x {prompt}"
-        step, first, idle = self._times(num_seqs, prompt, tokens)
+        times = self._times(num_seqs, prompt, tokens)
         limit = self.limits.step([prompt + tokens / 2] * num_seqs)
-        yield self._figure(f"{name}, step", "ms", step * 1e3, limit * 1e3)
+        yield self._figure(f"{name}, step", "ms", times.step * 1e3, limit * 1e3)
         limit = self.limits.prompts([prompt] * num_seqs)
-        yield self._figure(f"{name}, first token", "ms", first * 1e3, limit * 1e3)
-        yield self._figure(f"{name}, device idle", "%", 100 * idle)
+        yield self._figure(f"{name}, first token", "ms", times.first_token * 1e3, limit * 1e3)
+        yield self._figure(f"{name}, device idle", "%", 100 * times.idle)
+        for work, seconds in times.host.items():
+            yield self._figure(f"{name}, {work} on the host", "ms", seconds * 1e3)
 
-    def _times(self, num_seqs: int, prompt: int, tokens: int, **how: Any) -> tuple[float, float, float]:
-        """Seconds of a step (the time after the first token, over the other tokens); to the first token of all; and
-        the share of time in which the device was given nothing to do."""
+    def _times(self, num_seqs: int, prompt: int, tokens: int, **how: Any) -> Times:
         lengths = [(prompt, tokens)] * num_seqs
         runs = [play(self.llm, self._requests(lengths, **how)) for _ in range(self.rounds + 2)][2:]
-        step = statistics.median((run.seconds - run.first_token) / (tokens - 1) for run in runs)
-        idle = statistics.median(1 - run.device / run.seconds for run in runs)
-        return step, statistics.median(run.first_token for run in runs), idle
+        return Times(
+            step=statistics.median((run.seconds - run.first_token) / (tokens - 1) for run in runs),
+            first_token=statistics.median(run.first_token for run in runs),
+            idle=statistics.median(1 - run.device / run.seconds for run in runs),
+            host=dict(zip(HOST_WORK, np.median(np.concatenate([run.host for run in runs]), axis=0).tolist())),
+        )
 
     def _adapters(self, count: int, rank: int) -> Iterator[Figure]:
         """The same steps with adapters on all linear layers, and what they cost."""
         names = add_adapters(self.llm, count, rank)
         for num_seqs, prompt, tokens in self.deck.latency:
-            plain, _, _ = self._times(num_seqs, prompt, tokens)
-            step, _, _ = self._times(num_seqs, prompt, tokens, adapters=names)
+            plain = self._times(num_seqs, prompt, tokens).step
+            step = self._times(num_seqs, prompt, tokens, adapters=names).step
             yield self._figure(f"{num_seqs} x {prompt}, step with {count} of rank {rank}", "ms", step * 1e3)
             yield self._figure(f"{num_seqs} x {prompt}, cost of adapters", "%", 100 * (step / plain - 1))
 
     def _throughput(self) -> Iterator[Figure]:
-        assert self.deck.throughput is not None
-        count, low, high = self.deck.throughput
-        lengths = np.random.default_rng(SEED).integers(low, high + 1, (count, 2)).tolist()
+        lengths = self._lengths()
         run = self._third(lengths)
         saturated = run.num_tokens / run.seconds
         yield self._figure("throughput", "tokens/s", saturated, run.num_tokens / self.limits.run(lengths))
@@ -305,6 +362,29 @@ class Bench:
         """Of three runs. Long steps are met in the first, recorded in the second, and replayed in this one."""
         runs = [play(self.llm, self._requests(lengths, params), arrivals) for _ in range(3)]
         return runs[-1]
+
+    def _lengths(self) -> list[tuple[int, int]]:
+        """Of the throughput's prompts and outputs."""
+        assert self.deck.throughput is not None
+        count, low, high = self.deck.throughput
+        return np.random.default_rng(SEED).integers(low, high + 1, (count, 2)).tolist()
+
+    def _beside(self, num_seqs: int, prompt: int, tokens: int) -> Iterator[Figure]:
+        """What `transformers` does, and how many times as fast we are. What it cannot do here is no figure."""
+        transformers = peer.Transformers(self.deck.model, self.llm.decoder.dtype, **self.peer_pool)
+        ways = {
+            "generate": (transformers.generate, [(prompt, tokens)] * num_seqs),
+            "continuous batching": (transformers.generate_batch, self._lengths()),
+        }
+        for name, (theirs, lengths) in ways.items():
+            ours = self._third(lengths)
+            try:
+                seconds = theirs(self._requests(lengths))
+            except Exception as error:
+                warnings.warn(f"transformers' {name} is not measured: {error}", stacklevel=2)
+                continue
+            yield self._figure(f"transformers' {name}", "tokens/s", ours.num_tokens / seconds)
+            yield self._figure(f"transformers' {name}, ours", "times", seconds / ours.seconds)
 
     def _arrivals(self, lengths: Sequence[tuple[int, int]], tokens_per_second: float) -> Iterator[Figure]:
         """Requests that arrive by chance (a Poisson process), so that prompts meet decoding sequences."""
