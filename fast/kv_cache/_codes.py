@@ -59,8 +59,8 @@ def float16_below(x):
     """The largest float16 that is not above ``x``; |x| at most 65504."""
     nearest = x.to(tl.float16)
     bits = nearest.to(tl.int16, bitcast=True)
-    below = bits + tl.where(bits < 0, 1, -1)  # away from zero where negative, towards it where positive
-    below = tl.where((bits & 0x7FFF) == 0, -0x7FFF, below).to(tl.int16)  # from 0: the smallest negative number
+    # Away from zero where negative, towards it where positive. (A zero above x is -0.)
+    below = (bits + tl.where(bits < 0, 1, -1)).to(tl.int16)
     return tl.where(nearest.to(tl.float32) > x, below, bits).to(tl.float16, bitcast=True)
 
 

@@ -81,6 +81,17 @@ def test_released_blocks_do_not_matter_to_decodes(backend, batch):
     properties.padding_of_the_table_does_not_matter(backend, batch)
 
 
+def test_the_smallest_scale_is_a_normal_number(backend):
+    """What would have a smaller one is 0, and so is its scale."""
+    call, tiny = valid_calls("int8")["write_kv_int8"], np.finfo(np.float32).tiny
+    call["k"][0], call["k"][1] = 127 * tiny, 126 * tiny  # in slots 4 and 5, of block 1
+    placed = properties.placed(backend, call)
+    backend.write_kv_int8(**placed)
+    codes, scales = (backend.to_host(placed[name])[1, :2] for name in ("k_cache", "k_scale"))
+    assert scales.tolist() == [[tiny] * 2, [0] * 2], f"scales {scales}"
+    assert codes.tolist() == [[[127] * 8] * 2, [[0] * 8] * 2], f"codes {codes}"
+
+
 @pytest.mark.parametrize("head_dim", [16, 64])  # the general kernel's, and the one for decodes
 def test_heads_of_a_cut_sequence_are_merged(backend, head_dim):
     batch = decode_batch("int8", (230, 1, 40), num_kv_heads=4, group=3, head_dim=head_dim)

@@ -67,7 +67,8 @@ def layer(num_tokens: int, in_features: int, dtype: str) -> Call:
     weight = rng.normal(size=(70, in_features)).astype(np.float32)
     values, indices = compress_24(np.where(mask_24(magnitude_score(weight)), weight, np.float32(0)))
     x = rng.normal(size=(num_tokens, in_features)).astype(cast)
-    return Call("sparse_linear", {"x": x, "values": values.astype(cast), "indices": indices})
+    bias = rng.normal(size=70).astype(cast)
+    return Call("sparse_linear", {"x": x, "values": values.astype(cast), "indices": indices, "bias": bias})
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,8 @@ def slots_out_of_range_write_nothing(backend: Backend, op: str, arguments: dict[
     """A slot beyond the cache is refused, or skipped like -1: never written to some other place."""
     mappings = [name for name in arguments if name.endswith("slot_mapping")]
     written = {}
-    for slot in (-1, arguments["k_cache"].size):
+    num_blocks, block_size = arguments["k_cache"].shape[:2]
+    for slot in (-1, num_blocks * block_size, arguments["k_cache"].size):
         spoiled = {name: np.concatenate([[slot], arguments[name][1:]]) for name in mappings}
         call = placed(backend, arguments | spoiled)
         try:
@@ -203,9 +204,10 @@ def slots_out_of_range_write_nothing(backend: Backend, op: str, arguments: dict[
             assert slot != -1, f"{op} refused a slot of -1"
             return
         written[slot] = {name: np.array(backend.to_host(x)) for name, x in call.items() if name not in mappings}
-    skipped, beyond = written.values()
-    for name in skipped:
-        assert same_bits(skipped[name], beyond[name]), f"{op}: a slot out of range changed {name}"
+    skipped = written.pop(-1)
+    for slot, beyond in written.items():
+        for name in skipped:
+            assert same_bits(skipped[name], beyond[name]), f"{op}: slot {slot}, out of range, changed {name}"
 
 
 def only_sealed_groups_change(backend: Backend, batch: Batch) -> None:
