@@ -14,13 +14,13 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
-STUDIES = ("memory", "quality", "engine")
+DRAWN = ("memory", "quality", "engine")  # studies that have plots
 NOT_YET = "*Not measured yet: the command above does it.*"
 
 
 def on_files(files, config):
     """Draw the plots."""
-    for study in STUDIES:
+    for study in DRAWN:
         results = _results(study)
         if results is not None:
             with tempfile.TemporaryDirectory() as folder:

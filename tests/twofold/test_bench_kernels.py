@@ -8,7 +8,18 @@ import torch
 import fast
 import reference
 from fast._triton.platform import default_device
-from twofold.bench.kernels import Ceilings, Measured, _rows, _why, attention, fusion, geometric_means, linear, sampling
+from twofold.bench.kernels import (
+    Ceilings,
+    Measured,
+    _rows,
+    _why,
+    attention,
+    fusion,
+    geometric_means,
+    linear,
+    sampling,
+    show,
+)
 from twofold.bench.kernels.rows import Row, Target, size
 from twofold.bench.kernels.timing import MOST_SETS, num_sets
 from twofold.conformance import plain_torch
@@ -97,3 +108,18 @@ def test_what_went_wrong_names_files_not_folders():
     """Results are kept for everybody, and say nothing of whose machine it was."""
     error = RuntimeError("at '/home/somebody/site/lib.cu:7' of 3/4: no room\nsecond line")
     assert _why(error) == "RuntimeError: at 'lib.cu:7' of 3/4: no room"
+
+
+def test_the_page_has_every_row_once():
+    """Whatever is measured stands in one of its tables, with what it is to reach."""
+    ceilings = Ceilings(copy=3e12, matmul=7e14)
+    rows = [
+        Measured(row, seconds=1e-5, num_bytes=3e6, peers=dict.fromkeys(row.peers, 2e-05)).as_json(ceilings)
+        for row in ROWS
+    ]
+    results = {"rows": rows, "measured": {"device": "a GPU", "date": "2026-01-02", "command": "twofold bench kernels"}}
+    tables = (show.prefill, show.paged, show.codes, show.linear, show.quantized, show.others, show.invariant)
+    lines = [line for table in tables for line in table(results)[2]]
+    assert sorted(line[0].partition("`, ")[2] or line[0] for line in lines) == sorted(row.deck for row in ROWS)
+    assert all(line[1] == "10" and line[4].count("<br>") == line[5].count("<br>") for line in lines)
+    assert sum(bool(line[4]) for line in lines) == sum(any(row["targets"]) for row in rows)
