@@ -114,7 +114,7 @@ def test_the_page_has_every_row_once():
     """Whatever is measured stands in one of its tables, with what it is to reach."""
     ceilings = Ceilings(copy=3e12, matmul=7e14)
     rows = [
-        Measured(row, seconds=1e-5, num_bytes=3e6, peers=dict.fromkeys(row.peers, 2e-05)).as_json(ceilings)
+        Measured(row, seconds=1e-5, num_bytes=3_000_000, peers=dict.fromkeys(row.peers, 2e-05)).as_json(ceilings)
         for row in ROWS
     ]
     results = {"rows": rows, "measured": {"device": "a GPU", "date": "2026-01-02", "command": "twofold bench kernels"}}
