@@ -30,12 +30,13 @@ TILE_NUMBERS = 2048  # of k or v in one program that quantizes: 16 a thread, so 
 def locate_rows(
     slot_mapping_ptr, slot_mapping_stride, num_rows, num_slots, block_size, num_kv_heads, TILE_ROWS: tl.constexpr
 ):
-    """A program's rows of keys or values: (token, head, has a slot, block, offset). A slot out of range is none."""
+    """A program's rows of keys or values: (token, head, has a slot, block, offset). A slot out of range is none, and
+    its block and offset are for nobody to use."""
     row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     token, head = row // num_kv_heads, row % num_kv_heads
     slot = tl.load(slot_mapping_ptr + token * slot_mapping_stride, mask=row < num_rows, other=-1)
     has_slot = (slot >= 0) & (slot < num_slots)
-    slot = tl.where(has_slot, slot, 0).to(tl.int64)
+    slot = slot.to(tl.int64)
     return token, head, has_slot, slot // block_size, slot % block_size
 
 
