@@ -47,6 +47,7 @@ def test_throughput_is_compared_and_meets_arrivals():
     found = figures(throughput=(4, 3, 8), arrivals=0.7, compare=("draws", engine.DRAWN))
     assert {name.partition(": ")[2] or name for name in found} == {
         "throughput",
+        "throughput, device idle",
         "throughput with draws",
         *(f"{what}, {which}" for what in ("to the first token", "between tokens") for which in ("median", "p99")),
     }
@@ -70,7 +71,7 @@ def test_transformers_answers_the_same_requests():
 
 def test_without_transformers_it_is_left_out(monkeypatch):
     monkeypatch.setattr(engine.peer, "is_there", lambda: False)
-    assert set(figures(throughput=(4, 3, 8), beside=(3, 9, 5))) == {"throughput"}
+    assert set(figures(throughput=(4, 3, 8), beside=(3, 9, 5))) == {"throughput", "throughput, device idle"}
 
 
 def test_what_transformers_cannot_do_says_so_and_is_no_figure(monkeypatch):
@@ -80,7 +81,7 @@ def test_what_transformers_cannot_do_says_so_and_is_no_figure(monkeypatch):
     monkeypatch.setattr(engine.peer.Transformers, "generate", broken)
     monkeypatch.setattr(engine.peer.Transformers, "generate_batch", broken)
     with pytest.warns(UserWarning, match="generate is not measured: not on this device"):
-        assert set(figures(throughput=(4, 3, 8), beside=(3, 9, 5))) == {"throughput"}
+        assert set(figures(throughput=(4, 3, 8), beside=(3, 9, 5))) == {"throughput", "throughput, device idle"}
 
 
 def test_a_request_that_fails_is_no_figure(monkeypatch):

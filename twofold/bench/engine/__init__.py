@@ -346,6 +346,7 @@ class Bench:
         run = self._third(lengths)
         saturated = run.num_tokens / run.seconds
         yield self._figure("throughput", "tokens/s", saturated, run.num_tokens / self.limits.run(lengths))
+        yield self._figure("throughput, device idle", "%", 100 * (1 - run.device / run.seconds))
         if self.deck.compare:
             name, params = self.deck.compare
             other = self._third(lengths, params)
