@@ -28,6 +28,7 @@ from fast._runner.memory import Arena, InArena
 from fast._runner.staging import Readback, stamp, to_device
 from fast._runner.step import Step, StepShape, Upload, only_draws
 from fast._triton.platform import default_device
+from fast.sampling._largest import largest
 from reference.batching.packing import Batch, SamplingBatch
 from reference.batching.runner import NOT_FINITE, Logprobs, StepResult, verified_tokens
 from reference.kv_cache.cache import CacheView, KVCache
@@ -207,12 +208,6 @@ def tokens_launched_in_vain(decoder: Decoder) -> int:
     matrices = (shape for name, shape in decoder.config.expected_tensors().items() if ".layers.0." in name)
     weights = sum(math.prod(shape) for shape in matrices)
     return round(LAUNCHING * COMPUTING / (2 * weights))
-
-
-def largest(logits: Tensor) -> Tensor:
-    """Of each row; NaN if there is one. In two goes, for one leaves most of a GPU idle where rows are few and long."""
-    columns = math.gcd(logits.shape[1], 128)
-    return logits.unflatten(1, (-1, columns)).amax(dim=2).amax(dim=1).float()
 
 
 def _memory_of_graphs(device: torch.device) -> Any:

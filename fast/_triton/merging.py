@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fast._triton import softmax
-from fast._triton.paging import worker_of
+from fast._triton.paging import has_units, sequence, worker_of
 from fast._triton.rounding import store
 
 FEWEST_COUNTERS = 1024  # more than the programs that any GPU is given
@@ -78,6 +78,22 @@ def store_rows(
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # a row without keys: 0 / 1
     offset = token[:, None] * stride_out_token + head[:, None] * stride_out_head + dim[None, :] * stride_out_dim
     store(out_ptr + offset, acc, there[:, None] & (dim < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def store_rows_without_keys(
+    program, num_programs, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, num_heads, dim, out_ptr,
+    stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Zeros for every ``num_programs``-th of the sequences, where it has no units (`paging.has_units`)."""
+    zeros = (dim * 0).to(out_ptr.dtype.element_ty)
+    for seq in range(program, num_seqs, num_programs):
+        first, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, 1)
+        if not has_units(num_queries, seq_len, QUERIES):
+            for row in range(num_queries * num_heads):
+                token, head = (first + row // num_heads).to(tl.int64), row % num_heads
+                row_ptr = out_ptr + token * stride_out_token + head * stride_out_head
+                tl.store(row_ptr + dim * stride_out_dim, zeros, mask=dim < HEAD_DIM)
 
 
 @triton.jit

@@ -13,9 +13,14 @@ not a search. (A unit or two at the end of a pair may be idle.)
 
 A segment that lies in one program is written by it; one that was cut is put together by `merging.py`.
 
+Sequences that pad a batch have no keys. They have no units either: to begin and end a segment takes as long as a unit
+or two, and those of ten sequences would all be in the last program's share. `merging.store_rows_without_keys` sees to
+them.
+
 In a kernel::
 
     line, num_workers, begin, end, seq, seq_begin = find_share(...)
+    merging.store_rows_without_keys(...)
     while unit < end:
         first_row, num_queries, seq_len = sequence(seq, ...)
         per_head, width = units_per_head(...)
@@ -62,6 +67,12 @@ def key_tiles(tile, num_queries, seq_len, window, QUERIES: tl.constexpr, TILE_KV
 
 
 @triton.jit
+def has_units(num_queries, seq_len, QUERIES: tl.constexpr):
+    """Whether a sequence has a place in the line; those with more queries than a tile holds always have one."""
+    return (seq_len > 0) | (num_queries > QUERIES)
+
+
+@triton.jit
 def units_per_head(
     num_queries, seq_len, window, QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr,
     FEW: tl.constexpr = False,
@@ -77,6 +88,7 @@ def units_per_head(
         width = tl.minimum(width, 2 * ((window + QUERIES) // TILE_KV + 2))
     _, middle = key_tiles(num_tiles // 2, num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED)
     per_head = (num_tiles // 2) * width + (num_tiles % 2) * middle
+    per_head = tl.where(has_units(num_queries, seq_len, QUERIES), per_head, 0)
     if FEW:
         per_head = tl.where(num_tiles <= 1, per_head, 0)
     return per_head, width

@@ -85,10 +85,10 @@ def copy_blocks(
 @gluon.jit
 def produce(
     k_desc, v_desc, k_smem, v_smem, full, empty, batch, block_table_ptr, stride_table_seq, num_blocks,
-    max_blocks_per_seq, k_rows_per_block, v_rows_per_block, QUERIES: gl.constexpr, BLOCK_SIZE: gl.constexpr,
-    FEWEST: gl.constexpr,
+    max_blocks_per_seq, k_rows_per_block, v_rows_per_block, out, GROUP: gl.constexpr, QUERIES: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, FEWEST: gl.constexpr,
 ):  # fmt: skip
-    """The producer: the tiles of its program's share, one after the other."""
+    """The producer: the tiles of its program's share, one after the other; and then zeros for rows without keys."""
     STAGES: gl.constexpr = k_smem.shape[0]
     TILE_KV: gl.constexpr = k_smem.shape[1]
     HEAD_DIM: gl.constexpr = k_smem.shape[2]
@@ -126,6 +126,12 @@ def produce(
                 )  # fmt: skip
                 passed += 1
             unit = gl.minimum(following, end)
+    out_ptr, stride_out_token, stride_out_head, stride_out_dim = out
+    dim = gl.arange(0, HEAD_DIM, gl.BlockedLayout([HEAD_DIM // 32], [32], [1], [0]))
+    merging.store_rows_without_keys(
+        gl.program_id(0), gl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens,
+        num_kv_heads * GROUP, dim, out_ptr, stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, QUERIES,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -375,16 +381,16 @@ def paged_decode_hopper_kernel(
     fence_async_shared()
     wait_for_predecessor(OVERLAP, EARLY=False)  # the next kernel's programs would crowd where a share ends first
     batch = (seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, max_blocks_per_seq * BLOCK_SIZE, num_kv_heads)
+    out = (out_ptr, stride_out_token, stride_out_head, stride_out_dim)
     gl.warp_specialize(
         [
             (consume, (
-                q_ptr, (out_ptr, stride_out_token, stride_out_head, stride_out_dim), sinks_ptr,
-                (parts_ptr, stats_ptr, counters_ptr), k_smem, v_smem, full, empty, batch,
+                q_ptr, out, sinks_ptr, (parts_ptr, stats_ptr, counters_ptr), k_smem, v_smem, full, empty, batch,
                 scale_log2, stride_q_token, stride_q_head, GROUP, TILE_Q, FEWEST,
             )),
             (produce, (
                 k_desc, v_desc, k_smem, v_smem, full, empty, batch, block_table_ptr, stride_table_seq, num_blocks,
-                max_blocks_per_seq, k_rows_per_block, v_rows_per_block, TILE_Q // GROUP, BLOCK_SIZE, FEWEST,
+                max_blocks_per_seq, k_rows_per_block, v_rows_per_block, out, GROUP, TILE_Q // GROUP, BLOCK_SIZE, FEWEST,
             )),
         ],
         [1],

@@ -433,6 +433,11 @@ def decode_attention_kernel(
         worker, most_workers, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens,
         max_blocks_per_seq * BLOCK_SIZE, 1, sliding_window, QUERIES, TILE, WINDOWED,
     )  # fmt: skip
+    merging.store_rows_without_keys(
+        tl.program_id(0), tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens,
+        num_bundles * HEADS * GROUP, tl.arange(0, PIECES * 32), out_ptr, stride_out_token, stride_out_head,
+        stride_out_dim, PIECES * 32, QUERIES,
+    )  # fmt: skip
     kv_head = bundle * HEADS + warp
     head64 = kv_head.to(tl.int64)
     in_cache, in_window = head64 * stride_cache_head, head64 * stride_window_head

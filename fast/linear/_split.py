@@ -22,6 +22,7 @@ from fast.linear._skinny import finish
 
 ROWS = 64  # of the weight, the least that the instruction takes
 MOST_SPLITS = 4
+BUFFERS = 192 * 1024  # bytes of a processor's shared memory, for steps on their way
 CHUNKS = 2  # of 512 bytes of each row, that are asked for while the kernel before this one ends
 POOL = 2**20  # counters on each device
 MOST_TILES = 1024  # of a weight that is split: fewer than a GPU has processors
@@ -38,17 +39,33 @@ class Split(NamedTuple):
     warps: int = 4
 
 
+def most_tokens(out_features: int, in_features: int, processors: int) -> int:
+    """Beyond so many cuBLAS is as fast or faster (measured on an H100): 32, 64, or 128 for large weights.
+
+    With more than 32 a program has a processor to itself. Then, if there are more programs than processors, rows have
+    to be long: what it takes to begin and to end is hidden behind nobody's work.
+    """
+    if out_features > ROWS * processors and in_features < 4096:
+        return 32
+    return 128 if out_features * in_features >= 2**25 and out_features % ROWS == 0 else 64
+
+
 def choose_split(num_tokens: int, out_features: int, in_features: int, processors: int) -> Split:
-    """Whole rows, unless three of four processors would have nothing to do: to add up parts costs two microseconds.
+    """Whole rows, unless most processors would have nothing to do: to add up parts costs two microseconds.
 
     Example:
         >>> [choose_split(16, n, 4096, 132).splits for n in (1024, 4096)]
         [4, 1]
     """
     tokens, tiles = max(16, next_power_of_2(num_tokens)), cdiv(out_features, ROWS)
-    splits = max(1, min(MOST_SPLITS, in_features // 512)) if MOST_SPLITS * tiles <= processors else 1
-    alone = 2 * splits * tiles <= processors  # a program has a processor to itself, and more on its way
-    return Split(tokens, splits, 128, 8 if tokens == 16 or alone else 5)
+    if tokens <= 32:
+        splits = max(1, min(MOST_SPLITS, in_features // 512)) if MOST_SPLITS * tiles <= processors else 1
+        alone = 2 * splits * tiles <= processors  # a program has a processor to itself, and more on its way
+        return Split(tokens, splits, 128, 8 if tokens == 16 or alone else 5)
+    long = in_features >= 1024
+    splits = 2 if long and (4 if tokens == 64 else 2) * tiles <= processors else 1
+    rows, warps = (2 * ROWS, 8) if tiles >= 3 * processors else (ROWS, 4)
+    return Split(tokens, splits, 128, BUFFERS // ((tokens + rows) * 256), rows, warps)
 
 
 def unsplit(num_tokens: int) -> Split:

@@ -11,7 +11,7 @@ from fast._checks import require, require_float, require_out, require_same_devic
 from fast._triton.platform import num_processors
 from fast.linear._matmul import matmul
 from fast.linear._skinny import FEW_TOKENS, skinny_linear, whole_rows
-from fast.linear._split import choose_split, describable, split_linear
+from fast.linear._split import choose_split, describable, most_tokens, split_linear
 
 Write = Callable[[Array, Array, Array | None, Array], object]  # takes x, weight, residual, out
 
@@ -28,9 +28,9 @@ def linear(
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.linear.linear`.
 
-    Grid: up to 32 tokens, one program per few rows of the weight, which it streams once (`_skinny`), or per tile of 64
-    rows and share of the columns (`_split`). More: cuBLAS, which nothing here beats. Where ``weight`` has another dtype
-    than ``x``: tiles of a float32 product (`_matmul`).
+    Grid: for few tokens, one program per few rows of the weight, which it streams once (`_skinny`), or per tile of 64
+    rows and share of the columns (`_split`; 32 to 128 tokens, by the size of the weight). More: cuBLAS, which nothing
+    here beats. Where ``weight`` has another dtype than ``x``: tiles of a float32 product (`_matmul`).
     Moves: the weight once; the tokens, from cache, once for each program.
     Limits: where the last axis is not contiguous, the argument is copied first.
     """
@@ -39,9 +39,11 @@ def linear(
 
 
 def choose_way(
-    num_tokens: int, out_features: int, x_dtype: torch.dtype, weight_dtype: torch.dtype, aligned: bool
+    num_tokens: int, out_features: int, x_dtype: torch.dtype, weight_dtype: torch.dtype, splittable: bool
 ) -> str:
     """Which kernel: by the number of tokens, and whether the tensor cores and the copy engine take the operands.
+
+    ``splittable``: they are `describable`, and tokens few enough for `most_tokens`.
 
     Up to eight tokens, narrow tiles are better where wide ones are few, or fill more than half of the processors, but
     not all.
@@ -50,21 +52,23 @@ def choose_way(
         return "one"
     if x_dtype != weight_dtype:
         return "tiles"
-    if num_tokens > FEW_TOKENS or x_dtype == torch.float32:
+    if x_dtype == torch.float32:
         return "cublas"
     uneven = out_features <= 2048 or 66 < out_features / 64 < 132
-    return "split" if aligned and not (num_tokens <= 8 and uneven) else "few"
+    if splittable and not (num_tokens <= 8 and uneven):
+        return "split"
+    return "few" if num_tokens <= FEW_TOKENS else "cublas"
 
 
 def project(x: Array, weight: Array, bias: Array | None, residual: Array | None, out: Array | None) -> Array:
     """``residual + x weight^T + bias`` by the way that suits the number of tokens; arguments have been checked."""
     if not x.numel():
         return into(out, x, weight, residual, lambda x, w, r, o: matmul(x, w, bias, r, o))
-    num_tokens, (out_features, in_features) = len(x), weight.shape
-    aligned = num_tokens <= FEW_TOKENS and describable(x, weight)
-    way = choose_way(num_tokens, out_features, x.dtype, weight.dtype, aligned)
+    num_tokens, sizes = len(x), (*weight.shape, num_processors(x))
+    splittable = num_tokens <= most_tokens(*sizes) and describable(x, weight)
+    way = choose_way(num_tokens, len(weight), x.dtype, weight.dtype, splittable)
     if way == "split":
-        split = choose_split(num_tokens, out_features, in_features, num_processors(x))
+        split = choose_split(num_tokens, *sizes)
         return into(out, x, weight, residual, lambda x, w, r, o: split_linear(x, w, bias, r, o, split))
     if way in ("one", "few"):
         return into(out, x, weight, residual, lambda x, w, r, o: skinny_linear(x, w, bias, r, o))

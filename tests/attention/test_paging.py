@@ -87,14 +87,14 @@ def search(request, monkeypatch):
 
 
 drawn = settings(max_examples=25 if INTERPRETING else 100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-lengths = st.tuples(st.sampled_from([1, 0, 2, 8, 9, 33, 70]), st.sampled_from([0, 1, 15, 16, 100, 190]))
+lengths = st.tuples(st.sampled_from([1, 0, 2, 8, 9, 33, 70]), st.sampled_from([0, 1, 15, 16, 100, 190, None]))
 batches = st.lists(lengths, min_size=1, max_size=7)
 
 
 def placed(batch):
-    """(query lengths, tokens, ``seq_lens``, ``cu_seqlens_q``), the last two as tensors."""
+    """(query lengths, tokens, ``seq_lens``, ``cu_seqlens_q``), the last two as tensors. Context None: no tokens."""
     query_lens = np.array([num_queries for num_queries, _ in batch])
-    seq_lens = query_lens + [context for _, context in batch]
+    seq_lens = np.array([0 if context is None else num_queries + context for num_queries, context in batch])
     offsets = np.concatenate([[0], query_lens.cumsum()])
     return query_lens, seq_lens, *(fast.from_host(array.astype(np.int32)) for array in (seq_lens, offsets))
 
@@ -110,7 +110,10 @@ def placed(batch):
     few=st.booleans(),
 )
 def test_every_tile_of_keys_has_its_turn(search, batch, num_programs, num_kv_heads, queries, window, fewest, few):
-    """Once for each tile of rows that sees it, in consecutive programs, whose shares differ by a unit at the most."""
+    """Once for each tile of rows that sees it, in consecutive programs, whose shares differ by a unit at the most.
+
+    A sequence without keys, whose rows fill one tile at most, has none.
+    """
     query_lens, seq_lens, *tensors = placed(batch)
     visits = torch.full((num_programs, MOST_VISITS, 8), -1, dtype=torch.int32, device=tensors[0].device)
     shares = torch.zeros(num_programs, 3, dtype=torch.int32, device=tensors[0].device)
@@ -126,7 +129,7 @@ def test_every_tile_of_keys_has_its_turn(search, batch, num_programs, num_kv_hea
             segments[seq, kv_head, tile].append((program, *visit))
     expected = {}
     for seq, (num_queries, seq_len) in enumerate(zip(query_lens.tolist(), seq_lens.tolist())):
-        if not (few and num_queries > queries):
+        if not few if num_queries > queries else seq_len > 0:
             for tile in range(-(-num_queries // queries)):
                 keys = keys_seen(tile, num_queries, seq_len, queries, window)
                 expected |= {(seq, kv_head, tile): keys for kv_head in range(num_kv_heads)}
@@ -144,11 +147,11 @@ def test_every_tile_of_keys_has_its_turn(search, batch, num_programs, num_kv_hea
 
 
 def keys_seen(tile, num_queries, seq_len, queries, window):
-    """(first, last + 1) of the tiles of keys that some query of the tile sees."""
+    """(first, last + 1) of the tiles of keys that some query of the tile sees; one, if there is none."""
     context = seq_len - num_queries
     first, last = context + tile * queries, context + min((tile + 1) * queries, num_queries) - 1
     oldest = 0 if window is None else max(first + 1 - window, 0)
-    return oldest // TILE_KV, last // TILE_KV + 1
+    return oldest // TILE_KV, max(last // TILE_KV + 1, 1)
 
 
 def shares_are_even(shares, fewest):

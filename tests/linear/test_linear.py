@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fast
 from fast.linear._skinny import Tiles, choose_tiles, skinny_linear
-from fast.linear._split import Split, choose_split, describable, split_linear
+from fast.linear._split import Split, choose_split, describable, most_tokens, split_linear
 from fast.linear.linear import choose_way
 from twofold.conformance.backends import float_dtypes
 from twofold.conformance.properties import linear as properties
@@ -40,17 +40,18 @@ def test_writes_only_where_it_says(backend, call):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("in_features", [200, 1536, 1537])
-@pytest.mark.parametrize("num_tokens", [1, 2, 9, 32, 33])
+@pytest.mark.parametrize("num_tokens", [1, 2, 9, 32, 33, 65])
 def test_each_way_is_taken(num_tokens, in_features, dtype):
     """One token, few, and many go different ways in `fast`, rows that begin anywhere another; all of them arrive."""
     narrow = in_features == 1537 or num_tokens == 2
-    few = "cublas" if dtype == "float32" else "few" if narrow else "split"
-    way = {1: "one", 33: "cublas"}.get(num_tokens, few)
+    few = "cublas" if dtype == "float32" else "split" if not narrow else "few" if num_tokens <= 32 else "cublas"
+    way = {1: "one", 65: "cublas"}.get(num_tokens, few)
     rng = np.random.default_rng(num_tokens)
     shapes = {"x": (num_tokens, in_features), "weight": (70, in_features), "residual": (num_tokens, 70), "bias": (70,)}
     arrays = {name: rng.normal(size=shape).astype(getattr(ml_dtypes, dtype, dtype)) for name, shape in shapes.items()}
     x, weight = (fast.from_host(arrays[name]) for name in ("x", "weight"))
-    assert choose_way(num_tokens, 70, x.dtype, weight.dtype, describable(x, weight)) == way
+    splittable = num_tokens <= most_tokens(*weight.shape, 132) and describable(x, weight)
+    assert choose_way(num_tokens, 70, x.dtype, weight.dtype, splittable) == way
     matches_the_oracle(fast, Call("linear_add", arrays))
     properties.matches_the_oracle(fast, Call("linear", {name: arrays[name] for name in ("x", "weight", "bias")}))
 
@@ -79,6 +80,18 @@ def test_cuts_suit_the_layer():
         assert choose_split(num_tokens, 1024, 4096, 132).tokens >= num_tokens
     assert choose_split(16, 1024, 600, 132).splits == 1, "too few columns to be shared out"
     assert choose_split(32, 4096, 4096, 132).stages > choose_split(32, 6144, 4096, 132).stages, "alone, and not"
+    assert [most_tokens(*sizes, 132) for sizes in ((4096, 1024), (151936, 1024), (4096, 14336))] == [64, 32, 128]
+
+
+@pytest.mark.parametrize("num_tokens", [33, 64, 65, 128])
+@pytest.mark.parametrize("sizes", [(1024, 512), (1024, 1024), (4096, 14336), (28672, 4096)])
+def test_cuts_of_more_tokens_fit(num_tokens, sizes):
+    """All of them in one tile, whose buffers fit into a processor, two of them at least."""
+    split = choose_split(num_tokens, *sizes, 132)
+    assert split.tokens >= num_tokens
+    assert split.stages >= 2
+    assert split.stages * (split.tokens + split.rows) * split.columns * 2 <= 2**17 * 3 // 2
+    assert split.splits * -(-sizes[0] // split.rows) <= 132 or split.splits == 1
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16])
