@@ -120,14 +120,22 @@ def total_units(
 
 
 @triton.jit
-def share_of(program, num_programs, total, FEWEST: tl.constexpr = MIN_UNITS):
+def share_of(program, num_programs, total, num_segments, FEWEST: tl.constexpr = MIN_UNITS):
     """(first unit, last + 1, programs that have any) of a program's share of the line.
 
     ``FEWEST`` units, where there are so many: of a line too short for that nobody takes two while another takes none.
+    If ``num_segments`` (were they all as long) and programs would come out even but for a sixteenth of the programs,
+    these have none: a segment that nobody cuts needs no merge.
     """
     even = (total + num_programs - 1) // num_programs
     fewest = tl.minimum(tl.maximum(even, 1), FEWEST)
     num_workers = tl.minimum(num_programs, tl.maximum(total // fewest, 1))
+    num_segments = tl.maximum(num_segments, 1)
+    together = (num_segments + num_programs - 1) // num_programs  # segments of a program, or else
+    uncut = tl.where(together > 1, num_segments // together, num_programs // num_segments * num_segments)
+    is_even = (total % num_segments == 0) & (total % uncut == 0) & (num_segments % together == 0)
+    is_better = is_even & (num_workers == num_programs) & (16 * uncut >= 15 * num_programs)
+    num_workers = tl.where(is_better, uncut, num_workers)
     share, more = total // num_workers, total % num_workers  # the first ``more`` programs take one unit more
     begin = program * share + tl.minimum(program, more)
     end = begin + share + (program < more).to(tl.int32)
@@ -177,7 +185,7 @@ def find_share(
         per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
         ends = tl.cumsum(per_head * num_kv_heads, 0)
         line = tl.max(ends, 0)
-        begin, end, num_workers = share_of(program, num_programs, line, FEWEST)
+        begin, end, num_workers = share_of(program, num_programs, line, num_seqs * num_kv_heads, FEWEST)
         passed = (ends <= begin) & (seq < num_seqs)
         found = tl.sum(passed.to(tl.int32), 0)
         found_begin = tl.max(tl.where(passed, ends, 0), 0)
@@ -186,7 +194,7 @@ def find_share(
             seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
             QUERIES, TILE_KV, WINDOWED, FEW, look,
         )  # fmt: skip
-        begin, end, num_workers = share_of(program, num_programs, line, FEWEST)
+        begin, end, num_workers = share_of(program, num_programs, line, num_seqs * num_kv_heads, FEWEST)
         found, found_begin = find_sequence(
             begin, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
             QUERIES, TILE_KV, WINDOWED, FEW, look,

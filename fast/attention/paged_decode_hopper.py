@@ -5,6 +5,10 @@ block by block, on from one segment or sequence to the next: it waits for nothin
 what arrives, each 16 keys of a tile for the scores, then a quarter of the columns for the sums of values. How parts of
 a segment are put together is told in `merging.py`.
 
+Lengths and block tables are read before the kernels before this one have ended, keys, values and queries after: to
+find a share of the work takes two trips to memory, which then cost nothing. (See `overlap.py`.) The next kernel is not
+asked for early: its programs would crowd where a share ends first.
+
 What it does not do: windows, caps, float32, head sizes other than 64 and 128, more than `MOST_ROWS` rows a tile, and
 blocks whose size or layout the copy engine cannot take (`paged_attention_hopper.hopper_fits`). `paged_attention.py`
 does all that.
@@ -86,7 +90,7 @@ def copy_blocks(
 def produce(
     k_desc, v_desc, k_smem, v_smem, full, empty, batch, block_table_ptr, stride_table_seq, num_blocks,
     max_blocks_per_seq, k_rows_per_block, v_rows_per_block, out, GROUP: gl.constexpr, QUERIES: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, FEWEST: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, FEWEST: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """The producer: the tiles of its program's share, one after the other; and then zeros for rows without keys."""
     STAGES: gl.constexpr = k_smem.shape[0]
@@ -110,6 +114,7 @@ def produce(
             start = first_tile + unit - seg_begin
             stop = first_tile + gl.minimum(end, seg_end) - seg_begin
             next_ids = load_ids(row_ptr, start, max_blocks_per_seq, BLOCK_SIZE, TILE_KV)
+            wait_for_predecessor(OVERLAP, EARLY=False)
             for tile in range(start, stop):
                 ids = next_ids
                 next_ids = load_ids(row_ptr, tile + 1, max_blocks_per_seq, BLOCK_SIZE, TILE_KV)
@@ -128,6 +133,7 @@ def produce(
             unit = gl.minimum(following, end)
     out_ptr, stride_out_token, stride_out_head, stride_out_dim = out
     dim = gl.arange(0, HEAD_DIM, gl.BlockedLayout([HEAD_DIM // 32], [32], [1], [0]))
+    wait_for_predecessor(OVERLAP, EARLY=False)
     merging.store_rows_without_keys(
         gl.program_id(0), gl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens,
         num_kv_heads * GROUP, dim, out_ptr, stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, QUERIES,
@@ -274,7 +280,7 @@ def merge_parts(
 @gluon.jit
 def consume(
     q_ptr, out, sinks_ptr, scratch, k_smem, v_smem, full, empty, batch, scale_log2, stride_q_token, stride_q_head,
-    GROUP: gl.constexpr, TILE_Q: gl.constexpr, FEWEST: gl.constexpr,
+    GROUP: gl.constexpr, TILE_Q: gl.constexpr, FEWEST: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """The consumers: every segment of the share from its first tile to its last, written or left for the merge."""
     TILE_KV: gl.constexpr = k_smem.shape[1]
@@ -304,6 +310,7 @@ def consume(
                 unit, seq_begin, per_head, width, num_queries, seq_len, 0, QUERIES, TILE_KV, False
             )
             if unit < seg_end:
+                wait_for_predecessor(OVERLAP, EARLY=False)
                 q = load_queries(
                     q_ptr, first_row, tile, num_queries, kv_head, stride_q_token, stride_q_head, GROUP, TILE_Q,
                     HEAD_DIM, MMA,
@@ -379,18 +386,18 @@ def paged_decode_hopper_kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=1)
     fence_async_shared()
-    wait_for_predecessor(OVERLAP, EARLY=False)  # the next kernel's programs would crowd where a share ends first
     batch = (seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, max_blocks_per_seq * BLOCK_SIZE, num_kv_heads)
     out = (out_ptr, stride_out_token, stride_out_head, stride_out_dim)
     gl.warp_specialize(
         [
             (consume, (
                 q_ptr, out, sinks_ptr, (parts_ptr, stats_ptr, counters_ptr), k_smem, v_smem, full, empty, batch,
-                scale_log2, stride_q_token, stride_q_head, GROUP, TILE_Q, FEWEST,
+                scale_log2, stride_q_token, stride_q_head, GROUP, TILE_Q, FEWEST, OVERLAP,
             )),
             (produce, (
                 k_desc, v_desc, k_smem, v_smem, full, empty, batch, block_table_ptr, stride_table_seq, num_blocks,
                 max_blocks_per_seq, k_rows_per_block, v_rows_per_block, out, GROUP, TILE_Q // GROUP, BLOCK_SIZE, FEWEST,
+                OVERLAP,
             )),
         ],
         [1],

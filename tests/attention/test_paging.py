@@ -17,7 +17,7 @@ from fast._triton import merging, paging
 from fast._triton.platform import INTERPRETING
 
 TILE_KV = 16
-MOST_VISITS = 64  # of a program
+MOST_VISITS = 1024  # of a program
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def placed(batch):
 @drawn
 @given(
     batch=batches,
-    num_programs=st.sampled_from([3, 1, 2, 7]),
+    num_programs=st.sampled_from([3, 1, 2, 7, 17]),
     num_kv_heads=st.sampled_from([1, 2]),
     queries=st.sampled_from([8, 1, 3]),
     window=st.sampled_from([None, 1, 16, 17, 60]),
@@ -144,6 +144,21 @@ def test_every_tile_of_keys_has_its_turn(search, batch, num_programs, num_kv_hea
         cut = len(parts) > 1
         assert not (cut and places & {*own}), f"{segment}: another segment's part is in the same place: {parts}"
         places |= {*own} if cut else set()
+
+
+@pytest.mark.parametrize("num_seqs", [8, 4, 16, 12])
+def test_like_segments_are_not_cut_where_programs_are_nearly_enough(search, num_seqs):
+    """Of 17 programs 16 take one segment, two, or a half or a quarter of one; 24 segments are an equal line for all."""
+    query_lens, _, *tensors = placed([(1, 4 * TILE_KV - 1)] * num_seqs)
+    visits = torch.full((17, MOST_VISITS, 8), -1, dtype=torch.int32, device=tensors[0].device)
+    shares = torch.zeros(17, 3, dtype=torch.int32, device=tensors[0].device)
+    _walk_kernel[(17,)](
+        visits, shares, *tensors, num_seqs, int(query_lens.sum()), 1000, 2, 0,
+        QUERIES=8, TILE_KV=TILE_KV, WINDOWED=False, FEWEST=1, FEW=False, MOST_VISITS=MOST_VISITS,
+    )  # fmt: skip
+    sizes = np.diff(fast.to_host(shares)[:, 1:])[:, 0]
+    expected = {8: [4] * 16 + [0], 4: [2] * 16 + [0], 16: [8] * 16 + [0], 12: [6] * 11 + [5] * 6}[num_seqs]
+    assert sizes.tolist() == expected
 
 
 def keys_seen(tile, num_queries, seq_len, queries, window):
