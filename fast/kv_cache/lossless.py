@@ -7,10 +7,12 @@ write. Decoding takes two: tiles count escapes, then read. All of it is integers
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Int64, UInt8, UInt16
+from jaxtyping import Int16, Int32, Int64, UInt8, UInt16
 from torch import Tensor as Array
 
 from fast._checks import (
@@ -33,12 +35,22 @@ EARLIER_TILES = 256  # tiles whose escapes are: a number of each
 HEADER = tl.constexpr(HEADER_BYTES)
 
 
+@triton.jit
+def _row_of(block, block_ids_ptr):
+    """Where a block's words are: with ids, blocks are coded where they lie in a pool, and decoded to where they go."""
+    row = block
+    if block_ids_ptr is not None:
+        row = tl.load(block_ids_ptr + block).to(tl.int64)
+    return row
+
+
 # ---- coding -----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _count_kernel(
-    words_ptr,  # [num_blocks, num_values]
+    words_ptr,  # [num_rows, num_values]
+    block_ids_ptr,  # [num_blocks]: rows of words; or None: block i is row i
     counts_ptr,  # [num_blocks, num_tiles, NUM_EXPONENTS]
     stride_words_block, stride_words_value,
     num_values,
@@ -51,7 +63,8 @@ def _count_kernel(
     block, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     value = tile * TILE + tl.arange(0, TILE)
     inside = value < num_values
-    words = tl.load(words_ptr + block * stride_words_block + value * stride_words_value, mask=inside, other=0)
+    row_of_words = words_ptr + _row_of(block, block_ids_ptr) * stride_words_block
+    words = tl.load(row_of_words + value * stride_words_value, mask=inside, other=0)
     exponents = ((words.to(tl.int32) & 0xFFFF) >> FRACTION_BITS) & (NUM_EXPONENTS - 1)
     counts = tl.histogram(exponents, NUM_EXPONENTS)
     exponent = tl.arange(0, NUM_EXPONENTS)
@@ -113,11 +126,13 @@ def _choose_kernel(
 
 @triton.jit
 def _encode_kernel(
-    words_ptr,  # [num_blocks, num_values]
+    words_ptr,  # [num_rows, num_values]
+    block_ids_ptr,  # [num_blocks]: rows of words; or None: block i is row i
     choices_ptr,  # [num_blocks, 2]
     escapes_before_ptr,  # [num_blocks, num_tiles]
-    codes_ptr,  # [num_blocks, capacity], zeros
+    codes_ptr,  # [num_blocks, row_bytes], a byte beside the other; what is behind a block's size stays as it is
     stride_words_block, stride_words_value,
+    stride_codes_block,
     num_values,
     num_tiles,
     EXPONENT_BITS: tl.constexpr,
@@ -128,17 +143,18 @@ def _encode_kernel(
     """The header (tile 0), and a tile's low bytes, planes and exceptions, each to its place in the row."""
     block, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     width, base = tl.load(choices_ptr + block * 2), tl.load(choices_ptr + block * 2 + 1)
-    row = codes_ptr + block * (HEADER + 2 * num_values)
+    row = codes_ptr + block * stride_codes_block
     if tile == 0:
-        tl.store(row, width.to(tl.uint8))
-        tl.store(row + 1, base.to(tl.uint8))
+        byte = tl.arange(0, HEADER)
+        tl.store(row + byte, tl.where(byte == 0, width, tl.where(byte == 1, base, 0)).to(tl.uint8))
     body = row + HEADER
 
     of_plane = tile * (TILE // 8) + tl.arange(0, TILE // 8)  # bytes of a plane, eight values each
     bit = tl.arange(0, 8)
     value = of_plane[:, None] * 8 + bit[None, :]
     inside = value < num_values
-    words = tl.load(words_ptr + block * stride_words_block + value * stride_words_value, mask=inside, other=0)
+    row_of_words = words_ptr + _row_of(block, block_ids_ptr) * stride_words_block
+    words = tl.load(row_of_words + value * stride_words_value, mask=inside, other=0)
     words = words.to(tl.int32) & 0xFFFF
     if width == 0:
         tl.store(body + 2 * value, (words & 0xFF).to(tl.uint8), mask=inside)
@@ -185,27 +201,78 @@ def encode_lossless(
     codes = torch.zeros(num_blocks, HEADER_BYTES + 2 * num_values, dtype=torch.uint8, **new)
     if num_blocks == 0 or num_values == 0:
         return codes, torch.full((num_blocks,), HEADER_BYTES, dtype=torch.int64, **new)
-    sizes = torch.empty(num_blocks, dtype=torch.int64, **new)
+    bits = words.view(torch.int16)
+    chosen = choose_codes(bits, None, layout)
+    launch_encode(bits, None, chosen, codes, layout)
+    return codes, chosen.sizes
+
+
+class Chosen(NamedTuple):
+    """How blocks are to be coded, each by itself.
+
+    Attributes:
+        choices: The width and the base.
+        sizes: Of the codes, in bytes.
+        escapes_before: How many escapes come before each tile.
+    """
+
+    choices: Int32[Array, "num_blocks 2"]
+    sizes: Int64[Array, " num_blocks"]
+    escapes_before: Int32[Array, "num_blocks num_tiles"]
+
+    def of(self, blocks: slice) -> "Chosen":
+        """Of some of them."""
+        return Chosen(*(array[blocks] for array in self))
+
+
+def choose_codes(
+    words: Int16[Array, "num_rows num_values"], block_ids: Int64[Array, " num_blocks"] | None, layout: WordFormat
+) -> Chosen:
+    """The first half of ``encode_lossless``, for words that were checked and are not empty.
+
+    Args:
+        block_ids: The rows that are the blocks, contiguous; None: all.
+    """
+    num_blocks, num_values = len(words if block_ids is None else block_ids), words.shape[1]
     tile = choose_tile(num_values)
     num_tiles, num_exponents = cdiv(num_values, tile), 2**layout.exponent_bits
-    counts = torch.empty(num_blocks, num_tiles, num_exponents, dtype=torch.int32, **new)
-    choices = torch.empty(num_blocks, 2, dtype=torch.int32, **new)
-    escapes_before = torch.empty(num_blocks, num_tiles, dtype=torch.int32, **new)
-    bits = words.view(torch.int16)
-    sizes_of_words = (*bits.stride(), num_values, num_tiles)
-    shape = {"EXPONENT_BITS": layout.exponent_bits, "HIGH_BITS": layout.high_bits}
+    new = {"dtype": torch.int32, "device": words.device}
+    counts = torch.empty(num_blocks, num_tiles, num_exponents, **new)
+    chosen = Chosen(
+        torch.empty(num_blocks, 2, **new),
+        torch.empty(num_blocks, dtype=torch.int64, device=words.device),
+        torch.empty(num_blocks, num_tiles, **new),
+    )
     _count_kernel[(num_blocks, num_tiles)](
-        bits, counts, *sizes_of_words,
+        words, block_ids, counts, *words.stride(), num_values, num_tiles,
         FRACTION_BITS=layout.fraction_bits, NUM_EXPONENTS=num_exponents, TILE=tile, num_warps=NUM_WARPS,
     )  # fmt: skip
     _choose_kernel[(num_blocks,)](
-        counts, choices, sizes, escapes_before, num_values, num_tiles, **shape, TILE_TILES=TILE_TILES
-    )
-    _encode_kernel[(num_blocks, num_tiles)](
-        bits, choices, escapes_before, codes, *sizes_of_words,
-        **shape, FRACTION_BITS=layout.fraction_bits, TILE=tile, num_warps=NUM_WARPS,
+        counts, *chosen, num_values, num_tiles,
+        EXPONENT_BITS=layout.exponent_bits, HIGH_BITS=layout.high_bits, TILE_TILES=TILE_TILES,
     )  # fmt: skip
-    return codes, sizes
+    return chosen
+
+
+def launch_encode(
+    words: Int16[Array, "num_rows num_values"],
+    block_ids: Int64[Array, " num_blocks"] | None,
+    chosen: Chosen,
+    codes: UInt8[Array, "num_blocks row_bytes"],
+    layout: WordFormat,
+) -> None:
+    """The second half of ``encode_lossless``: writes the codes as chosen, and nothing behind them.
+
+    Args:
+        codes: Contiguous rows, as long as the longest code or longer.
+    """
+    num_values, num_tiles = words.shape[1], chosen.escapes_before.shape[1]
+    _encode_kernel[(len(codes), num_tiles)](
+        words, block_ids, chosen.choices, chosen.escapes_before, codes, *words.stride(), codes.stride(0),
+        num_values, num_tiles,
+        EXPONENT_BITS=layout.exponent_bits, HIGH_BITS=layout.high_bits, FRACTION_BITS=layout.fraction_bits,
+        TILE=choose_tile(num_values), num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 # ---- decoding ---------------------------------------------------------------------------------------------------
@@ -213,9 +280,10 @@ def encode_lossless(
 
 @triton.jit
 def _count_escapes_kernel(
-    codes_ptr,  # [num_blocks, capacity]
+    codes_ptr,  # [num_blocks, row_bytes]
     escapes_ptr,  # [num_blocks, num_tiles]
     stride_codes_block, stride_codes_byte,
+    row_bytes,
     num_values,
     num_tiles,
     HIGH_BITS: tl.constexpr,
@@ -230,7 +298,7 @@ def _count_escapes_kernel(
     all_set = tl.full([TILE // 8], 255 if width > 0 else 0, tl.int32)
     for plane in range(width):
         place = HEADER + num_values + (HIGH_BITS + plane) * plane_bytes + of_plane
-        inside = (of_plane < plane_bytes) & (place < HEADER + 2 * num_values)
+        inside = (of_plane < plane_bytes) & (place < row_bytes)
         all_set &= tl.load(row + place * stride_codes_byte, mask=inside, other=0).to(tl.int32)
     pairs = all_set - ((all_set >> 1) & 0x55)  # a byte's bits, counted by twos, fours, and eight
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
@@ -239,11 +307,14 @@ def _count_escapes_kernel(
 
 @triton.jit
 def _decode_kernel(
-    codes_ptr,  # [num_blocks, capacity]
+    codes_ptr,  # [num_blocks, row_bytes]
     escapes_ptr,  # [num_blocks, num_tiles]
-    words_ptr,  # [num_blocks, num_values], contiguous
+    words_ptr,  # [num_rows, num_values]
+    block_ids_ptr,  # [num_blocks]: rows of words; or None: block i is row i
     largest_ptr,  # [num_blocks, num_tiles]: exponents, to see whether the codes can be right
     stride_codes_block, stride_codes_byte,
+    stride_words_block, stride_words_value,
+    row_bytes,
     num_values,
     num_tiles,
     FRACTION_BITS: tl.constexpr,
@@ -255,7 +326,7 @@ def _decode_kernel(
     row = codes_ptr + block * stride_codes_block
     width, base = tl.load(row).to(tl.int32), tl.load(row + stride_codes_byte).to(tl.int32)
     body = row + HEADER * stride_codes_byte
-    body_bytes = 2 * num_values
+    body_bytes = row_bytes - HEADER
     of_plane = tile * (TILE // 8) + tl.arange(0, TILE // 8)
     bit = tl.arange(0, 8)
     value = of_plane[:, None] * 8 + bit[None, :]
@@ -292,7 +363,9 @@ def _decode_kernel(
         sign, fraction = noise >> FRACTION_BITS, noise & ((1 << FRACTION_BITS) - 1)
         words = (sign << 15) | (exponents << FRACTION_BITS) | fraction
         largest = tl.max(tl.max(tl.where(inside, exponents, 0), 1), 0)
-    tl.store(words_ptr + block * num_values + value, words.to(tl.uint16).to(tl.int16, bitcast=True), mask=inside)
+    row_of_words = words_ptr + _row_of(block, block_ids_ptr) * stride_words_block
+    words = words.to(tl.uint16).to(tl.int16, bitcast=True)
+    tl.store(row_of_words + value * stride_words_value, words, mask=inside)
     tl.store(largest_ptr + block * num_tiles + tile, largest)
 
 
@@ -316,24 +389,45 @@ def decode_lossless(
     words = torch.empty(len(codes), num_values, dtype=torch.uint16, device=codes.device)
     if words.numel() == 0:
         return words
-    tile = choose_tile(num_values)
-    num_tiles = cdiv(num_values, tile)
-    escapes = torch.empty(len(codes), num_tiles, dtype=torch.int32, device=codes.device)
-    largest = torch.empty_like(escapes)
     if checking_values():
         known = torch.isin(codes[:, 0], torch.arange(layout.exponent_bits, device=codes.device))
         require_values(known.all(), op, "codes", "headers with a known width", codes[:, 0].tolist())
-    grid = (len(codes), num_tiles)
-    sizes_of_codes = (*codes.stride(), num_values, num_tiles)
-    tiles = {"HIGH_BITS": layout.high_bits, "TILE": tile, "num_warps": NUM_WARPS}
-    _count_escapes_kernel[grid](codes, escapes, *sizes_of_codes, **tiles)
-    _decode_kernel[grid](
-        codes, escapes, words.view(torch.int16), largest, *sizes_of_codes,
-        FRACTION_BITS=layout.fraction_bits, TILE_TILES=EARLIER_TILES, **tiles,
-    )  # fmt: skip
+    escapes, largest = launch_decode(codes, words.view(torch.int16), None, layout)
     if checking_values():
         _require_coded(op, codes, sizes, num_values, layout, escapes, largest)
     return words
+
+
+def launch_decode(
+    codes: UInt8[Array, "num_blocks row_bytes"],
+    words: Int16[Array, "num_rows num_values"],
+    block_ids: Int64[Array, " num_blocks"] | None,
+    layout: WordFormat,
+) -> tuple[Int32[Array, "num_blocks num_tiles"], Int32[Array, "num_blocks num_tiles"]]:
+    """The kernels of ``decode_lossless``, for arguments that were checked and are not empty.
+
+    Args:
+        codes: In rows that may end behind the longest.
+        words: Written.
+        block_ids: The rows that are the blocks, contiguous and none twice; None: all.
+
+    Returns:
+        Of each tile, how many escapes it has, and its largest exponent.
+    """
+    num_values = words.shape[1]
+    tile = choose_tile(num_values)
+    num_tiles = cdiv(num_values, tile)
+    grid = (len(codes), num_tiles)
+    escapes = torch.empty(grid, dtype=torch.int32, device=codes.device)
+    largest = torch.empty_like(escapes)
+    sizes = (codes.shape[1], num_values, num_tiles)
+    tiles = {"HIGH_BITS": layout.high_bits, "TILE": tile, "num_warps": NUM_WARPS}
+    _count_escapes_kernel[grid](codes, escapes, *codes.stride(), *sizes, **tiles)
+    _decode_kernel[grid](
+        codes, escapes, words, block_ids, largest, *codes.stride(), *words.stride(), *sizes,
+        FRACTION_BITS=layout.fraction_bits, TILE_TILES=EARLIER_TILES, **tiles,
+    )  # fmt: skip
+    return escapes, largest
 
 
 def _require_coded(
