@@ -33,6 +33,7 @@ TILE_TILES = 16  # tiles whose counters are added up at once
 EARLIER_TILES = 256  # tiles whose escapes are: a number of each
 
 HEADER = tl.constexpr(HEADER_BYTES)
+FEW = tl.constexpr(32)  # counters that nearly every tile makes do with
 
 
 @triton.jit
@@ -66,8 +67,18 @@ def _count_kernel(
     row_of_words = words_ptr + _row_of(block, block_ids_ptr) * stride_words_block
     words = tl.load(row_of_words + value * stride_words_value, mask=inside, other=0)
     exponents = ((words.to(tl.int32) & 0xFFFF) >> FRACTION_BITS) & (NUM_EXPONENTS - 1)
-    counts = tl.histogram(exponents, NUM_EXPONENTS)
     exponent = tl.arange(0, NUM_EXPONENTS)
+    if NUM_EXPONENTS <= FEW:
+        counts = tl.histogram(exponents, NUM_EXPONENTS)
+    else:  # a histogram costs by the counter: those of 0, of the exponents next to the largest, and of any others
+        lowest = tl.maximum(tl.max(exponents, 0) - (FEW - 3), 1)
+        counter = tl.where(exponents == 0, 0, tl.where(exponents >= lowest, exponents - lowest + 1, FEW - 1))
+        few = tl.histogram(counter, FEW)
+        if tl.sum(tl.where(tl.arange(0, FEW) == FEW - 1, few, 0), 0) > 0:
+            counts = tl.histogram(exponents, NUM_EXPONENTS)
+        else:
+            is_near = (exponent >= lowest) & (exponent < lowest + FEW - 2)
+            counts = tl.gather(few, tl.where(is_near, exponent - lowest + 1, tl.where(exponent == 0, 0, FEW - 1)), 0)
     outside = TILE - tl.minimum(num_values - tile * TILE, TILE)  # they were read as 0
     counts -= tl.where(exponent == 0, outside, 0)
     tl.store(counts_ptr + (block * num_tiles + tile) * NUM_EXPONENTS + exponent, counts)
@@ -279,6 +290,53 @@ def launch_encode(
 
 
 @triton.jit
+def _read_planes(
+    row,
+    stride_codes_byte,
+    row_bytes,
+    num_values,
+    width,
+    of_plane,
+    HIGH_BITS: tl.constexpr,
+    MOST_PLANES: tl.constexpr,
+):
+    """Of each eight values the bytes of all planes, the first lowest; and a byte with the bits of escapes set.
+
+    All planes that there may be are asked for at once: those that are not there cost nothing, and nobody waits in turn.
+    """
+    plane_bytes = (num_values + 7) // 8
+    readable_bytes = tl.minimum((HIGH_BITS + width) * plane_bytes, row_bytes - HEADER - num_values)
+    planes = tl.zeros_like(of_plane).to(tl.int64)
+    escapes = tl.zeros_like(of_plane) + tl.where(width > 0, 255, 0)
+    for plane in tl.static_range(MOST_PLANES):
+        place = plane * plane_bytes + of_plane
+        readable = (of_plane < plane_bytes) & (place < readable_bytes)
+        packed = tl.load(row + (HEADER + num_values + place) * stride_codes_byte, mask=readable, other=0)
+        planes |= packed.to(tl.int64) << (8 * plane)
+        if plane >= HIGH_BITS:
+            escapes &= tl.where(plane < HIGH_BITS + width, packed.to(tl.int32), 255)
+    return planes, escapes
+
+
+@triton.jit
+def _transpose_bits(x):
+    """Bit i of byte k becomes bit k of byte i; byte 7 must be 0. Bits change places by ones, twos and fours."""
+    moved = (x ^ (x >> 7)) & 0x00AA00AA00AA00AA
+    x = x ^ moved ^ (moved << 7)
+    moved = (x ^ (x >> 14)) & 0x0000CCCC0000CCCC
+    x = x ^ moved ^ (moved << 14)
+    moved = (x ^ (x >> 28)) & 0x00000000F0F0F0F0
+    return x ^ moved ^ (moved << 28)
+
+
+@triton.jit
+def _count_ones(byte):
+    pairs = byte - ((byte >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return (fours + (fours >> 4)) & 0xF
+
+
+@triton.jit
 def _count_escapes_kernel(
     codes_ptr,  # [num_blocks, row_bytes]
     escapes_ptr,  # [num_blocks, num_tiles]
@@ -287,22 +345,17 @@ def _count_escapes_kernel(
     num_values,
     num_tiles,
     HIGH_BITS: tl.constexpr,
+    MOST_PLANES: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """How many values of a tile have all bits of their code set."""
     block, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = codes_ptr + block * stride_codes_block
     width = tl.load(row).to(tl.int32)
-    plane_bytes = (num_values + 7) // 8
     of_plane = tile * (TILE // 8) + tl.arange(0, TILE // 8)
-    all_set = tl.full([TILE // 8], 255 if width > 0 else 0, tl.int32)
-    for plane in range(width):
-        place = HEADER + num_values + (HIGH_BITS + plane) * plane_bytes + of_plane
-        inside = (of_plane < plane_bytes) & (place < row_bytes)
-        all_set &= tl.load(row + place * stride_codes_byte, mask=inside, other=0).to(tl.int32)
-    pairs = all_set - ((all_set >> 1) & 0x55)  # a byte's bits, counted by twos, fours, and eight
-    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
-    tl.store(escapes_ptr + block * num_tiles + tile, tl.sum((fours + (fours >> 4)) & 0xF, 0))
+    sizes = (stride_codes_byte, row_bytes, num_values)
+    _, escapes = _read_planes(row, *sizes, width, of_plane, HIGH_BITS, MOST_PLANES)
+    tl.store(escapes_ptr + block * num_tiles + tile, tl.sum(_count_ones(escapes), 0))
 
 
 @triton.jit
@@ -311,7 +364,7 @@ def _decode_kernel(
     escapes_ptr,  # [num_blocks, num_tiles]
     words_ptr,  # [num_rows, num_values]
     block_ids_ptr,  # [num_blocks]: rows of words; or None: block i is row i
-    largest_ptr,  # [num_blocks, num_tiles]: exponents, to see whether the codes can be right
+    largest_ptr,  # [num_blocks, num_tiles]: exponents, to see whether the codes can be right; or None: nobody looks
     stride_codes_block, stride_codes_byte,
     stride_words_block, stride_words_value,
     row_bytes,
@@ -319,9 +372,12 @@ def _decode_kernel(
     num_tiles,
     FRACTION_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
+    MOST_PLANES: tl.constexpr,
     TILE: tl.constexpr,
     TILE_TILES: tl.constexpr,
+    IN_FOURS: tl.constexpr,  # the low bytes can be read as words of four
 ):  # fmt: skip
+    """A thread has eight values side by side, and so whole bytes of every plane: what it reads it need not pass on."""
     block, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = codes_ptr + block * stride_codes_block
     width, base = tl.load(row).to(tl.int32), tl.load(row + stride_codes_byte).to(tl.int32)
@@ -331,42 +387,45 @@ def _decode_kernel(
     bit = tl.arange(0, 8)
     value = of_plane[:, None] * 8 + bit[None, :]
     inside = value < num_values
+    words_of_block = words_ptr + _row_of(block, block_ids_ptr) * stride_words_block + value * stride_words_value
     if width == 0:
         low = tl.load(body + 2 * value * stride_codes_byte, mask=inside, other=0).to(tl.int32)
         high = tl.load(body + (2 * value + 1) * stride_codes_byte, mask=inside, other=0).to(tl.int32)
-        words = low | (high << 8)
-        largest = 0
+        tl.store(words_of_block, (low | (high << 8)).to(tl.uint16).to(tl.int16, bitcast=True), mask=inside)
+        if largest_ptr is not None:
+            tl.store(largest_ptr + block * num_tiles + tile, 0)
     else:
+        if IN_FOURS:
+            fours = body.to(tl.pointer_type(tl.uint32)) + of_plane * 2
+            whole = of_plane * 8 < num_values
+            first, second = tl.load(fours, mask=whole, other=0), tl.load(fours + 1, mask=whole, other=0)
+            eight = first.to(tl.int64) | (second.to(tl.int64) << 32)
+            noise = (eight[:, None] >> (bit * 8)[None, :]).to(tl.int32) & 0xFF
+        else:
+            noise = tl.load(body + value * stride_codes_byte, mask=inside, other=0).to(tl.int32)
+        sizes = (stride_codes_byte, row_bytes, num_values)
+        planes, escapes = _read_planes(row, *sizes, width, of_plane, HIGH_BITS, MOST_PLANES)
         before = 0
-        for first in range(0, tile, TILE_TILES):
-            earlier = first + tl.arange(0, TILE_TILES)
+        for start in range(0, tile, TILE_TILES):
+            earlier = start + tl.arange(0, TILE_TILES)
             of_tiles = tl.load(escapes_ptr + block * num_tiles + earlier, mask=earlier < tile, other=0)
             before += tl.sum(of_tiles, 0)
-
-        noise = tl.load(body + value * stride_codes_byte, mask=inside, other=0).to(tl.int32)
-        plane_bytes = (num_values + 7) // 8
-        fields = tl.zeros([TILE // 8, 8], tl.int32)
-        for plane in range(HIGH_BITS + width):
-            place = num_values + plane * plane_bytes + of_plane
-            readable = (of_plane < plane_bytes) & (place < body_bytes)
-            packed = tl.load(body + place * stride_codes_byte, mask=readable, other=0).to(tl.int32)
-            fields |= ((packed[:, None] >> bit[None, :]) & 1) << plane
+        fields = (_transpose_bits(planes)[:, None] >> (bit * 8)[None, :]).to(tl.int32) & 0xFF
         noise |= (fields & ((1 << HIGH_BITS) - 1)) << 8
         code = fields >> HIGH_BITS
 
-        is_escape = inside & (code == (1 << width) - 1)
-        count = tl.reshape(is_escape.to(tl.int32), [TILE])
-        rank = tl.reshape(tl.cumsum(count, 0) - count, [TILE // 8, 8]) + before
-        place = num_values + (HIGH_BITS + width) * plane_bytes + rank
-        exceptions = tl.load(body + place * stride_codes_byte, mask=is_escape & (place < body_bytes), other=0)
-        exponents = tl.where(is_escape, exceptions.to(tl.int32), base + code)
+        is_escape = (escapes[:, None] >> bit[None, :]) & 1
+        count = _count_ones(escapes)
+        rank = before + (tl.cumsum(count, 0) - count)[:, None] + tl.cumsum(is_escape, 1) - is_escape
+        place = num_values + (HIGH_BITS + width) * ((num_values + 7) // 8) + rank
+        readable = inside & (is_escape == 1) & (place < body_bytes)
+        exceptions = tl.load(body + place * stride_codes_byte, mask=readable, other=0)
+        exponents = tl.where(is_escape == 1, exceptions.to(tl.int32), base + code)
         sign, fraction = noise >> FRACTION_BITS, noise & ((1 << FRACTION_BITS) - 1)
         words = (sign << 15) | (exponents << FRACTION_BITS) | fraction
-        largest = tl.max(tl.max(tl.where(inside, exponents, 0), 1), 0)
-    row_of_words = words_ptr + _row_of(block, block_ids_ptr) * stride_words_block
-    words = words.to(tl.uint16).to(tl.int16, bitcast=True)
-    tl.store(row_of_words + value * stride_words_value, words, mask=inside)
-    tl.store(largest_ptr + block * num_tiles + tile, largest)
+        tl.store(words_of_block, words.to(tl.uint16).to(tl.int16, bitcast=True), mask=inside)
+        if largest_ptr is not None:
+            tl.store(largest_ptr + block * num_tiles + tile, tl.max(tl.max(tl.where(inside, exponents, 0), 1), 0))
 
 
 def decode_lossless(
@@ -393,7 +452,7 @@ def decode_lossless(
         known = torch.isin(codes[:, 0], torch.arange(layout.exponent_bits, device=codes.device))
         require_values(known.all(), op, "codes", "headers with a known width", codes[:, 0].tolist())
     escapes, largest = launch_decode(codes, words.view(torch.int16), None, layout)
-    if checking_values():
+    if largest is not None:
         _require_coded(op, codes, sizes, num_values, layout, escapes, largest)
     return words
 
@@ -403,7 +462,7 @@ def launch_decode(
     words: Int16[Array, "num_rows num_values"],
     block_ids: Int64[Array, " num_blocks"] | None,
     layout: WordFormat,
-) -> tuple[Int32[Array, "num_blocks num_tiles"], Int32[Array, "num_blocks num_tiles"]]:
+) -> tuple[Int32[Array, "num_blocks num_tiles"], Int32[Array, "num_blocks num_tiles"] | None]:
     """The kernels of ``decode_lossless``, for arguments that were checked and are not empty.
 
     Args:
@@ -412,20 +471,22 @@ def launch_decode(
         block_ids: The rows that are the blocks, contiguous and none twice; None: all.
 
     Returns:
-        Of each tile, how many escapes it has, and its largest exponent.
+        Of each tile, how many escapes it has, and if values are checked its largest exponent.
     """
     num_values = words.shape[1]
     tile = choose_tile(num_values)
     num_tiles = cdiv(num_values, tile)
     grid = (len(codes), num_tiles)
     escapes = torch.empty(grid, dtype=torch.int32, device=codes.device)
-    largest = torch.empty_like(escapes)
+    largest = torch.empty_like(escapes) if checking_values() else None
+    in_fours = num_values % 8 == 0 and codes.stride(1) == 1 and (codes.data_ptr() | codes.stride(0)) % 4 == 0
     sizes = (codes.shape[1], num_values, num_tiles)
-    tiles = {"HIGH_BITS": layout.high_bits, "TILE": tile, "num_warps": NUM_WARPS}
+    most_planes = layout.high_bits + layout.exponent_bits - 1
+    tiles = {"HIGH_BITS": layout.high_bits, "MOST_PLANES": most_planes, "TILE": tile, "num_warps": NUM_WARPS}
     _count_escapes_kernel[grid](codes, escapes, *codes.stride(), *sizes, **tiles)
     _decode_kernel[grid](
         codes, escapes, words, block_ids, largest, *codes.stride(), *words.stride(), *sizes,
-        FRACTION_BITS=layout.fraction_bits, TILE_TILES=EARLIER_TILES, **tiles,
+        FRACTION_BITS=layout.fraction_bits, TILE_TILES=EARLIER_TILES, IN_FOURS=in_fours, **tiles,
     )  # fmt: skip
     return escapes, largest
 
