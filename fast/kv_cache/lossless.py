@@ -27,7 +27,7 @@ from fast._checks import (
 from fast._triton.platform import cdiv, next_power_of_2, require_runnable
 from reference.kv_cache.lossless import HEADER_BYTES, WORD_FORMATS, WordFormat
 
-MAX_TILE = 4096  # values that one program codes: 16 a thread; its 256 counters are an eighth of what it reads
+MAX_TILE = 4096  # values that one program codes: 16 a thread; its 256 counters are a sixteenth of what it reads
 NUM_WARPS = 8
 TILE_TILES = 16  # tiles whose counters are added up at once
 EARLIER_TILES = 256  # tiles whose escapes are: a number of each
@@ -81,7 +81,7 @@ def _count_kernel(
             counts = tl.gather(few, tl.where(is_near, exponent - lowest + 1, tl.where(exponent == 0, 0, FEW - 1)), 0)
     outside = TILE - tl.minimum(num_values - tile * TILE, TILE)  # they were read as 0
     counts -= tl.where(exponent == 0, outside, 0)
-    tl.store(counts_ptr + (block * num_tiles + tile) * NUM_EXPONENTS + exponent, counts)
+    tl.store(counts_ptr + (block * num_tiles + tile) * NUM_EXPONENTS + exponent, counts.to(tl.int16))
 
 
 @triton.jit
@@ -102,10 +102,11 @@ def _choose_kernel(
     exponent = tl.arange(0, NUM_EXPONENTS)
     rows = tl.arange(0, TILE_TILES)
     counts_of_block = counts_ptr + block * num_tiles * NUM_EXPONENTS
-    counts = tl.zeros([NUM_EXPONENTS], tl.int32)
+    of_rows = tl.zeros([TILE_TILES, NUM_EXPONENTS], tl.int32)  # added up at the end, once
     for first in range(0, num_tiles, TILE_TILES):
         some = counts_of_block + (first + rows)[:, None] * NUM_EXPONENTS + exponent[None, :]
-        counts += tl.sum(tl.load(some, mask=(first + rows < num_tiles)[:, None], other=0), 0)
+        of_rows += tl.load(some, mask=(first + rows < num_tiles)[:, None], other=0).to(tl.int32)
+    counts = tl.sum(of_rows, 0)
     up_to = tl.cumsum(counts, 0)
     below = up_to - counts
 
@@ -129,7 +130,8 @@ def _choose_kernel(
     for first in range(0, num_tiles, TILE_TILES):
         in_block = first + rows < num_tiles
         some = counts_of_block + (first + rows)[:, None] * NUM_EXPONENTS + exponent[None, :]
-        of_tiles = tl.sum(tl.load(some, mask=in_block[:, None] & escapes[None, :], other=0), 1)
+        of_some = tl.load(some, mask=in_block[:, None], other=0).to(tl.int32)
+        of_tiles = tl.sum(tl.where(escapes[None, :], of_some, 0), 1)
         of_earlier = before + tl.cumsum(of_tiles, 0) - of_tiles
         tl.store(escapes_before_ptr + block * num_tiles + first + rows, of_earlier, mask=in_block)
         before += tl.sum(of_tiles, 0)
@@ -199,7 +201,7 @@ def encode_lossless(
     """Same contract as `reference.kv_cache.lossless.encode_lossless`.
 
     Grid: one program per tile of a block, to count and to write; one per block between, to choose.
-    Moves: the words twice in, 2 bytes a value of zeros out and then the codes, and 1 / 8 of the words in counters.
+    Moves: the words twice in, 2 bytes a value of zeros out and then the codes, and 1 / 16 of the words in counters.
     Limits: blocks of less than 2^30 values.
     """
     op = "encode_lossless"
@@ -248,7 +250,7 @@ def choose_codes(
     tile = choose_tile(num_values)
     num_tiles, num_exponents = cdiv(num_values, tile), 2**layout.exponent_bits
     new = {"dtype": torch.int32, "device": words.device}
-    counts = torch.empty(num_blocks, num_tiles, num_exponents, **new)
+    counts = torch.empty(num_blocks, num_tiles, num_exponents, dtype=torch.int16, device=words.device)
     chosen = Chosen(
         torch.empty(num_blocks, 2, **new),
         torch.empty(num_blocks, dtype=torch.int64, device=words.device),
@@ -260,7 +262,7 @@ def choose_codes(
     )  # fmt: skip
     _choose_kernel[(num_blocks,)](
         counts, *chosen, num_values, num_tiles,
-        EXPONENT_BITS=layout.exponent_bits, HIGH_BITS=layout.high_bits, TILE_TILES=TILE_TILES,
+        EXPONENT_BITS=layout.exponent_bits, HIGH_BITS=layout.high_bits, TILE_TILES=TILE_TILES, num_warps=NUM_WARPS,
     )  # fmt: skip
     return chosen
 
