@@ -8,7 +8,8 @@ Same protocol as `reference.batching.runner`, whose `ModelRunner` is the plain o
 
 With a lookahead of 1 the host schedules and launches step n + 1 while the device computes step n: the tokens of step n
 that step n + 1 continues from are read on the device, where ``token_sources`` says. Nothing in ``launch`` waits for the
-device, and no kernel's grid depends on what is on it. (A coded swap does wait: how long the codes are is known there.)
+device, and no kernel's grid depends on what is on it. (A coded swap out does wait, for how long the codes will be; they
+cross the bus on a stream of their own, while the device computes.)
 
 What a step asks beyond drawing tokens (penalties, log-probabilities, verification, beams) follows the recorded part
 as ordinary launches over the same logits.

@@ -4,7 +4,7 @@ A step's inputs are a dozen small arrays. They are laid end to end in one buffer
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,60 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+class Bus:
+    """Copies between the device and the host on a stream of their own, while the current stream computes.
+
+    They go one after another, so that what comes back has arrived on the host before. Without a GPU they are copies
+    like others. (Memory that is let go while a copy is under way waits for it: device memory since it is recorded
+    here, pinned memory since torch does so.)
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def on_host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for what is sent."""
+        return torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
+
+    def send(self, x: Tensor, host: Tensor) -> None:
+        """What the current stream has made of ``x`` when it comes here, to the host: nobody waits."""
+        if self._stream is None:
+            host.copy_(x)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            host.copy_(x, non_blocking=True)
+        x.record_stream(self._stream)
+
+    def fetch(self, host: Tensor, rows: Sequence[int]) -> Tensor:
+        """These rows on the device: what is queued on the current stream from now on finds them there."""
+        if self._stream is None:
+            return host[list(rows)].to(self._device)
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):  # memory of this stream: to be filled while the other is busy
+            x = torch.empty(len(rows), *host.shape[1:], dtype=host.dtype, device=self._device)
+            for place, first, count in runs(rows):
+                x[place : place + count].copy_(host[first : first + count], non_blocking=True)
+        current.wait_stream(self._stream)
+        x.record_stream(current)
+        return x
+
+
+def runs(rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Stretches of rows that follow one another: the place of each in ``rows``, its first row, and how many.
+
+    Example:
+        >>> list(runs([4, 5, 6, 2, 1]))
+        [(0, 4, 3), (3, 2, 1), (4, 1, 1)]
+    """
+    start = 0
+    for place in range(1, len(rows) + 1):
+        if place == len(rows) or rows[place] != rows[place - 1] + 1:
+            yield start, rows[start], place - start
+            start = place
 
 
 def stamp(device: torch.device) -> torch.cuda.Event | None:

@@ -58,6 +58,15 @@ def test_the_last_exponent_is_one_like_the_others(coder, format):
     properties.lossless_codes_are_the_oracles(coder, reference, numbers.astype(FLOATS[format]).view(np.uint16), format)
 
 
+@pytest.mark.parametrize("largest", [1, 28, 30, 31, 255])
+@pytest.mark.parametrize("below", [28, 29, 30, 31])
+def test_exponents_far_below_the_largest_are_counted(largest, below):
+    """Where a tile's counters end, and one beyond; with and without zeros. Each exponent has a number of its own."""
+    found = [1, max(largest - below, 0), max(largest - 1, 0), largest]
+    exponents = np.repeat([found, [0, *found[1:]]], [7, 11, 5, 40], axis=1)
+    properties.lossless_codes_are_the_oracles(fast, reference, (exponents << 7).astype(np.uint16), "bfloat16")
+
+
 @formats
 @pytest.mark.parametrize("order", ["ascending", "shuffled"])
 def test_every_pattern_comes_back(backend, format, order):
