@@ -4,8 +4,8 @@ One kernel serves decodes, chunks of prompts and any mix of them. A tile of its 
 heads times as many queries as fit; the tile's size is chosen by shape, so that decodes run on 16 rows and chunks on
 128. How the work is shared out, and how a sequence that several programs took is put together, all in one launch:
 `fast/_triton/paging.py` and `merging.py`. On a Hopper GPU, where the layout and the options allow it, chunks have a
-kernel of their own, `paged_attention_hopper.py`, and so have batches of decodes, `paged_decode_hopper.py`. Decodes
-among chunks stay here, so that a long one is shared by all processors.
+kernel of their own, `paged_attention_hopper.py`, and so have decodes, by themselves or among chunks,
+`paged_decode_hopper.py`.
 """
 
 from typing import NamedTuple
@@ -236,8 +236,8 @@ def paged_attention(
     if chunks_apart:  # and the decodes among them here
         tiles = choose_tiles(num_seqs, num_seqs, group, head_dim, itemsize)
         attend_chunks_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out, tiles.tile_q // group)
-    if plain and not chunks_apart and decodes_on_hopper(tiles.tile_q, q, k_cache, v_cache, block_table):
-        attend_decodes_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out, tiles.tile_q)
+    if plain and decodes_on_hopper(tiles.tile_q, q, k_cache, v_cache, block_table):
+        attend_decodes_on_hopper(q, k_cache, v_cache, *tables, scale, sinks, out, tiles.tile_q, chunks_apart)
         return out
     tile_d = max(16, triton.next_power_of_2(head_dim))
     num_programs = num_processors(q) * tiles.programs_per_processor

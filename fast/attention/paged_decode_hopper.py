@@ -54,12 +54,12 @@ def choose_ring(tile_q: int) -> Ring:
 
 
 @gluon.jit
-def find_share(batch, QUERIES: gl.constexpr, TILE_KV: gl.constexpr, FEWEST: gl.constexpr):
+def find_share(batch, QUERIES: gl.constexpr, TILE_KV: gl.constexpr, FEWEST: gl.constexpr, FEW: gl.constexpr):
     """``paging.find_share``."""
     WARPS: gl.constexpr = gl.num_warps()
     look = gl.arange(0, paging.SEARCH, gl.BlockedLayout([1], [32], [WARPS], [0]))
     return paging.find_share(
-        gl.program_id(0), gl.num_programs(0), *batch, 0, QUERIES, TILE_KV, False, FEWEST, False, look
+        gl.program_id(0), gl.num_programs(0), *batch, 0, QUERIES, TILE_KV, False, FEWEST, FEW, look
     )
 
 
@@ -90,19 +90,19 @@ def copy_blocks(
 def produce(
     k_desc, v_desc, k_smem, v_smem, full, empty, batch, block_table_ptr, stride_table_seq, num_blocks,
     max_blocks_per_seq, k_rows_per_block, v_rows_per_block, out, GROUP: gl.constexpr, QUERIES: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr, FEWEST: gl.constexpr, OVERLAP: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr, FEWEST: gl.constexpr, FEW: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """The producer: the tiles of its program's share, one after the other; and then zeros for rows without keys."""
     STAGES: gl.constexpr = k_smem.shape[0]
     TILE_KV: gl.constexpr = k_smem.shape[1]
     HEAD_DIM: gl.constexpr = k_smem.shape[2]
     seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads = batch
-    _, _, begin, end, seq, seq_begin = find_share(batch, QUERIES, TILE_KV, FEWEST)
+    _, _, begin, end, seq, seq_begin = find_share(batch, QUERIES, TILE_KV, FEWEST, FEW)
     passed = 0
     unit = begin
     while unit < end:
         _, num_queries, seq_len = paging.sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
-        per_head, width = paging.units_per_head(num_queries, seq_len, 0, QUERIES, TILE_KV, False)
+        per_head, width = paging.units_per_head(num_queries, seq_len, 0, QUERIES, TILE_KV, False, FEW)
         if unit >= seq_begin + per_head * num_kv_heads:
             seq_begin += per_head * num_kv_heads
             seq += 1
@@ -280,7 +280,7 @@ def merge_parts(
 @gluon.jit
 def consume(
     q_ptr, out, sinks_ptr, scratch, k_smem, v_smem, full, empty, batch, scale_log2, stride_q_token, stride_q_head,
-    GROUP: gl.constexpr, TILE_Q: gl.constexpr, FEWEST: gl.constexpr, OVERLAP: gl.constexpr,
+    GROUP: gl.constexpr, TILE_Q: gl.constexpr, FEWEST: gl.constexpr, FEW: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """The consumers: every segment of the share from its first tile to its last, written or left for the merge."""
     TILE_KV: gl.constexpr = k_smem.shape[1]
@@ -292,7 +292,7 @@ def consume(
     parts_ptr, stats_ptr, counters_ptr = scratch
     seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads = batch
     program = gl.program_id(0)
-    line, num_workers, begin, end, seq, seq_begin = find_share(batch, QUERIES, TILE_KV, FEWEST)
+    line, num_workers, begin, end, seq, seq_begin = find_share(batch, QUERIES, TILE_KV, FEWEST, FEW)
     row = gl.arange(0, TILE_Q, gl.SliceLayout(1, MMA))
     dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, MMA))
     passed = 0
@@ -301,7 +301,7 @@ def consume(
         first_row, num_queries, seq_len = paging.sequence(
             seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity
         )
-        per_head, width = paging.units_per_head(num_queries, seq_len, 0, QUERIES, TILE_KV, False)
+        per_head, width = paging.units_per_head(num_queries, seq_len, 0, QUERIES, TILE_KV, False, FEW)
         if unit >= seq_begin + per_head * num_kv_heads:
             seq_begin += per_head * num_kv_heads
             seq += 1
@@ -376,6 +376,7 @@ def paged_decode_hopper_kernel(
     STAGES: gl.constexpr,
     LAYOUT: gl.constexpr,
     FEWEST: gl.constexpr,
+    FEW: gl.constexpr,
     OVERLAP: gl.constexpr,
 ):
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE_KV, HEAD_DIM], LAYOUT)
@@ -392,12 +393,12 @@ def paged_decode_hopper_kernel(
         [
             (consume, (
                 q_ptr, out, sinks_ptr, (parts_ptr, stats_ptr, counters_ptr), k_smem, v_smem, full, empty, batch,
-                scale_log2, stride_q_token, stride_q_head, GROUP, TILE_Q, FEWEST, OVERLAP,
+                scale_log2, stride_q_token, stride_q_head, GROUP, TILE_Q, FEWEST, FEW, OVERLAP,
             )),
             (produce, (
                 k_desc, v_desc, k_smem, v_smem, full, empty, batch, block_table_ptr, stride_table_seq, num_blocks,
                 max_blocks_per_seq, k_rows_per_block, v_rows_per_block, out, GROUP, TILE_Q // GROUP, BLOCK_SIZE, FEWEST,
-                OVERLAP,
+                FEW, OVERLAP,
             )),
         ],
         [1],
@@ -416,8 +417,12 @@ def attend_decodes_on_hopper(
     sinks: Array | None,
     out: Array,
     tile_q: int,
+    few: bool = False,
 ) -> None:
-    """Fill ``out``, in tiles of ``tile_q`` rows; what ``hopper_fits`` asks is so."""
+    """Fill ``out``, in tiles of ``tile_q`` rows; what ``hopper_fits`` asks is so.
+
+    ``few``: sequences with more queries than a tile holds are left to another kernel.
+    """
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, block_size, num_kv_heads, _ = k_cache.shape
     num_seqs, max_blocks_per_seq = block_table.shape
@@ -434,6 +439,6 @@ def attend_decodes_on_hopper(
         q.stride(0), q.stride(1), block_table.stride(0), *out.stride(),
         num_tokens, num_seqs, num_kv_heads, num_blocks, max_blocks_per_seq, k_rows_per_block, v_rows_per_block,
         GROUP=num_heads // num_kv_heads, BLOCK_SIZE=block_size, HEAD_DIM=head_dim, TILE_Q=tile_q, TILE_KV=TILE_KV,
-        STAGES=ring.num_stages, LAYOUT=layout, FEWEST=FEWEST_UNITS,
+        STAGES=ring.num_stages, LAYOUT=layout, FEWEST=FEWEST_UNITS, FEW=few,
         num_warps=CONSUMERS, maxnreg=ring.max_registers, **overlapped(q),
     )  # fmt: skip

@@ -385,15 +385,21 @@ def test_what_a_copy_brings_has_room_in_its_tile(kernel, block_size):
 
 
 def test_decodes_on_hopper_are_plain_ones(monkeypatch):
-    """Tiles of up to 32 rows without window or cap go to the Hopper GPU's own kernel; all else to the portable one."""
+    """Tiles of up to 32 rows without window or cap go to the Hopper GPU's own kernel; all else to the portable one.
+
+    Decodes among chunks are plain ones too: the chunks are left to their own kernel.
+    """
     rows = []
     for name, value in {"is_hopper": lambda _: True, "hopper_fits": lambda *_: True}.items():
         monkeypatch.setattr(paged_attention, name, value)
-    monkeypatch.setattr(paged_attention, "attend_decodes_on_hopper", lambda *given: rows.append(given[-1]))
+    monkeypatch.setattr(paged_attention, "attend_decodes_on_hopper", lambda *given: rows.append(given[-2:]))
+    monkeypatch.setattr(paged_attention, "attend_chunks_on_hopper", lambda *_: None)
     sizes = {"dtype": "float16", "num_heads": 20, "num_kv_heads": 1, "head_dim": 64, "block_size": 16}
     case = batch([1, 1], [70, 5], **sizes)
     properties.paged_of(fast, case)
-    assert rows == [32], "a tile of 32 rows holds 20 heads"
+    assert rows == [(32, False)], "a tile of 32 rows holds 20 heads"
+    properties.paged_of(fast, batch([1, 60], [70, 80], **sizes))
+    assert rows.pop() == (32, True)
     properties.paged_matches_oracle(fast, replace(case, sliding_window=9))
     properties.paged_matches_oracle(fast, replace(case, logit_cap=5.0))
     assert len(rows) == 1, "windows and caps are the portable kernel's"
@@ -414,6 +420,7 @@ def test_decodes_are_left_to_the_kernel_that_splits(monkeypatch):
     for name, value in {"is_hopper": lambda _: True, "hopper_fits": lambda *_: True}.items():
         monkeypatch.setattr(paged_attention, name, value)
     monkeypatch.setattr(paged_attention, "attend_chunks_on_hopper", attend_chunks)
+    monkeypatch.setattr(paged_attention, "decodes_on_hopper", lambda *_: False)  # it is tried on such a GPU
     case = batch(*MIXED, dtype="float16")
     got, baseline = (properties.paged_of(backend, case) for backend in (fast, properties.plain_torch()))
     assert fewest == [8], f"sequences of up to {fewest} queries are decodes: expected 16 rows / 2 heads"
