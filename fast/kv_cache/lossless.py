@@ -28,7 +28,7 @@ from fast._triton.platform import cdiv, next_power_of_2, require_runnable
 from reference.kv_cache.lossless import HEADER_BYTES, WORD_FORMATS, WordFormat
 
 MAX_TILE = 4096  # values that one program codes: 16 a thread; its 256 counters are a sixteenth of what it reads
-NUM_WARPS = 8
+NUM_WARPS = 4
 TILE_TILES = 16  # tiles whose counters are added up at once
 EARLIER_TILES = 256  # tiles whose escapes are: a number of each
 

@@ -133,7 +133,8 @@ def test_a_run_is_its_prompts_and_its_steps():
 
 
 def test_decks_are_chosen_by_words():
-    assert [deck.name for deck in chosen(["qwen", "int8"])] == ["int8 KV"]
+    assert [deck.name for deck in chosen(["qwen int8"])] == ["int8 KV"]
+    assert [deck.name for deck in chosen(["adapters", "llama int4"])] == ["int4", "adapters"]
     assert chosen([]) == DECKS
     assert all(tokens <= 48 for deck in chosen([], quick=True) for _, _, tokens in deck.latency)
     with pytest.raises(TwofoldError, match="no such deck"):

@@ -167,7 +167,7 @@ def kernels(
 @app.command()
 def engine(
     only: Annotated[
-        list[str] | None, typer.Option(help="A word of a deck's model or name; again to narrow it down.")
+        list[str] | None, typer.Option(help="Words of a deck's model and name, as 'qwen int8'; again for another.")
     ] = None,
     quick: Annotated[bool, typer.Option(help="Fewer tokens, requests and rounds.")] = False,
     profile: Annotated[bool, typer.Option(help="Also decoding steps kernel by kernel.")] = False,

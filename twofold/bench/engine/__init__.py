@@ -415,16 +415,20 @@ def add_adapters(llm: LLM, count: int, rank: int) -> list[str]:
 
 
 def chosen(only: Sequence[str], *, quick: bool = False) -> list[Deck]:
-    """The decks whose model or name has one of these words in it; all, if there are none.
+    """The decks that have all words of one of these phrases in their model or name; all, if there are none.
 
     Raises:
-        TwofoldError: If a word chooses none.
+        TwofoldError: If a phrase chooses none.
     """
-    for word in only:
-        if not any(word.lower() in f"{deck.model} {deck.name}".lower() for deck in DECKS):
+
+    def is_meant(deck: Deck, phrase: str) -> bool:
+        return all(word in f"{deck.model} {deck.name}".lower() for word in phrase.lower().split())
+
+    for phrase in only:
+        if not any(is_meant(deck, phrase) for deck in DECKS):
             known = ", ".join(f"{deck.model} {deck.name}" for deck in DECKS)
-            raise TwofoldError(f"--only {word}: no such deck; there are {known}")
-    decks = [deck for deck in DECKS if all(word.lower() in f"{deck.model} {deck.name}".lower() for word in only)]
+            raise TwofoldError(f"--only {phrase}: no such deck; there are {known}")
+    decks = [deck for deck in DECKS if not only or any(is_meant(deck, phrase) for phrase in only)]
     return [deck.quick() for deck in decks] if quick else decks
 
 
