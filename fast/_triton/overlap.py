@@ -3,6 +3,7 @@
 What a chain of small kernels spends between two of them, then, is not the launch but the wait for memory. A kernel
 launched so may read nothing that an earlier one wrote, and write nothing at all, before ``wait_for_predecessor``.
 Lengths and block tables may be read before: no kernel here writes any, and one that lets nobody come early has ended.
+They are then loaded past the L1 cache, which may hold what was there in an earlier step.
 """
 
 from functools import cache

@@ -36,12 +36,16 @@ MIN_UNITS = tl.constexpr(2)  # a program takes so much where there is work for a
 
 
 @triton.jit
-def sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity):
-    """(first row of q, number of queries, tokens) of a sequence or a vector of them, kept inside the arrays."""
+def sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, PAST_L1: tl.constexpr = False):
+    """(first row of q, number of queries, tokens) of a sequence or a vector of them, kept inside the arrays.
+
+    PAST_L1: From the L2 cache, as before `overlap.wait_for_predecessor`.
+    """
+    CACHE: tl.constexpr = ".cg" if PAST_L1 else ""
     known = seq < num_seqs
-    first = tl.load(cu_seqlens_q_ptr + seq, mask=known, other=0).to(tl.int32)
-    stop = tl.load(cu_seqlens_q_ptr + seq + 1, mask=known, other=0).to(tl.int32)
-    seq_len = tl.load(seq_lens_ptr + seq, mask=known, other=0).to(tl.int32)
+    first = tl.load(cu_seqlens_q_ptr + seq, mask=known, other=0, cache_modifier=CACHE).to(tl.int32)
+    stop = tl.load(cu_seqlens_q_ptr + seq + 1, mask=known, other=0, cache_modifier=CACHE).to(tl.int32)
+    seq_len = tl.load(seq_lens_ptr + seq, mask=known, other=0, cache_modifier=CACHE).to(tl.int32)
     first = tl.minimum(tl.maximum(first, 0), num_tokens)
     num_queries = tl.minimum(tl.maximum(stop, first), num_tokens) - first
     return first, num_queries, tl.minimum(tl.maximum(seq_len, 0), capacity)
@@ -108,12 +112,13 @@ def sequences_from(first, look):
 def total_units(
     seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
     QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr, FEW: tl.constexpr = False, look=None,
+    PAST_L1: tl.constexpr = False,
 ):  # fmt: skip
     """The length of the line."""
     total = 0
     for first in range(0, num_seqs, SEARCH):
         seq = sequences_from(first, look)
-        _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
+        _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, PAST_L1)
         per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
         total += tl.sum(per_head, 0) * num_kv_heads
     return total
@@ -154,12 +159,13 @@ def worker_of(unit, num_workers, total):
 def find_sequence(
     unit, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
     QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr, FEW: tl.constexpr = False, look=None,
+    PAST_L1: tl.constexpr = False,
 ):  # fmt: skip
     """(the sequence that holds a unit of the line, that sequence's first unit)."""
     found, found_begin, before = 0, 0, 0
     for first in range(0, num_seqs, SEARCH):
         seq = sequences_from(first, look)
-        _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
+        _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, PAST_L1)
         per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
         ends = before + tl.cumsum(per_head * num_kv_heads, 0)
         passed = (ends <= unit) & (seq < num_seqs)
@@ -173,7 +179,7 @@ def find_sequence(
 def find_share(
     program, num_programs, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
     QUERIES: tl.constexpr, TILE_KV: tl.constexpr, WINDOWED: tl.constexpr, FEWEST: tl.constexpr = MIN_UNITS,
-    FEW: tl.constexpr = False, look=None,
+    FEW: tl.constexpr = False, look=None, PAST_L1: tl.constexpr = False,
 ):  # fmt: skip
     """``total_units``, ``share_of`` and ``find_sequence`` at once, for up to ``SEARCH`` sequences in one look.
 
@@ -181,7 +187,7 @@ def find_share(
     """
     if num_seqs <= SEARCH:
         seq = sequences_from(0, look)
-        _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
+        _, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, PAST_L1)
         per_head, _ = units_per_head(num_queries, seq_len, window, QUERIES, TILE_KV, WINDOWED, FEW)
         ends = tl.cumsum(per_head * num_kv_heads, 0)
         line = tl.max(ends, 0)
@@ -192,12 +198,12 @@ def find_share(
     else:
         line = total_units(
             seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
-            QUERIES, TILE_KV, WINDOWED, FEW, look,
+            QUERIES, TILE_KV, WINDOWED, FEW, look, PAST_L1,
         )  # fmt: skip
         begin, end, num_workers = share_of(program, num_programs, line, num_seqs * num_kv_heads, FEWEST)
         found, found_begin = find_sequence(
             begin, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_kv_heads, window,
-            QUERIES, TILE_KV, WINDOWED, FEW, look,
+            QUERIES, TILE_KV, WINDOWED, FEW, look, PAST_L1,
         )  # fmt: skip
     return line, num_workers, begin, end, found, found_begin
 

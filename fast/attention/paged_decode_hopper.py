@@ -59,7 +59,7 @@ def find_share(batch, QUERIES: gl.constexpr, TILE_KV: gl.constexpr, FEWEST: gl.c
     WARPS: gl.constexpr = gl.num_warps()
     look = gl.arange(0, paging.SEARCH, gl.BlockedLayout([1], [32], [WARPS], [0]))
     return paging.find_share(
-        gl.program_id(0), gl.num_programs(0), *batch, 0, QUERIES, TILE_KV, False, FEWEST, FEW, look
+        gl.program_id(0), gl.num_programs(0), *batch, 0, QUERIES, TILE_KV, False, FEWEST, FEW, look, True
     )
 
 
@@ -69,7 +69,8 @@ def load_ids(row_ptr, tile, max_blocks_per_seq, BLOCK_SIZE: gl.constexpr, TILE_K
     BOX: gl.constexpr = min(BLOCK_SIZE, TILE_KV)
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     index = (tile * TILE_KV + lane * BOX) // BLOCK_SIZE
-    return gl.load(row_ptr + index, mask=(lane < TILE_KV // BOX) & (index < max_blocks_per_seq), other=-1)
+    there = (lane < TILE_KV // BOX) & (index < max_blocks_per_seq)
+    return gl.load(row_ptr + index, mask=there, other=-1, cache_modifier=".cg")
 
 
 @gluon.jit
@@ -101,7 +102,9 @@ def produce(
     passed = 0
     unit = begin
     while unit < end:
-        _, num_queries, seq_len = paging.sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
+        _, num_queries, seq_len = paging.sequence(
+            seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, True
+        )
         per_head, width = paging.units_per_head(num_queries, seq_len, 0, QUERIES, TILE_KV, False, FEW)
         if unit >= seq_begin + per_head * num_kv_heads:
             seq_begin += per_head * num_kv_heads
@@ -295,6 +298,7 @@ def consume(
     line, num_workers, begin, end, seq, seq_begin = find_share(batch, QUERIES, TILE_KV, FEWEST, FEW)
     row = gl.arange(0, TILE_Q, gl.SliceLayout(1, MMA))
     dim = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, MMA))
+    wait_for_predecessor(OVERLAP, EARLY=False)
     passed = 0
     unit = begin
     while unit < end:
@@ -310,7 +314,6 @@ def consume(
                 unit, seq_begin, per_head, width, num_queries, seq_len, 0, QUERIES, TILE_KV, False
             )
             if unit < seg_end:
-                wait_for_predecessor(OVERLAP, EARLY=False)
                 q = load_queries(
                     q_ptr, first_row, tile, num_queries, kv_head, stride_q_token, stride_q_head, GROUP, TILE_Q,
                     HEAD_DIM, MMA,
