@@ -31,6 +31,10 @@ STEP_TIME = (
     "the time of a step: ours is what a data sheet allows; by Little's law from their own figures theirs took two to "
     "four times as long, and depended on the sequences more than on their arithmetic"
 )
+GAPS = (
+    "two things: a step takes as long as theirs did; and reservations lie in the smallest gap that fits, where a buddy "
+    "allocator rounds most of these requests, of 145 tokens, up to 256. Either alone leaves a sixth or more"
+)
 
 Runs = Mapping[Case, Figures]
 
@@ -43,7 +47,7 @@ class Claim:
         published: Its value, or the ends of its range.
         cases: What has to be simulated.
         ours: The figure from what came of them.
-        changed_cases: The same cases with one thing changed; simulated where ours is not within a tenth.
+        changed_cases: The same cases with one thing changed (once two); simulated where ours is not within a tenth.
         change: Which, and why: in words.
         unit: Of the figures.
     """
@@ -171,9 +175,10 @@ def _shared_prefix(served: Served) -> Iterator[Claim]:
         cases = tuple(
             Case(TRANSLATION, strategy, served=served, prefix_len=prefix_len) for strategy in ("paged", "oracle")
         )
-        changed = tuple(replace(case, step_time="published") for case in cases)
+        paged, oracle = (replace(case, step_time="published") for case in cases)
+        changed = paged, replace(oracle, allocator="best fit")
         name = f"throughput with a shared prefix of {prefix_len}, paged over oracle"
-        yield Claim(name, (published,), cases, _ratio, STEP_TIME, changed, unit="x")
+        yield Claim(name, (published,), cases, _ratio, GAPS, changed, unit="x")
 
 
 def _ratio(runs: list[Figures]) -> float:
