@@ -81,6 +81,7 @@ def batch(
     }
     arrays = {name: rng.normal(size=shape).astype(cast) for name, shape in shapes.items()}
     ids = rng.integers(-1, num_adapters - 1, num_tokens).astype(np.int32)
+    ids += ids >= 1  # nobody's is adapter 1: behind the last one's numbers are no other's
     arrays |= {"scaling": rng.normal(size=num_adapters).astype(np.float32), "adapter_ids": ids}
     return Call("lora", arrays, {"widths": widths})
 

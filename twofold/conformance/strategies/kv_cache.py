@@ -288,15 +288,9 @@ def batches(
     padding = draw(st.integers(0, 2), label="padding of the table")
     num_blocks = int(blocks_of.sum()) + spare
     layout = replace(layout, num_blocks=num_blocks, num_window_blocks=num_blocks + 1)
-    tables = []
-    for blocks in (num_blocks, num_blocks + 1):
-        order = rng.permutation(blocks)
-        table = np.full((len(seq_lens), int(blocks_of.max(initial=0)) + padding), -1, np.int32)
-        for row, count, start in zip(table, blocks_of, np.cumsum([0, *blocks_of])):
-            row[:count] = order[start : start + count]
-        if shared:
-            table[1, : shared // block_size] = table[0, : shared // block_size]
-        tables.append(table)
+    tables = [shuffled_table(rng, blocks_of, blocks, padding) for blocks in (num_blocks, num_blocks + 1)]
+    for table in tables if shared else ():
+        table[1, : shared // block_size] = table[0, : shared // block_size]
 
     num_heads = layout.num_kv_heads * draw(one_of(1, 2, 3), label="queries a head")
     q = values(rng, (sum(queries), num_heads, layout.head_dim), "normal", dtype)
@@ -321,6 +315,15 @@ def batches(
     return Batch(layout, kind, seq_lens, query_lens, tables[0], tables[1], packed, shared, q, chosen, features)
 
 
+def shuffled_table(rng: np.random.Generator, blocks_of: Array, num_blocks: int, padding: int = 0) -> Array:
+    """A table that gives each sequence so many blocks of a pool, in no order; -1 where it has none."""
+    order = rng.permutation(num_blocks)
+    table = np.full((len(blocks_of), int(blocks_of.max(initial=0)) + padding), -1, np.int32)
+    for row, count, start in zip(table, blocks_of, np.cumsum([0, *blocks_of])):
+        row[:count] = order[start : start + count]
+    return table
+
+
 def _both_kinds(layout: Layout, seq_lens: Array, query_lens: Array, window: int | None) -> bool:
     """Does a query read some keys quantized and others in full?"""
     return window is not None and bool((seq_lens[query_lens > 0] - window >= layout.group_size).any() and window > 0)
@@ -341,22 +344,41 @@ def needles(draw, q: Array, queries: list[int], packed: list[Array], layout: Lay
         q[rows] = np.repeat(aligned, q.shape[1] // layout.num_kv_heads, axis=0).astype(q.dtype)
 
 
-def decode_batch(format: str, seq_lens: tuple[int, ...], *, num_kv_heads: int, group: int, head_dim: int) -> Batch:
-    """One query of each sequence, in bfloat16: for what is long or has many heads, and so is not drawn."""
-    block_size, rng = 16, np.random.default_rng(len(seq_lens))
-    blocks_of = [-(-n // block_size) for n in seq_lens]
+def decode_batch(
+    format: str,
+    seq_lens: tuple[int, ...],
+    *,
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    query_lens: tuple[int, ...] | None = None,
+    num_groups: int = 2,
+    bits: int = 4,
+    block_size: int = 16,
+    group_size: int | None = None,
+    dtype: str = "bfloat16",
+    **options: Any,
+) -> Batch:
+    """A batch that is chosen, not drawn, because it is long, or has many heads, or is of one layout among many.
+
+    Args:
+        group: Queries' heads for each KV head.
+        query_lens: One query of each sequence if None.
+        group_size: A block if None.
+        options: Of the attention.
+    """
+    rng, lens = np.random.default_rng(len(seq_lens)), np.array(seq_lens, np.int32)
+    blocks_of = -(-lens // block_size)
+    num_blocks = int(blocks_of.sum())
     layout = Layout(
-        format, sum(blocks_of), 0, block_size, num_kv_heads, head_dim, num_groups=2, group_size=block_size, bits=4,
-        dtype="bfloat16",
+        format, num_blocks, num_blocks + 1, block_size, num_kv_heads, head_dim, num_groups, group_size or block_size,
+        bits, dtype,
     )  # fmt: skip
-    table = np.full((len(seq_lens), max(blocks_of)), -1, np.int32)
-    order = iter(rng.permutation(layout.num_blocks))
-    for row, count in zip(table, blocks_of):
-        row[:count] = [next(order) for _ in range(count)]
-    packed = [values(rng, (n, 2 * num_kv_heads, head_dim), "normal", "bfloat16") for n in seq_lens]
-    q = values(rng, (len(seq_lens), num_kv_heads * group, head_dim), "normal", "bfloat16")
-    lens = np.array(seq_lens, np.int32)
-    return Batch(layout, "normal", lens, np.ones_like(lens), table, table, packed, 0, q)
+    table, window_table = (shuffled_table(rng, blocks_of, blocks) for blocks in (num_blocks, num_blocks + 1))
+    packed = [values(rng, (n, 2 * num_kv_heads, head_dim), "normal", dtype) for n in seq_lens]
+    queries = np.ones_like(lens) if query_lens is None else np.array(query_lens, np.int32)
+    q = values(rng, (int(queries.sum()), num_kv_heads * group, head_dim), "normal", dtype)
+    return Batch(layout, "normal", lens, queries, table, window_table, packed, 0, q, options)
 
 
 @st.composite
