@@ -7,7 +7,6 @@ many is known on the device: the host waits for that, and so for what is queued 
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fast._runner.coded_blocks import CodedBlocks, Leaving, codes_here
@@ -54,8 +53,7 @@ class BlockMover:
 
     def _out_as_it_is(self, swap: Swap) -> Tensor:
         rows = self.backend.swap_out(self.cache.pools[swap.pool], self._ids(swap.block_ids))
-        host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.is_cuda)
-        return host.copy_(rows, non_blocking=True)
+        return self._bus.on_host(rows.shape, rows.dtype).copy_(rows, non_blocking=True)
 
     def _back(self, swap: Swap, host: Tensor | CodedBlocks | np.ndarray | CodedRows) -> None:
         pool, block_ids = self.cache.pools[swap.pool], self._ids(swap.block_ids)

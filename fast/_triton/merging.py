@@ -82,13 +82,13 @@ def store_rows(
 
 @triton.jit
 def store_rows_without_keys(
-    program, num_programs, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, num_heads, dim, out_ptr,
+    program, num_programs, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity, num_heads, dim, out_ptr,
     stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Zeros for every ``num_programs``-th of the sequences, where it has no units (`paging.has_units`)."""
     zeros = (dim * 0).to(out_ptr.dtype.element_ty)
     for seq in range(program, num_seqs, num_programs):
-        first, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, 1)
+        first, num_queries, seq_len = sequence(seq, seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity)
         if not has_units(num_queries, seq_len, QUERIES):
             for row in range(num_queries * num_heads):
                 token, head = (first + row // num_heads).to(tl.int64), row % num_heads

@@ -219,7 +219,7 @@ def invariant_attention_kernel(
     )  # fmt: skip
     dim = tl.arange(0, TILE_D)
     merging.store_rows_without_keys(
-        tl.program_id(0), tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens,
+        tl.program_id(0), tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity,
         num_kv_heads * GROUP, dim, out_ptr, stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, QUERIES,
     )  # fmt: skip
     unit = begin

@@ -126,8 +126,8 @@ def paged_attention_kernel(
     options = (scale, logit_cap, window)
     dim = tl.arange(0, TILE_D)
     merging.store_rows_without_keys(
-        program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, num_kv_heads * GROUP, dim,
-        out_ptr, stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, QUERIES,
+        program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity,
+        num_kv_heads * GROUP, dim, out_ptr, stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, QUERIES,
     )  # fmt: skip
     unit = begin
     while unit < end:

@@ -138,7 +138,7 @@ def produce(
     dim = gl.arange(0, HEAD_DIM, gl.BlockedLayout([HEAD_DIM // 32], [32], [1], [0]))
     wait_for_predecessor(OVERLAP, EARLY=False)
     merging.store_rows_without_keys(
-        gl.program_id(0), gl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens,
+        gl.program_id(0), gl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity,
         num_kv_heads * GROUP, dim, out_ptr, stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, QUERIES,
     )  # fmt: skip
 

@@ -170,8 +170,8 @@ def coded_attention_kernel(
     )  # fmt: skip
     dim = joined_numbers(HEAD_DIM, BYTES, NIBBLES, TILE_WORDS)
     merging.store_rows_without_keys(
-        program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, num_bundles * HEADS * GROUP,
-        dim, out_ptr, stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, QUERIES,
+        program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity,
+        num_bundles * HEADS * GROUP, dim, out_ptr, stride_out_token, stride_out_head, stride_out_dim, HEAD_DIM, QUERIES,
     )  # fmt: skip
     unit = begin
     while unit < end:

@@ -363,9 +363,9 @@ def coded_decode_kernel(
         sliding_window, QUERIES, PAGE, WINDOWED,
     )  # fmt: skip
     merging.store_rows_without_keys(
-        program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, num_bundles * HEADS * GROUP,
-        tl.arange(0, BYTES * NIBBLES), out_ptr, stride_out_token, stride_out_head, stride_out_dim, BYTES * NIBBLES,
-        QUERIES,
+        program, tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens, capacity,
+        num_bundles * HEADS * GROUP, tl.arange(0, BYTES * NIBBLES), out_ptr, stride_out_token, stride_out_head,
+        stride_out_dim, BYTES * NIBBLES, QUERIES,
     )  # fmt: skip
     unit = begin
     while unit < end:

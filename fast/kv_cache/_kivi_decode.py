@@ -435,8 +435,8 @@ def decode_attention_kernel(
     )  # fmt: skip
     merging.store_rows_without_keys(
         tl.program_id(0), tl.num_programs(0), seq_lens_ptr, cu_seqlens_q_ptr, num_seqs, num_tokens,
-        num_bundles * HEADS * GROUP, tl.arange(0, PIECES * 32), out_ptr, stride_out_token, stride_out_head,
-        stride_out_dim, PIECES * 32, QUERIES,
+        max_blocks_per_seq * BLOCK_SIZE, num_bundles * HEADS * GROUP, tl.arange(0, PIECES * 32), out_ptr,
+        stride_out_token, stride_out_head, stride_out_dim, PIECES * 32, QUERIES,
     )  # fmt: skip
     kv_head = bundle * HEADS + warp
     head64 = kv_head.to(tl.int64)

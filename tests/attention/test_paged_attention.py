@@ -432,6 +432,17 @@ def test_decodes_are_left_to_the_kernel_that_splits(monkeypatch):
             assert (error <= properties.out_bound(case, baseline)[rows]).all(), f"sequence {seq}, a decode, is wrong"
 
 
+@pytest.mark.parametrize("attention", [paged_attention.paged_attention, paged_attention.paged_attention_invariant])
+def test_a_table_without_columns_has_no_keys(monkeypatch, attention):
+    """Whatever the lengths say, where nobody looks: every row is written."""
+    monkeypatch.setenv("TWOFOLD_CHECK", "0")
+    q, cache = fast.from_host(np.ones((3, 2, 64), np.float16)), fast.from_host(np.ones((4, 16, 1, 64), np.float16))
+    table, lens = (fast.from_host(np.array(x, np.int32)) for x in (np.zeros((2, 0)), [5, 40]))
+    out = torch.full_like(q, torch.nan)
+    attention(q, cache, cache, table, lens, fast.from_host(np.array([0, 1, 3], np.int32)), out=out)
+    assert (out == 0).all()
+
+
 def test_a_chunk_alone_is_one_launch(monkeypatch):
     """Where one sequence has all rows, no decode is left for the other kernel."""
     calls = []
