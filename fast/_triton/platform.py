@@ -34,12 +34,16 @@ def unavailable() -> str | None:
     return "there is no GPU (on a CPU, TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, very slowly)"
 
 
+def runs_kernels(array: torch.Tensor) -> bool:
+    """Whether kernels can run where this array is."""
+    return array.device.type == "cuda" or INTERPRETING or COMPILE_ONLY
+
+
 def require_runnable(op: str, argument: str, array: torch.Tensor) -> None:
     """Raise ``ValueError`` if no kernel can run where this array is."""
-    if array.device.type != "cuda":
-        allowed = INTERPRETING or COMPILE_ONLY
-        require(allowed, op, argument, "a tensor on a GPU (on a CPU, set TRITON_INTERPRET=1)", f"one on {array.device}")
-    elif array.dtype == torch.bfloat16:
+    where = "a tensor on a GPU (on a CPU, set TRITON_INTERPRET=1)"
+    require(runs_kernels(array), op, argument, where, f"one on {array.device}")
+    if array.is_cuda and array.dtype == torch.bfloat16:
         capable = device_properties(array.device.index).major >= 8
         require(capable, op, argument, "a GPU with bfloat16 (compute capability 8.0 or above)", _name(array.device))
 

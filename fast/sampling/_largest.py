@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fast._triton.overlap import overlapped, wait_for_predecessor
-from fast._triton.platform import cdiv, next_power_of_2
+from fast._triton.platform import cdiv, next_power_of_2, runs_kernels
 
 MOST_COLUMNS = 8192  # of a program: 32 a thread
 
@@ -36,10 +36,15 @@ def _largest_kernel(
 def largest(logits: Tensor) -> Tensor:
     """Of each row, in float32; +inf if one of them is NaN.
 
+    The runner serves decoders of plain torch too, whose logits may lie where no kernel runs.
+
     Example:
         >>> largest(torch.tensor([[1.0, 3.0, -2.0], [0.0, torch.nan, 1.0], [-torch.inf] * 3])).tolist()
         [3.0, inf, -inf]
     """
+    if not runs_kernels(logits):
+        best = logits.float().amax(dim=1)
+        return torch.where(best.isnan(), torch.inf, best)
     num_rows, num_columns = logits.shape
     columns = min(next_power_of_2(num_columns), MOST_COLUMNS)
     parts = cdiv(num_columns, columns)

@@ -179,8 +179,9 @@ class Lifecycle:
     def _end_sequence(self, seq: Sequence, reason: FinishReason) -> None:
         request = seq.request
         seq.finish_reason = reason
+        led = seq is request.live[0]
         request.live.remove(seq)
-        if request.live and not request.forked:
+        if led and request.live and not request.forked:
             self.space.fork(seq, request.live[0])  # who goes on computing the prompt that they share
         request.forked |= len(request.live) == 1  # the last one shares with nobody
         self._vacate(seq)

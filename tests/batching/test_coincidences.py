@@ -62,9 +62,12 @@ def test_a_sample_ends_while_the_prompt_is_computed_anew(which):
     while not (pair.metrics.num_preemptions and pair.status is Status.RUNNING and not pair.forked):
         engine.step()
     assert len(pair.live) == 2
-    assert 0 < pair.live[0].num_computed < 8, "the prompt is not half computed: the test shows nothing"
+    num_computed = pair.live[0].num_computed
+    assert 0 < num_computed < 8, "the prompt is not half computed: the test shows nothing"
     stopped, other = pair.live[which].sample_index, pair.live[1 - which].sample_index
     assert engine.finish("pair", FinishReason.STOP, index=stopped) is None
+    (goes_on,) = pair.live
+    assert (goes_on.num_computed, goes_on.tables[0].num_tokens) == (num_computed, num_computed)
     outputs = {output.index: output for output in drain(engine)["pair"].outputs}
     assert outputs[other].token_ids == tokens_alone(pair, other)
     assert outputs[stopped].token_ids == tokens_alone(pair, stopped)[: len(outputs[stopped].token_ids)]

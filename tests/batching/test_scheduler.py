@@ -200,6 +200,9 @@ class Scheduling(RuleBasedStateMachine):
                 assert named <= owners.keys(), f"step {batch.step} is in flight, and a block it names is free"
         for request in scheduler.waiting:
             assert not any(seq.tables or seq.row >= 0 for seq in request.live), "a waiting request holds memory"
+        for seq in (seq for request in scheduler.running for seq in request.live):
+            claimed = {table.num_tokens for table in seq.tables}
+            assert claimed <= {seq.num_computed}, "a table's tokens are not those that are computed"
         rows = [seq.row for request in scheduler.running for seq in request.live if seq.tables]
         assert len(rows) == len(set(rows)) <= self.engine.config.max_num_seqs, "two sequences share a row"
         assert len(rows) + len(scheduler.rows._free) == self.engine.config.max_num_seqs, "rows were lost"

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fast
+from fast._triton import platform
 from fast.sampling import _largest
 from fast.sampling._largest import largest
 
@@ -26,6 +27,10 @@ def test_says_whether_a_row_is_sound(data):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(_largest, "MOST_COLUMNS", 16)
         found = fast.to_host(largest(logits))
+        patched.setattr(platform, "INTERPRETING", False)  # then no kernel runs on a CPU
+        elsewhere = largest(logits.cpu())
+    assert elsewhere.dtype == torch.float32
+    assert np.array_equal(fast.to_host(elsewhere), found)
     as_seen = fast.to_host(logits.float())
     expected = np.where(np.isnan(as_seen), np.inf, as_seen).max(axis=1, initial=-np.inf)
     assert found.dtype == np.float32
