@@ -59,7 +59,7 @@ def execution(backend: Any, device: str | None) -> Execution:
         from fast.runner import GraphRunner, is_on_gpu
 
         if is_on_gpu(device):
-            return Execution(GraphRunner, 1, 256, 8192, partial(room, device), plans_memory=True)
+            return Execution(GraphRunner, 1, 256, 16384, partial(room, device), plans_memory=True)
     return Execution()
 
 

@@ -55,7 +55,7 @@ class LLM:
             more than 1 GiB.
         gpu_memory_utilization: Share of a GPU's memory that weights, cache and steps may take together.
         max_num_seqs: Sequences that run at once; by default 64, on a GPU 256.
-        max_num_batched_tokens: Token budget of a step, by default 512, on a GPU 8192; longer prompts are computed in
+        max_num_batched_tokens: Token budget of a step, by default 512, on a GPU 16384; longer prompts are computed in
             chunks.
         max_model_len: Longest prompt plus answer; by default the model's context, or what the pool holds if less.
         preemption: "recompute" or "swap".

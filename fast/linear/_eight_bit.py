@@ -74,8 +74,21 @@ def dot_of(codes, x, acc):
 
 
 @triton.jit
-def finish(y, weight_scale_ptr, x_scale_ptr, bias_ptr, out_ptr, stride_out_t, stride_out_o, o, token, mask):
-    """Both scales, the bias, and one rounding.
+def finish(
+    y,
+    weight_scale_ptr,
+    x_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    stride_residual_t,
+    stride_out_t,
+    stride_out_o,
+    o,
+    token,
+    mask,
+):
+    """Both scales, the bias, the residual, and one rounding.
 
     Product and sum are one `fma` in words: otherwise the compiler of each kernel decides whether they are.
     """
@@ -90,6 +103,8 @@ def finish(y, weight_scale_ptr, x_scale_ptr, bias_ptr, out_ptr, stride_out_t, st
         y = tl.fma(y, factor + tl.zeros_like(y), bias)
     else:
         y += bias
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + token * stride_residual_t + o, mask=mask).to(tl.float32)
     store(out_ptr + token * stride_out_t + o * stride_out_o, y, mask)
 
 
@@ -103,10 +118,12 @@ def _few_tokens_kernel(
     weight_ptr,  # [out_features, in_features] codes
     weight_scale_ptr,  # [out_features] or [out_features, num_groups]
     bias_ptr,  # [out_features] or None
+    residual_ptr,  # [num_tokens, out_features] or None
     out_ptr,  # [num_tokens, out_features]
     stride_x_t,
     stride_weight_o,
     stride_weight_scale_o,
+    stride_residual_t,
     stride_out_t,
     stride_out_o,
     num_tokens,
@@ -156,7 +173,9 @@ def _few_tokens_kernel(
         scale_ptr,
         x_scale_ptr,
         bias_ptr,
+        residual_ptr,
         out_ptr,
+        stride_residual_t,
         stride_out_t,
         stride_out_o,
         o[:, None],
@@ -172,9 +191,11 @@ def _many_tokens_kernel(
     weight_ptr,  # [out_features, in_features] codes
     weight_scale_ptr,  # [out_features]
     bias_ptr,  # [out_features] or None
+    residual_ptr,  # [num_tokens, out_features] or None
     out_ptr,  # [num_tokens, out_features]
     stride_x_t,
     stride_weight_o,
+    stride_residual_t,
     stride_out_t,
     stride_out_o,
     num_tokens,
@@ -200,8 +221,20 @@ def _many_tokens_kernel(
         x = tl.load(x_ptr + x_row[:, None] * stride_x_t + i, mask=in_row, other=0.0)
         acc = dot_of(codes, tl.trans(x), acc)
     mask = (token < num_tokens)[None, :] & (o < out_features)[:, None]
-    token = token.to(tl.int64)[None, :]
-    finish(acc, weight_scale_ptr, x_scale_ptr, bias_ptr, out_ptr, stride_out_t, stride_out_o, o[:, None], token, mask)
+    finish(
+        acc,
+        weight_scale_ptr,
+        x_scale_ptr,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        stride_residual_t,
+        stride_out_t,
+        stride_out_o,
+        o[:, None],
+        token.to(tl.int64)[None, :],
+        mask,
+    )
 
 
 @triton.jit
@@ -210,10 +243,12 @@ def _any_groups_kernel(
     weight_ptr,  # [out_features, in_features] int8
     weight_scale_ptr,  # [out_features, num_groups]
     bias_ptr,  # [out_features] or None
+    residual_ptr,  # [num_tokens, out_features] or None
     out_ptr,  # [num_tokens, out_features]
     stride_x_t,
     stride_weight_o,
     stride_weight_scale_o,
+    stride_residual_t,
     stride_out_t,
     stride_out_o,
     num_tokens,
@@ -240,8 +275,24 @@ def _any_groups_kernel(
         acc = dot_in_order(to_dtype(codes * scale.to(tl.float32), x.dtype), tl.trans(x), acc)
     mask = in_batch[None, :] & (o < out_features)[:, None]
     finish(
-        acc, None, None, bias_ptr, out_ptr, stride_out_t, stride_out_o, o[:, None], token.to(tl.int64)[None, :], mask
+        acc,
+        None,
+        None,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        stride_residual_t,
+        stride_out_t,
+        stride_out_o,
+        o[:, None],
+        token.to(tl.int64)[None, :],
+        mask,
     )
+
+
+def stride_of_rows(array: Array | None) -> int:
+    """0 for an array that is not there."""
+    return 0 if array is None else array.stride(0)
 
 
 # ---- launching ------------------------------------------------------------------------------------------------------
@@ -253,6 +304,7 @@ def few_tokens(
     weight: Array,
     weight_scale: Array,
     bias: Array | None,
+    residual: Array | None,
     out: Array,
     *,
     group_size: int | None = None,
@@ -264,8 +316,8 @@ def few_tokens(
         tiles = tiles._replace(tokens=min(tiles.tokens, 16), rows=16, stages=2)
     tile_i = group_size or TILE_I
     _few_tokens_kernel[(cdiv(out_features, tiles.rows), cdiv(num_tokens, tiles.tokens))](
-        x, x_scale, weight, weight_scale, bias, out,
-        x.stride(0), weight.stride(0), weight_scale.stride(0), out.stride(0), out.stride(1),
+        x, x_scale, weight, weight_scale, bias, residual, out,
+        x.stride(0), weight.stride(0), weight_scale.stride(0), stride_of_rows(residual), out.stride(0), out.stride(1),
         num_tokens, out_features, in_features, IN_GROUPS=group_size is not None,
         TILE_T=tiles.tokens, TILE_O=tiles.rows, TILE_I=tile_i, PARTS=PARTS, STAGES=tiles.stages, num_warps=tiles.warps,
         **overlapped(x),
@@ -279,6 +331,7 @@ def many_tokens(
     weight: Array,
     weight_scale: Array,
     bias: Array | None,
+    residual: Array | None,
     out: Array,
     *,
     tile_i: int = 64,
@@ -288,19 +341,28 @@ def many_tokens(
     tiles = choose_many(num_tokens, out_features, x.dtype)
     tile_i = 32 if x.dtype == torch.float32 else tile_i
     _many_tokens_kernel[(cdiv(out_features, tiles.rows) * cdiv(num_tokens, tiles.tokens),)](
-        x, x_scale, weight, weight_scale, bias, out,
-        x.stride(0), weight.stride(0), out.stride(0), out.stride(1), num_tokens, out_features, in_features,
+        x, x_scale, weight, weight_scale, bias, residual, out,
+        x.stride(0), weight.stride(0), stride_of_rows(residual), out.stride(0), out.stride(1),
+        num_tokens, out_features, in_features,
         TILE_T=tiles.tokens, TILE_O=tiles.rows, TILE_I=tile_i, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return out
 
 
-def any_groups(x: Array, weight: Array, weight_scale: Array, bias: Array | None, out: Array, group_size: int) -> Array:
+def any_groups(
+    x: Array,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array | None,
+    residual: Array | None,
+    out: Array,
+    group_size: int,
+) -> Array:
     (num_tokens, out_features), in_features = out.shape, x.shape[1]
     tile_t, tile_o, tile_i = 16, 32, 64
     _any_groups_kernel[(cdiv(out_features, tile_o), cdiv(num_tokens, tile_t))](
-        x, weight, weight_scale, bias, out,
-        x.stride(0), weight.stride(0), weight_scale.stride(0), out.stride(0), out.stride(1),
+        x, weight, weight_scale, bias, residual, out,
+        x.stride(0), weight.stride(0), weight_scale.stride(0), stride_of_rows(residual), out.stride(0), out.stride(1),
         num_tokens, out_features, in_features, group_size, TILE_T=tile_t, TILE_O=tile_o, TILE_I=tile_i, num_warps=4,
     )  # fmt: skip
     return out

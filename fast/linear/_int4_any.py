@@ -7,7 +7,7 @@ from torch import Tensor as Array
 
 from fast._triton.platform import cdiv
 from fast._triton.rounding import dot_in_order, store, to_dtype
-from fast.linear._int4_codes import nibbles, strides_of
+from fast.linear._int4_codes import nibbles, store_tile, strides_of
 
 
 @triton.jit
@@ -17,11 +17,13 @@ def _any_groups_kernel(
     scale_ptr,  # [out_features, num_groups]
     min_ptr,  # [out_features, num_groups] or None
     bias_ptr,  # [out_features] or None
+    residual_ptr,  # [num_tokens, out_features] or None
     out_ptr,  # [num_tokens, out_features]
     stride_x_t,
     stride_weight_o,
     stride_scale_o,
     stride_min_o,
+    stride_residual_t,
     stride_out_t,
     stride_out_o,
     num_tokens,
@@ -59,19 +61,36 @@ def _any_groups_kernel(
         x_high = tl.load(x_ptr + x_row + high, mask=x_mask, other=0.0)
         acc = dot_in_order(to_dtype(w_low, x_low.dtype), tl.trans(x_low), acc)
         acc = dot_in_order(to_dtype(w_high, x_high.dtype), tl.trans(x_high), acc)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + row).to(tl.float32)
-    pointers = out_ptr + token.to(tl.int64)[None, :] * stride_out_t + o[:, None] * stride_out_o
-    store(pointers, acc, in_batch[None, :] & (o < out_features)[:, None])
+    store_tile(
+        acc,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        stride_residual_t,
+        stride_out_t,
+        stride_out_o,
+        o,
+        tl.minimum(o, out_features - 1),
+        token,
+        num_tokens,
+        out_features,
+    )
 
 
 def any_groups(
-    x: Array, weight: Array, scale: Array, least: Array | None, bias: Array | None, out: Array, group_size: int
+    x: Array,
+    weight: Array,
+    scale: Array,
+    least: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    out: Array,
+    group_size: int,
 ) -> Array:
     num_tokens, out_features = out.shape
     tile_t, tile_o, tile_b = 16, 32, 64
     _any_groups_kernel[(cdiv(out_features, tile_o), cdiv(num_tokens, tile_t))](
-        x, weight, scale, least, bias, out, *strides_of(x, weight, scale, least, out),
+        x, weight, scale, least, bias, residual, out, *strides_of(x, weight, scale, least, residual, out),
         num_tokens, out_features, x.shape[1], group_size, TILE_T=tile_t, TILE_O=tile_o, TILE_B=tile_b, num_warps=4,
         enable_fp_fusion=False,  # scale * code + min rounds twice, as whoever dequantizes elsewhere does
     )  # fmt: skip
@@ -112,9 +131,21 @@ def _dequantize_kernel(
     store(pointers + HALF, high, mask)
 
 
-def dense(x: Array, weight: Array, scale: Array, least: Array | None, bias: None, out: Array, group_size: int) -> Array:
+def dense(
+    x: Array,
+    weight: Array,
+    scale: Array,
+    least: Array | None,
+    bias: None,
+    residual: Array | None,
+    out: Array,
+    group_size: int,
+) -> Array:
     """The weight as floats, in memory of its own, and cuBLAS."""
-    return torch.mm(x, dequantize(weight, scale, least, group_size, x.dtype).T, out=out)
+    floats = dequantize(weight, scale, least, group_size, x.dtype)
+    if residual is None:
+        return torch.mm(x, floats.T, out=out)
+    return torch.addmm(residual.to(x.dtype), x, floats.T, out=out)
 
 
 def dequantize(weight: Array, scale: Array, least: Array | None, group_size: int, dtype: torch.dtype) -> Array:

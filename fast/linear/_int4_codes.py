@@ -11,6 +11,7 @@ from torch import Tensor as Array
 
 from fast._triton.platform import INTERPRETED
 from fast._triton.rounding import store
+from fast.linear._eight_bit import stride_of_rows
 
 _HEAD = "{ .reg .b32 s, a, b, m, o, z;"
 _BFLOAT16 = """
@@ -70,15 +71,34 @@ def add_minimum(acc, low, high, min_ptr, stride_min_o, row, g):
 
 
 @triton.jit
-def store_tile(acc, bias_ptr, out_ptr, stride_out_t, stride_out_o, o, row, token, num_tokens, out_features):
-    """Add the bias to a tile, features times tokens, and round it once; ``row`` is ``o``, kept inside the weight."""
+def store_tile(
+    acc,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    stride_residual_t,
+    stride_out_t,
+    stride_out_o,
+    o,
+    row,
+    token,
+    num_tokens,
+    out_features,
+):
+    """Add the bias and the residual to a tile, features times tokens, and round it once; ``row`` is ``o``, kept inside
+    the weight."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
-    pointers = out_ptr + token.to(tl.int64)[None, :] * stride_out_t + o[:, None] * stride_out_o
-    store(pointers, acc, (token < num_tokens)[None, :] & (o < out_features)[:, None])
+    mask = (token < num_tokens)[None, :] & (o < out_features)[:, None]
+    token = token.to(tl.int64)[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + token * stride_residual_t + o[:, None], mask=mask).to(tl.float32)
+    store(out_ptr + token * stride_out_t + o[:, None] * stride_out_o, acc, mask)
 
 
-def strides_of(x: Array, weight: Array, scale: Array, least: Array | None, out: Array) -> tuple[int, ...]:
+def strides_of(
+    x: Array, weight: Array, scale: Array, least: Array | None, residual: Array | None, out: Array
+) -> tuple[int, ...]:
     """In the order of the kernels' parameters."""
-    least_stride = 0 if least is None else least.stride(0)
-    return x.stride(0), weight.stride(0), scale.stride(0), least_stride, out.stride(0), out.stride(1)
+    rows = (stride_of_rows(array) for array in (x, weight, scale, least, residual))
+    return *rows, out.stride(0), out.stride(1)

@@ -34,11 +34,13 @@ def _few_tokens_kernel(
     scale_ptr,  # [out_features, num_groups]
     min_ptr,  # [out_features, num_groups] or None
     bias_ptr,  # [out_features] or None
+    residual_ptr,  # [num_tokens, out_features] or None
     out_ptr,  # [num_tokens, out_features]
     stride_x_t,
     stride_weight_o,
     stride_scale_o,
     stride_min_o,
+    stride_residual_t,
     stride_out_t,
     stride_out_o,
     num_tokens,
@@ -83,7 +85,20 @@ def _few_tokens_kernel(
             acc += least[:, :, None] * total[:, None, :]
     let_successor_come(OVERLAP)
     acc = tl.sum(acc, axis=0)
-    store_tile(acc, bias_ptr, out_ptr, stride_out_t, stride_out_o, o, row, token, num_tokens, out_features)
+    store_tile(
+        acc,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        stride_residual_t,
+        stride_out_t,
+        stride_out_o,
+        o,
+        row,
+        token,
+        num_tokens,
+        out_features,
+    )
 
 
 def few_tokens(
@@ -92,13 +107,14 @@ def few_tokens(
     scale: Array,
     least: Array | None,
     bias: Array | None,
+    residual: Array | None,
     out: Array,
     group_size: int,
 ) -> Array:
     num_tokens, out_features = out.shape
     tiles = choose_few(num_tokens, out_features)
     _few_tokens_kernel[(cdiv(out_features, tiles.rows), cdiv(num_tokens, tiles.tokens))](
-        x, weight, scale, least, bias, out, *strides_of(x, weight, scale, least, out),
+        x, weight, scale, least, bias, residual, out, *strides_of(x, weight, scale, least, residual, out),
         num_tokens, out_features, scale.shape[1],
         TILE_T=tiles.tokens, TILE_O=tiles.rows, PARTS=PARTS, HALF=group_size // 2, STAGES=tiles.stages,
         num_warps=tiles.warps, **overlapped(x),

@@ -47,11 +47,13 @@ def _sums_kernel(
     scale_ptr,  # [out_features, num_groups]
     min_ptr,  # [out_features, num_groups] or None
     bias_ptr,  # [out_features] or None
+    residual_ptr,  # [num_tokens, out_features] or None
     out_ptr,  # [num_tokens, out_features]
     stride_x_t,
     stride_weight_o,
     stride_scale_o,
     stride_min_o,
+    stride_residual_t,
     stride_out_t,
     stride_out_o,
     num_tokens,
@@ -88,7 +90,20 @@ def _sums_kernel(
         scale = next_scale
         w_ptrs += HALF
         x_ptrs += 2 * HALF
-    store_tile(acc, bias_ptr, out_ptr, stride_out_t, stride_out_o, o, row, token, num_tokens, out_features)
+    store_tile(
+        acc,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        stride_residual_t,
+        stride_out_t,
+        stride_out_o,
+        o,
+        row,
+        token,
+        num_tokens,
+        out_features,
+    )
 
 
 @triton.jit
@@ -98,9 +113,11 @@ def _many_tokens_kernel(
     scale_ptr,  # [out_features, num_groups]
     min_ptr,  # [out_features, num_groups] or None
     bias_ptr,  # [out_features] or None
+    residual_ptr,  # [num_tokens, out_features] or None
     out_ptr,  # [num_tokens, out_features]
     stride_scale_o,
     stride_min_o,
+    stride_residual_t,
     stride_out_t,
     stride_out_o,
     num_tokens,
@@ -126,7 +143,20 @@ def _many_tokens_kernel(
         acc = dot(scaled(nibbles(packed, False, min_ptr, low.dtype), scale), tl.trans(low), acc)
         acc = dot(scaled(nibbles(packed, True, min_ptr, low.dtype), scale), tl.trans(high), acc)
         acc = add_minimum(acc, low, high, min_ptr, stride_min_o, row, g)
-    store_tile(acc, bias_ptr, out_ptr, stride_out_t, stride_out_o, o, row, token, num_tokens, out_features)
+    store_tile(
+        acc,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        stride_residual_t,
+        stride_out_t,
+        stride_out_o,
+        o,
+        row,
+        token,
+        num_tokens,
+        out_features,
+    )
 
 
 def sums(
@@ -135,6 +165,7 @@ def sums(
     scale: Array,
     least: Array | None,
     bias: Array | None,
+    residual: Array | None,
     out: Array,
     group_size: int,
 ) -> Array:
@@ -142,7 +173,7 @@ def sums(
     num_tokens, out_features = out.shape
     tiles = choose_sums(num_tokens, out_features)
     _sums_kernel[(cdiv(out_features, tiles.rows) * cdiv(num_tokens, tiles.tokens),)](
-        x, weight, scale, least, bias, out, *strides_of(x, weight, scale, least, out),
+        x, weight, scale, least, bias, residual, out, *strides_of(x, weight, scale, least, residual, out),
         num_tokens, out_features, scale.shape[1],
         TILE_T=tiles.tokens, TILE_O=tiles.rows, HALF=group_size // 2, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
@@ -155,6 +186,7 @@ def many_tokens(
     scale: Array,
     least: Array | None,
     bias: Array | None,
+    residual: Array | None,
     out: Array,
     group_size: int,
 ) -> Array:
@@ -163,7 +195,7 @@ def many_tokens(
     _many_tokens_kernel[(cdiv(out_features, tiles.rows) * cdiv(num_tokens, tiles.tokens),)](
         TensorDescriptor.from_tensor(x, [tiles.tokens, group_size // 2]),
         TensorDescriptor.from_tensor(weight, [tiles.rows, group_size // 2]),
-        scale, least, bias, out, *strides_of(x, weight, scale, least, out)[2:],
+        scale, least, bias, residual, out, *strides_of(x, weight, scale, least, residual, out)[2:],
         num_tokens, out_features, scale.shape[1],
         TILE_T=tiles.tokens, TILE_O=tiles.rows, HALF=group_size // 2, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip

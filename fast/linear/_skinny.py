@@ -264,3 +264,8 @@ def skinny_linear(
 def whole_rows(array: Array) -> Array:
     """The array, if its last axis is contiguous, as the kernels want it; else a copy."""
     return array if array.stride(-1) == 1 or array.shape[-1] <= 1 else array.contiguous()
+
+
+def rows_of(residual: Array | None) -> Array | None:
+    """`whole_rows` of what may be there."""
+    return None if residual is None else whole_rows(residual)

@@ -8,6 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fast._triton.platform import cdiv, device_properties
 from fast._triton.rounding import store, to_dtype
+from fast.linear._eight_bit import stride_of_rows
 
 SCALED_MM_TOKENS = 256  # from here on the tensor cores' float8 products are worth their rounding
 TILE_COLUMNS = 8192  # of a row that is rounded, at a time
@@ -98,7 +99,9 @@ def _many_tokens_kernel(
     x_scale_ptr,  # [num_tokens]
     weight_scale_ptr,  # [out_features]
     bias_ptr,  # [out_features] or None
+    residual_ptr,  # [num_tokens, out_features] or None
     out_ptr,  # [num_tokens, out_features]
+    stride_residual_t,
     stride_out_t,
     stride_out_o,
     num_tokens,
@@ -129,27 +132,42 @@ def _many_tokens_kernel(
     if bias_ptr is not None:
         bias += tl.load(bias_ptr + o, mask=in_row).to(tl.float32)[None, :]
     y = tl.fma(acc.to(tl.float32), x_scale[:, None] * weight_scale[None, :], bias)  # as `_eight_bit.finish` does
-    pointers = out_ptr + token.to(tl.int64)[:, None] * stride_out_t + o[None, :] * stride_out_o
-    store(pointers, y, in_batch[:, None] & in_row[None, :])
+    mask, token = in_batch[:, None] & in_row[None, :], token.to(tl.int64)[:, None]
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + token * stride_residual_t + o[None, :], mask=mask).to(tl.float32)
+    store(out_ptr + token * stride_out_t + o[None, :] * stride_out_o, y, mask)
 
 
-def many_tokens(x: Array, x_scale: Array, weight: Array, weight_scale: Array, bias: Array | None, out: Array) -> Array:
+def many_tokens(
+    x: Array,
+    x_scale: Array,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array | None,
+    residual: Array | None,
+    out: Array,
+) -> Array:
     """For int8 codes whose rows lie a multiple of 16 bytes apart (`fits`), as the copy engine wants them."""
     (num_tokens, in_features), out_features = x.shape, weight.shape[0]
     tile_t, tile_o, tile_i = TILE
     _many_tokens_kernel[(cdiv(num_tokens, tile_t) * cdiv(out_features, tile_o),)](
         TensorDescriptor.from_tensor(x, [tile_t, tile_i]), TensorDescriptor.from_tensor(weight, [tile_o, tile_i]),
-        x_scale, weight_scale, bias, out, out.stride(0), out.stride(1), num_tokens, out_features, in_features,
+        x_scale, weight_scale, bias, residual, out, stride_of_rows(residual), out.stride(0), out.stride(1),
+        num_tokens, out_features, in_features,
         TILE_T=tile_t, TILE_O=tile_o, TILE_I=tile_i, BAND=BAND, STAGES=4, num_warps=8,
     )  # fmt: skip
     return out
 
 
-def scaled_mm(x: Array, x_scale: Array, weight: Array, weight_scale: Array, bias: None, out: Array) -> Array:
+def scaled_mm(
+    x: Array, x_scale: Array, weight: Array, weight_scale: Array, bias: None, residual: Array | None, out: Array
+) -> Array:
     """float8 by torch, without fast accumulation, which is no accumulation of float32 (see `linear_fp8_fp8`)."""
     scales = {"scale_a": x_scale[:, None], "scale_b": weight_scale.float()[None, :]}
     multiply = torch._scaled_mm  # type: ignore[reportPrivateImportUsage]
-    return multiply(x, weight.T, **scales, out_dtype=out.dtype, use_fast_accum=False, out=out)
+    place = out if residual is None else torch.empty_like(out)
+    multiply(x, weight.T, **scales, out_dtype=out.dtype, use_fast_accum=False, out=place)
+    return out if residual is None else torch.add(residual, place, out=out)
 
 
 def scaled_mm_takes(weight: Array, bias: Array | None, out: Array) -> bool:

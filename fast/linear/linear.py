@@ -10,7 +10,7 @@ from torch import Tensor as Array
 from fast._checks import require, require_float, require_out, require_same_device, require_shape
 from fast._triton.platform import num_processors
 from fast.linear._matmul import matmul
-from fast.linear._skinny import FEW_TOKENS, skinny_linear, whole_rows
+from fast.linear._skinny import FEW_TOKENS, rows_of, skinny_linear, whole_rows
 from fast.linear._split import choose_split, describable, most_tokens, split_linear
 
 Write = Callable[[Array, Array, Array | None, Array], object]  # takes x, weight, residual, out
@@ -84,8 +84,7 @@ def into(out: Array | None, x: Array, weight: Array, residual: Array | None, wri
         target = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
     else:
         target = out
-    residual = None if residual is None else whole_rows(residual)
-    write(whole_rows(x), whole_rows(weight), residual, target)
+    write(whole_rows(x), whole_rows(weight), rows_of(residual), target)
     return target if out is None or target is out else out.copy_(target)
 
 

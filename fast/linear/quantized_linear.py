@@ -10,7 +10,7 @@ from torch import Tensor as Array
 
 from fast._checks import require, require_dtype, require_float, require_out, require_same_device, require_shape
 from fast.linear import _eight_bit, _int4, _w8a8
-from fast.linear._skinny import whole_rows
+from fast.linear._skinny import rows_of, whole_rows
 from reference.linear.quantized_linear import LAYOUTS
 
 FP8 = torch.float8_e4m3fn
@@ -37,6 +37,7 @@ def linear_int8(
     bias: Float[Array, " out_features"] | None = None,
     *,
     group_size: int | None = None,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.quantized_linear.linear_int8`.
@@ -46,7 +47,7 @@ def linear_int8(
     Limits: groups of other sizes than 32, 64 and 128, and groups with float32 activations, take a slower kernel that
     looks up a scale for each weight; it rounds ``scale * code`` to the dtype of ``x``.
     """
-    return _int8(x, weight, weight_scale, bias, group_size, out)
+    return _int8(x, weight, weight_scale, bias, residual, group_size, out)
 
 
 def linear_int8_int8(
@@ -55,6 +56,7 @@ def linear_int8_int8(
     weight_scale: Float32[Array, " out_features"],
     bias: Float[Array, " out_features"] | None = None,
     *,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.quantized_linear.linear_int8_int8`.
@@ -62,10 +64,10 @@ def linear_int8_int8(
     Grid: as `linear_int8`, after one program a row that rounds it. Moves: also the codes of ``x``, out and in.
     The sums are whole numbers: the same in any batch, whichever kernel adds them.
     """
-    out = _door("linear_int8_int8", x, weight, weight.shape, torch.int8, weight_scale, bias, out)
+    out = _door("linear_int8_int8", x, weight, weight.shape, torch.int8, weight_scale, bias, residual, out)
     require_shape("linear_int8_int8", "weight_scale", weight_scale, (len(weight),))
     codes, scale = _w8a8.quantize(whole_rows(x), torch.int8)
-    return _by_row(codes, scale, weight, weight_scale, bias, out)
+    return _by_row(codes, scale, weight, weight_scale, bias, residual, out)
 
 
 def linear_fp8(
@@ -74,10 +76,11 @@ def linear_fp8(
     weight_scale: Float32[Array, " out_features"],
     bias: Float[Array, " out_features"] | None = None,
     *,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.quantized_linear.linear_fp8`; the kernels of `linear_int8`."""
-    return _fp8(x, weight, weight_scale, bias, out)
+    return _fp8(x, weight, weight_scale, bias, residual, out)
 
 
 def linear_fp8_fp8(
@@ -86,6 +89,7 @@ def linear_fp8_fp8(
     weight_scale: Float32[Array, " out_features"],
     bias: Float[Array, " out_features"] | None = None,
     *,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.quantized_linear.linear_fp8_fp8`.
@@ -96,7 +100,7 @@ def linear_fp8_fp8(
     bits of a sum of float8 products, and so used they do it 128 products at a time: sums of 8192 positive products come
     out 6e-4 too small. (With fast accumulation they come out an eighth too small; alternating signs hide it.)
     """
-    return _fp8_fp8(x, weight, weight_scale, bias, out)
+    return _fp8_fp8(x, weight, weight_scale, bias, residual, out)
 
 
 def linear_int4(
@@ -107,6 +111,7 @@ def linear_int4(
     bias: Float[Array, " out_features"] | None = None,
     *,
     group_size: int,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.quantized_linear.linear_int4`.
@@ -119,7 +124,7 @@ def linear_int4(
     which looks up each weight's group. It and the kernels for many tokens round ``scale * code`` to the dtype of ``x``
     (a float16 weight below 6e-5 has fewer bits); the one for few, and `linear_int4_invariant`, scale sums instead.
     """
-    return _int4_in_groups(x, weight, weight_scale, weight_min, bias, group_size, out)
+    return _int4_in_groups(x, weight, weight_scale, weight_min, bias, residual, group_size, out)
 
 
 # ---- the same, batch-invariant: of a token's sum, the order depends on in_features alone ----------------------------
@@ -132,27 +137,40 @@ def linear_int8_invariant(
     bias: Array | None = None,
     *,
     group_size: int | None = None,
+    residual: Array | None = None,
     out: Array | None = None,
 ) -> Array:
     """`linear_int8` with tiles of the result, whole sums in each, however few the tokens."""
-    return _int8(x, weight, weight_scale, bias, group_size, out, invariant=True)
+    return _int8(x, weight, weight_scale, bias, residual, group_size, out, invariant=True)
 
 
 linear_int8_int8_invariant = linear_int8_int8
 
 
 def linear_fp8_invariant(
-    x: Array, weight: Array, weight_scale: Array, bias: Array | None = None, *, out: Array | None = None
+    x: Array,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array | None = None,
+    *,
+    residual: Array | None = None,
+    out: Array | None = None,
 ) -> Array:
     """`linear_fp8`, likewise."""
-    return _fp8(x, weight, weight_scale, bias, out, invariant=True)
+    return _fp8(x, weight, weight_scale, bias, residual, out, invariant=True)
 
 
 def linear_fp8_fp8_invariant(
-    x: Array, weight: Array, weight_scale: Array, bias: Array | None = None, *, out: Array | None = None
+    x: Array,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array | None = None,
+    *,
+    residual: Array | None = None,
+    out: Array | None = None,
 ) -> Array:
     """`linear_fp8_fp8`, likewise."""
-    return _fp8_fp8(x, weight, weight_scale, bias, out, invariant=True)
+    return _fp8_fp8(x, weight, weight_scale, bias, residual, out, invariant=True)
 
 
 def linear_int4_invariant(
@@ -163,10 +181,11 @@ def linear_int4_invariant(
     bias: Array | None = None,
     *,
     group_size: int,
+    residual: Array | None = None,
     out: Array | None = None,
 ) -> Array:
     """`linear_int4`, likewise; the sums of a group are scaled, never the weights."""
-    return _int4_in_groups(x, weight, weight_scale, weight_min, bias, group_size, out, invariant=True)
+    return _int4_in_groups(x, weight, weight_scale, weight_min, bias, residual, group_size, out, invariant=True)
 
 
 # ---- layouts --------------------------------------------------------------------------------------------------------
@@ -195,39 +214,53 @@ def _int8(
     weight: Array,
     weight_scale: Array,
     bias: Array | None,
+    residual: Array | None,
     group_size: int | None,
     out: Array | None,
     invariant: bool = False,
 ) -> Array:
-    out = _door("linear_int8", x, weight, weight.shape, torch.int8, weight_scale, bias, out)
+    out = _door("linear_int8", x, weight, weight.shape, torch.int8, weight_scale, bias, residual, out)
     if group_size is None:
         require_shape("linear_int8", "weight_scale", weight_scale, (len(weight),))
-        return _by_row(whole_rows(x), None, weight, weight_scale, bias, out, invariant)
+        return _by_row(whole_rows(x), None, weight, weight_scale, bias, residual, out, invariant)
     require(group_size > 0, "linear_int8", "group_size", "a positive number, or None", group_size)
     require_shape("linear_int8", "weight_scale", weight_scale, (len(weight), -(-x.shape[1] // group_size)))
     if not out.numel():
         return out
     if x.dtype in HALVES and group_size in _eight_bit.GROUPS:
-        arrays = whole_rows(x), None, whole_rows(weight), whole_rows(weight_scale), bias, out
+        arrays = whole_rows(x), None, whole_rows(weight), whole_rows(weight_scale), bias, rows_of(residual), out
         return _eight_bit.few_tokens(*arrays, group_size=group_size)  # the same order for any number of tokens
-    return _eight_bit.any_groups(whole_rows(x), whole_rows(weight), whole_rows(weight_scale), bias, out, group_size)
+    arrays = whole_rows(x), whole_rows(weight), whole_rows(weight_scale), bias, rows_of(residual), out
+    return _eight_bit.any_groups(*arrays, group_size)
 
 
 def _fp8(
-    x: Array, weight: Array, weight_scale: Array, bias: Array | None, out: Array | None, invariant: bool = False
+    x: Array,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array | None,
+    residual: Array | None,
+    out: Array | None,
+    invariant: bool = False,
 ) -> Array:
-    out = _door("linear_fp8", x, weight, weight.shape, FP8, weight_scale, bias, out)
+    out = _door("linear_fp8", x, weight, weight.shape, FP8, weight_scale, bias, residual, out)
     require_shape("linear_fp8", "weight_scale", weight_scale, (len(weight),))
-    return _by_row(whole_rows(x), None, weight, weight_scale, bias, out, invariant)
+    return _by_row(whole_rows(x), None, weight, weight_scale, bias, residual, out, invariant)
 
 
 def _fp8_fp8(
-    x: Array, weight: Array, weight_scale: Array, bias: Array | None, out: Array | None, invariant: bool = False
+    x: Array,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array | None,
+    residual: Array | None,
+    out: Array | None,
+    invariant: bool = False,
 ) -> Array:
-    out = _door("linear_fp8_fp8", x, weight, weight.shape, FP8, weight_scale, bias, out)
+    out = _door("linear_fp8_fp8", x, weight, weight.shape, FP8, weight_scale, bias, residual, out)
     require_shape("linear_fp8_fp8", "weight_scale", weight_scale, (len(weight),))
     codes, scale = _w8a8.quantize(whole_rows(x), FP8)
-    return _by_row(codes, scale, weight, weight_scale, bias, out, invariant)
+    return _by_row(codes, scale, weight, weight_scale, bias, residual, out, invariant)
 
 
 def _by_row(
@@ -236,6 +269,7 @@ def _by_row(
     weight: Array,
     weight_scale: Array,
     bias: Array | None,
+    residual: Array | None,
     out: Array,
     invariant: bool = False,
 ) -> Array:
@@ -246,7 +280,7 @@ def _by_row(
     kind = choose_eight_bit(len(x), x.dtype, _w8a8.fits(x, weight), invariant)
     if kind == "scaled_mm" and not _w8a8.scaled_mm_takes(weight, bias, out):
         kind = "many"
-    return _EIGHT_BIT[kind](x, x_scale, weight, weight_scale.contiguous(), bias, out)
+    return _EIGHT_BIT[kind](x, x_scale, weight, weight_scale.contiguous(), bias, rows_of(residual), out)
 
 
 def choose_eight_bit(num_tokens: int, x_dtype: torch.dtype, fits: bool, invariant: bool = False) -> str:
@@ -283,13 +317,14 @@ def _int4_in_groups(
     weight_scale: Array,
     weight_min: Array | None,
     bias: Array | None,
+    residual: Array | None,
     group_size: int,
     out: Array | None,
     invariant: bool = False,
 ) -> Array:
     require_shape("linear_int4", "weight", weight, (None, None))
     shape = (len(weight), 2 * weight.shape[1])
-    out = _door("linear_int4", x, weight, shape, torch.uint8, weight_scale, bias, out)
+    out = _door("linear_int4", x, weight, shape, torch.uint8, weight_scale, bias, residual, out)
     even = group_size > 0 and group_size % 2 == 0
     require(even, "linear_int4", "group_size", "a positive even number", group_size)
     require_shape("linear_int4", "weight_scale", weight_scale, (len(weight), -(-x.shape[1] // group_size)))
@@ -299,10 +334,10 @@ def _int4_in_groups(
         weight_min = whole_rows(weight_min)
     if not out.numel():
         return out
-    arrays = whole_rows(x), whole_rows(weight), whole_rows(weight_scale), weight_min, bias, out, group_size
+    arrays = whole_rows(x), whole_rows(weight), whole_rows(weight_scale), weight_min
     whole = x.dtype in HALVES and group_size in _int4.GROUPS and x.shape[1] % group_size == 0
     kind = _int4.choose(len(x), whole, _w8a8.fits(arrays[0], arrays[1]), bias is not None, invariant)
-    return _int4.KERNELS[kind](*arrays)
+    return _int4.KERNELS[kind](*arrays, bias, rows_of(residual), out, group_size)
 
 
 def _door(
@@ -313,6 +348,7 @@ def _door(
     dtype: torch.dtype,
     weight_scale: Array,
     bias: Array | None,
+    residual: Array | None,
     out: Array | None,
 ) -> Array:
     """What all the layers ask of their arguments; ``out``, or memory for it."""
@@ -326,6 +362,9 @@ def _door(
         require_shape(op, "bias", bias, (shape[0],))
         require_float(op, "bias", bias)
         require(bias.stride(0) == 1 or len(bias) <= 1, op, "bias", "contiguous numbers", bias.stride())
+    if residual is not None:
+        require_shape(op, "residual", residual, (len(x), shape[0]))
+        require_float(op, "residual", residual)
     require_out(op, out, (len(x), shape[0]), x.dtype)
-    require_same_device(op, x=x, weight=weight, weight_scale=weight_scale, bias=bias, out=out)
+    require_same_device(op, x=x, weight=weight, weight_scale=weight_scale, bias=bias, residual=residual, out=out)
     return torch.empty(len(x), shape[0], dtype=x.dtype, device=x.device) if out is None else out

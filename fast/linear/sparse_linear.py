@@ -22,7 +22,8 @@ from fast._checks import (
 from fast._triton.overlap import let_successor_come, overlapped, wait_for_predecessor
 from fast._triton.platform import INTERPRETED, cdiv, next_power_of_2
 from fast._triton.rounding import dot_in_order, store
-from fast.linear._skinny import whole_rows
+from fast.linear._eight_bit import stride_of_rows
+from fast.linear._skinny import rows_of, whole_rows
 
 ROWS = 4  # of the weight, that a program owns when there is one token
 GROUPS = 512  # of a row, that it takes in a step: 16 bytes for each of its threads, four times
@@ -87,6 +88,7 @@ def _one_token_kernel(
     pairs_ptr,  # [out_features, num_groups] int32: both weights of a group
     indices_ptr,  # [out_features, num_groups / 2] uint8
     bias_ptr,  # [out_features] or None
+    residual_ptr,  # [num_tokens, out_features] or None
     out_ptr,  # [1, out_features]
     stride_pairs_o,
     stride_indices_o,
@@ -126,6 +128,8 @@ def _one_token_kernel(
     y = tl.sum(tl.sum(acc, axis=2), axis=1)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + row).to(tl.float32)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + row).to(tl.float32)
     store(out_ptr + o.to(tl.int64) * stride_out_o, y, o < out_features)
 
 
@@ -135,10 +139,12 @@ def _tiles_kernel(
     values_ptr,  # [out_features, in_features / 2]
     indices_ptr,  # [out_features, num_groups / 2] uint8
     bias_ptr,  # [out_features] or None
+    residual_ptr,  # [num_tokens, out_features] or None
     out_ptr,  # [num_tokens, out_features]
     stride_x_t,
     stride_values_o,
     stride_indices_o,
+    stride_residual_t,
     stride_out_t,
     stride_out_o,
     num_tokens,
@@ -176,8 +182,10 @@ def _tiles_kernel(
         acc = dot_in_order(w, tl.trans(x.to(DTYPE)), acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + row).to(tl.float32)
-    pointers = out_ptr + token.to(tl.int64)[None, :] * stride_out_t + o.to(tl.int64)[:, None] * stride_out_o
-    store(pointers, acc, in_batch[None, :] & (o < out_features)[:, None])
+    mask, token = in_batch[None, :] & (o < out_features)[:, None], token.to(tl.int64)[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + token * stride_residual_t + o[:, None], mask=mask).to(tl.float32)
+    store(out_ptr + token * stride_out_t + o.to(tl.int64)[:, None] * stride_out_o, acc, mask)
 
 
 def sparse_linear(
@@ -186,6 +194,7 @@ def sparse_linear(
     indices: UInt8[Array, "out_features index_bytes"],
     bias: Float[Array, " out_features"] | None = None,
     *,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     """Same contract as `reference.linear.sparse_linear.sparse_linear`.
@@ -195,19 +204,28 @@ def sparse_linear(
     Limits: the tensor cores' own 2:4 products, which Triton does not offer, are not used: many tokens take as long as
     with a dense weight.
     """
-    out = _door(x, values, indices, bias, out)
+    out = _door(x, values, indices, bias, residual, out)
     if not out.numel():
         return out
     values = whole_rows(values)
-    return (one_token if is_one(x, values) else tiles)(whole_rows(x), values, whole_rows(indices), bias, out)
+    kernel = one_token if is_one(x, values) else tiles
+    return kernel(whole_rows(x), values, whole_rows(indices), bias, rows_of(residual), out)
 
 
 def sparse_linear_invariant(
-    x: Array, values: Array, indices: Array, bias: Array | None = None, *, out: Array | None = None
+    x: Array,
+    values: Array,
+    indices: Array,
+    bias: Array | None = None,
+    *,
+    residual: Array | None = None,
+    out: Array | None = None,
 ) -> Array:
     """`sparse_linear` of which no token's result depends on how many others there are: tiles, also for one token."""
-    out = _door(x, values, indices, bias, out)
-    return tiles(whole_rows(x), whole_rows(values), whole_rows(indices), bias, out) if out.numel() else out
+    out = _door(x, values, indices, bias, residual, out)
+    if not out.numel():
+        return out
+    return tiles(whole_rows(x), whole_rows(values), whole_rows(indices), bias, rows_of(residual), out)
 
 
 def is_one(x: Array, values: Array) -> bool:
@@ -220,11 +238,12 @@ def is_one(x: Array, values: Array) -> bool:
     return len(x) == 1 and x.dtype == values.dtype != torch.float32 and aligned
 
 
-def one_token(x: Array, values: Array, indices: Array, bias: Array | None, out: Array) -> Array:
+def one_token(x: Array, values: Array, indices: Array, bias: Array | None, residual: Array | None, out: Array) -> Array:
     out_features, num_groups = len(values), values.shape[1] // 2
     fours, pairs = x[0].view(torch.int64), values.view(torch.int32)
     _one_token_kernel[(cdiv(out_features, ROWS),)](
-        fours, pairs, indices, bias, out, pairs.stride(0), indices.stride(0), out.stride(1), out_features, num_groups,
+        fours, pairs, indices, bias, residual, out,
+        pairs.stride(0), indices.stride(0), out.stride(1), out_features, num_groups,
         DTYPE=_DTYPES[values.dtype], TILE_O=ROWS, TILE_G=choose_groups(out_features, num_groups),
         num_warps=4, **overlapped(x),
     )  # fmt: skip
@@ -241,14 +260,14 @@ def choose_groups(out_features: int, num_groups: int) -> int:
     return max(16, min(GROUPS // 2 if out_features <= FEW_ROWS else GROUPS, next_power_of_2(num_groups)))
 
 
-def tiles(x: Array, values: Array, indices: Array, bias: Array | None, out: Array) -> Array:
+def tiles(x: Array, values: Array, indices: Array, bias: Array | None, residual: Array | None, out: Array) -> Array:
     (num_tokens, out_features), num_groups = out.shape, values.shape[1] // 2
     half = x.dtype == values.dtype and x.dtype != torch.float32
     tile_t = max(16, next_power_of_2(min(num_tokens, 128 if half else 16)))
     tile_o = 64 if half else 32
     _tiles_kernel[(cdiv(out_features, tile_o) * cdiv(num_tokens, tile_t),)](
-        x, values, indices, bias, out,
-        x.stride(0), values.stride(0), indices.stride(0), out.stride(0), out.stride(1),
+        x, values, indices, bias, residual, out,
+        x.stride(0), values.stride(0), indices.stride(0), stride_of_rows(residual), out.stride(0), out.stride(1),
         num_tokens, out_features, num_groups, DTYPE=_DTYPES[x.dtype] if half else tl.float32,
         TILE_T=tile_t, TILE_O=tile_o, TILE_G=16, STAGES=3, num_warps=4,
     )  # fmt: skip
@@ -258,7 +277,9 @@ def tiles(x: Array, values: Array, indices: Array, bias: Array | None, out: Arra
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def _door(x: Array, values: Array, indices: Array, bias: Array | None, out: Array | None) -> Array:
+def _door(
+    x: Array, values: Array, indices: Array, bias: Array | None, residual: Array | None, out: Array | None
+) -> Array:
     op = "sparse_linear"
     require_shape(op, "values", values, (None, None))
     require_float(op, "values", values)
@@ -273,8 +294,11 @@ def _door(x: Array, values: Array, indices: Array, bias: Array | None, out: Arra
     if bias is not None:
         require_shape(op, "bias", bias, (out_features,))
         require_float(op, "bias", bias)
+    if residual is not None:
+        require_shape(op, "residual", residual, (len(x), out_features))
+        require_float(op, "residual", residual)
     require_out(op, out, (len(x), out_features), x.dtype)
-    require_same_device(op, x=x, values=values, indices=indices, bias=bias, out=out)
+    require_same_device(op, x=x, values=values, indices=indices, bias=bias, residual=residual, out=out)
     if checking_values():
         nibbles = torch.stack([indices & 15, indices >> 4], dim=2).flatten(1)[:, : half_features // 2]
         ascend = ((nibbles & 3) < (nibbles >> 2)).all()

@@ -58,7 +58,7 @@ def linear(
     else:
         widen_rows = lambda tile, rows: np.copyto(tile, weight[rows])  # noqa: E731
         result = matmul_by_tiles(x.astype(compute, copy=False), len(weight), widen_rows)
-    return add_bias(result, bias, x.dtype, out)
+    return add_bias(result, bias, None, x.dtype, out)
 
 
 def matmul_transposed(x: Array, weight: Array, out: Array | None = None) -> Array:
@@ -102,7 +102,14 @@ def tiles(out_features: int, row_shape: tuple[int, ...], dtype: np.dtype) -> Ite
         yield memory[: stop - start], slice(start, stop)
 
 
-def check_linear(op: str, x: Array, weight_shape: tuple[int, ...], bias: Array | None, out: Array | None) -> None:
+def check_linear(
+    op: str,
+    x: Array,
+    weight_shape: tuple[int, ...],
+    bias: Array | None,
+    out: Array | None,
+    residual: Array | None = None,
+) -> None:
     """The door of every linear layer: ``weight_shape`` is [out_features, in_features] whatever is stored."""
     require_shape(op, "x", x, (None, None))
     require_float(op, "x", x)
@@ -111,11 +118,27 @@ def check_linear(op: str, x: Array, weight_shape: tuple[int, ...], bias: Array |
     if bias is not None:
         require_shape(op, "bias", bias, (weight_shape[0],))
         require_float(op, "bias", bias)
+    if residual is not None:
+        require_shape(op, "residual", residual, (len(x), weight_shape[0]))
+        require_float(op, "residual", residual)
     require_out(op, out, (len(x), weight_shape[0]), x.dtype)
 
 
-def add_bias(result: Array, bias: Array | None, dtype: np.dtype, out: Array | None) -> Array:
-    """``result + bias`` in ``dtype``; ``result`` is the op's own and may be written (it may be ``out`` already)."""
+def add_bias(result: Array, bias: Array | None, residual: Array | None, dtype: np.dtype, out: Array | None) -> Array:
+    """``result + bias`` in ``dtype``; ``result`` is the op's own and may be written (it may be ``out`` already).
+
+    If there is a residual, it is added to what was rounded.
+    """
     if bias is not None:
         result += bias.astype(result.dtype, copy=False)
+    if residual is not None:
+        return add_residual(result.astype(dtype, copy=False), residual, out)
     return result if result is out else deliver(result, dtype, out)
+
+
+def add_residual(projected: Array, residual: Array, out: Array | None) -> Array:
+    """The sum in the dtype of ``projected``, which is the op's own; ``out`` may be ``residual``."""
+    dtype, compute = projected.dtype, compute_dtype(projected.dtype)
+    if dtype == residual.dtype == compute:
+        return np.add(projected, residual, out=projected if out is None else out)
+    return deliver(residual.astype(compute) + projected.astype(compute), dtype, out)

@@ -77,6 +77,7 @@ def linear_int8(
     bias: Float[Array, " out_features"] | None = None,
     *,
     group_size: int | None = None,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     r"""A linear layer with weights of 8 bits and activations as they are (W8A16).
@@ -92,7 +93,8 @@ def linear_int8(
         weight_scale: Multiplies them: one number for each output feature, or for each of its groups.
         bias: One number for each output feature, or None.
         group_size: Input features that share a scale, the last group may have fewer (32 is GGUF's Q8_0); None: all.
-        out: Where to write the result; may not overlap the arguments.
+        residual: What is added to the layer's result, once that is rounded to the dtype of ``x``; or None.
+        out: Where to write the result; may be ``residual``, and overlap no other argument.
 
     Returns:
         The result, in the dtype of ``x``; float32 sums, float64 for float64 ``x``. A scale of a row is a factor of the
@@ -108,11 +110,11 @@ def linear_int8(
         >>> linear_int8(np.array([[1.0, 10.0]]), np.array([[2, 3]], np.int8), np.array([0.5], np.float32))
         array([[16.]])
     """
-    check_linear("linear_int8", x, weight.shape, bias, out)
+    check_linear("linear_int8", x, weight.shape, bias, out, residual)
     _require_dtype("linear_int8", weight, np.dtype(np.int8))
     compute = compute_dtype(x.dtype)
     if group_size is None:
-        return _linear_by_row("linear_int8", x, weight, weight_scale, bias, out)
+        return _linear_by_row("linear_int8", x, weight, weight_scale, bias, residual, out)
     require(group_size > 0, "linear_int8", "group_size", "a positive number, or None", group_size)
     _check_scales("linear_int8", weight_scale, weight.shape, group_size)
 
@@ -120,7 +122,7 @@ def linear_int8(
     result = _linear_in_groups(
         x.astype(compute, copy=False)[:, None], fill, weight_scale.astype(compute), width=group_size
     )
-    return add_bias(result, bias, x.dtype, out)
+    return add_bias(result, bias, residual, x.dtype, out)
 
 
 def linear_int8_int8(
@@ -129,6 +131,7 @@ def linear_int8_int8(
     weight_scale: Float32[Array, " out_features"],
     bias: Float[Array, " out_features"] | None = None,
     *,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     r"""A linear layer with weights and activations of 8 bits (W8A8), the latter rounded per token on their way in.
@@ -141,7 +144,8 @@ def linear_int8_int8(
         weight: The codes, -128 to 127.
         weight_scale: One number for each output feature.
         bias: One number for each output feature, or None.
-        out: Where to write the result; may not overlap the arguments.
+        residual: What is added to the layer's result, once that is rounded to the dtype of ``x``; or None.
+        out: Where to write the result; may be ``residual``, and overlap no other argument.
 
     Returns:
         The result, in the dtype of ``x``. The sum of products is an exact int32, so it is the same in any order and on
@@ -159,13 +163,13 @@ def linear_int8_int8(
         >>> linear_int8_int8(x, codes, np.array([1.0], np.float32)).round(4)
         array([[-2.81]])
     """
-    check_linear("linear_int8_int8", x, weight.shape, bias, out)
+    check_linear("linear_int8_int8", x, weight.shape, bias, out, residual)
     _require_dtype("linear_int8_int8", weight, np.dtype(np.int8))
     require_shape("linear_int8_int8", "weight_scale", weight_scale, (len(weight),))
     compute = compute_dtype(x.dtype)
     codes, scale = quantize_rows(x, format="int8")
     result = matmul_int8(codes, weight) * (scale[:, None].astype(compute) * weight_scale.astype(compute))
-    return add_bias(result, bias, x.dtype, out)
+    return add_bias(result, bias, residual, x.dtype, out)
 
 
 def matmul_int8(
@@ -190,6 +194,7 @@ def linear_fp8(
     weight_scale: Float32[Array, " out_features"],
     bias: Float[Array, " out_features"] | None = None,
     *,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     r"""A linear layer with weights that are 8-bit floats (e4m3), and activations as they are.
@@ -202,7 +207,8 @@ def linear_fp8(
         weight: The codes, float8_e4m3fn.
         weight_scale: One number for each output feature.
         bias: One number for each output feature, or None.
-        out: Where to write the result; may not overlap the arguments.
+        residual: What is added to the layer's result, once that is rounded to the dtype of ``x``; or None.
+        out: Where to write the result; may be ``residual``, and overlap no other argument.
 
     Returns:
         The result, in the dtype of ``x``; float32 sums, float64 for float64 ``x``.
@@ -218,9 +224,9 @@ def linear_fp8(
         >>> linear_fp8(np.array([[1.0, 10.0]]), codes, np.array([0.5], np.float32))
         array([[16.]])
     """
-    check_linear("linear_fp8", x, weight.shape, bias, out)
+    check_linear("linear_fp8", x, weight.shape, bias, out, residual)
     _require_dtype("linear_fp8", weight, FP8)
-    return _linear_by_row("linear_fp8", x, weight, weight_scale, bias, out)
+    return _linear_by_row("linear_fp8", x, weight, weight_scale, bias, residual, out)
 
 
 def linear_fp8_fp8(
@@ -229,6 +235,7 @@ def linear_fp8_fp8(
     weight_scale: Float32[Array, " out_features"],
     bias: Float[Array, " out_features"] | None = None,
     *,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     r"""A linear layer whose weights and activations are 8-bit floats, the latter rounded per token on their way in.
@@ -241,7 +248,8 @@ def linear_fp8_fp8(
         weight: The codes, float8_e4m3fn.
         weight_scale: One number for each output feature.
         bias: One number for each output feature, or None.
-        out: Where to write the result; may not overlap the arguments.
+        residual: What is added to the layer's result, once that is rounded to the dtype of ``x``; or None.
+        out: Where to write the result; may be ``residual``, and overlap no other argument.
 
     Returns:
         The result, in the dtype of ``x``. A product of two codes has 8 bits and is exact; sums are float32, float64 for
@@ -258,13 +266,13 @@ def linear_fp8_fp8(
         >>> linear_fp8_fp8(np.array([[44.8, 1.0]]), codes, np.array([0.5], np.float32)).round(4)
         array([[46.3]])
     """
-    check_linear("linear_fp8_fp8", x, weight.shape, bias, out)
+    check_linear("linear_fp8_fp8", x, weight.shape, bias, out, residual)
     _require_dtype("linear_fp8_fp8", weight, FP8)
     codes, scale = quantize_rows(x, format="float8_e4m3fn")
     compute = compute_dtype(x.dtype)
-    result = _linear_by_row("linear_fp8_fp8", codes.astype(compute), weight, weight_scale, None, None)
+    result = _linear_by_row("linear_fp8_fp8", codes.astype(compute), weight, weight_scale, None, None, None)
     result *= scale[:, None].astype(compute)
-    return add_bias(result, bias, x.dtype, out)
+    return add_bias(result, bias, residual, x.dtype, out)
 
 
 def linear_int4(
@@ -275,6 +283,7 @@ def linear_int4(
     bias: Float[Array, " out_features"] | None = None,
     *,
     group_size: int,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     r"""A linear layer with weights of 4 bits in groups, and activations as they are (W4A16).
@@ -292,7 +301,8 @@ def linear_int4(
         weight_min: What code 0 stands for; None: code 8 stands for 0.
         bias: One number for each output feature, or None.
         group_size: Input features that share a scale, even; the last group of a row may have fewer (but even).
-        out: Where to write the result; may not overlap the arguments.
+        residual: What is added to the layer's result, once that is rounded to the dtype of ``x``; or None.
+        out: Where to write the result; may be ``residual``, and overlap no other argument.
 
     Returns:
         The result, in the dtype of ``x``; float32 sums, float64 for float64 ``x``. The minima are taken out of the sum,
@@ -312,7 +322,7 @@ def linear_int4(
         array([[2.5]])
     """
     require_shape("linear_int4", "weight", weight, (None, None))
-    check_linear("linear_int4", x, (len(weight), 2 * weight.shape[1]), bias, out)
+    check_linear("linear_int4", x, (len(weight), 2 * weight.shape[1]), bias, out, residual)
     _require_dtype("linear_int4", weight, np.dtype(np.uint8))
     even = group_size > 0 and group_size % 2 == 0
     require(even, "linear_int4", "group_size", "a positive even number", group_size)
@@ -331,7 +341,7 @@ def linear_int4(
     if weight_min is not None:
         sums = np.add.reduceat(x, np.arange(0, x.shape[1], group_size), axis=1, dtype=compute)
         result += matmul_transposed(sums, weight_min.astype(compute))
-    return add_bias(result, bias, x.dtype, out)
+    return add_bias(result, bias, residual, x.dtype, out)
 
 
 def pack_weight(weight: Shaped[Array, "out_features stored"], *, format: str) -> Shaped[Array, "..."]:
@@ -384,7 +394,13 @@ def widen(codes: Array, out: Array) -> None:
 
 
 def _linear_by_row(
-    op: str, x: Array, weight: Array, weight_scale: Array, bias: Array | None, out: Array | None
+    op: str,
+    x: Array,
+    weight: Array,
+    weight_scale: Array,
+    bias: Array | None,
+    residual: Array | None,
+    out: Array | None,
 ) -> Array:
     """A scale for each output row, applied to the sums."""
     require_shape(op, "weight_scale", weight_scale, (len(weight),))
@@ -392,7 +408,7 @@ def _linear_by_row(
     widen_rows = lambda tile, rows: widen(weight[rows], tile)  # noqa: E731
     result = matmul_by_tiles(x.astype(compute, copy=False), len(weight), widen_rows)
     result *= weight_scale.astype(compute, copy=False)
-    return add_bias(result, bias, x.dtype, out)
+    return add_bias(result, bias, residual, x.dtype, out)
 
 
 def _linear_in_groups(x: Array, fill: Callable[[Array, slice], None], scale: Array, width: int) -> Array:

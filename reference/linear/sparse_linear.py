@@ -20,6 +20,7 @@ def sparse_linear(
     indices: UInt8[Array, "out_features index_bytes"],
     bias: Float[Array, " out_features"] | None = None,
     *,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     r"""A linear layer with a 2:4 sparse weight.
@@ -33,7 +34,8 @@ def sparse_linear(
         indices: A nibble for each group holds the two places, 0 to 3 and ascending, the first in its low two bits; byte
             j holds groups 2j (low nibble) and 2j + 1. With an odd number of groups the last nibble is not read.
         bias: One number for each output feature, or None.
-        out: Where to write the result; may not overlap the arguments.
+        residual: What is added to the layer's result, once that is rounded to the dtype of ``x``; or None.
+        out: Where to write the result; may be ``residual``, and overlap no other argument.
 
     Returns:
         The result, in the dtype of ``x``; float32 sums, float64 for float64 ``x``. (Here a tile of rows is spread out
@@ -52,7 +54,7 @@ def sparse_linear(
     """
     require_shape("sparse_linear", "values", values, (None, None))
     require_float("sparse_linear", "values", values)
-    check_linear("sparse_linear", x, (len(values), 2 * values.shape[1]), bias, out)
+    check_linear("sparse_linear", x, (len(values), 2 * values.shape[1]), bias, out, residual)
     require(values.shape[1] % 2 == 0, "sparse_linear", "values", "two values for each group of four", values.shape)
     require_shape("sparse_linear", "indices", indices, (len(values), -(-values.shape[1] // 4)))
     compute = compute_dtype(x.dtype)
@@ -61,4 +63,4 @@ def sparse_linear(
         len(values),
         lambda tile, rows: np.copyto(tile, decompress_24(values[rows], indices[rows])),
     )
-    return add_bias(result, bias, x.dtype, out)
+    return add_bias(result, bias, residual, x.dtype, out)

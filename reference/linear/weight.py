@@ -196,13 +196,13 @@ class Weight:
         """This layer, plus the residual. ``out`` may be ``residual``."""
         if self.format.is_float:
             return self.backend.linear_add(x, self.arrays["weight"], residual, self.bias, out=out)
-        return _add(residual, self.linear(x), out)
+        return self._apply(self.format.op, self.arrays, x, self.bias, out, residual=residual)
 
     def swiglu_linear_add(self, gate_up: Any, residual: Any, *, out: Any = None) -> Any:
         """SwiGLU, then this layer, plus the residual. ``out`` may be ``residual``."""
         if self.format.is_float:
             return self.backend.swiglu_linear_add(gate_up, self.arrays["weight"], residual, self.bias, out=out)
-        return _add(residual, self.linear(self.backend.swiglu(gate_up)), out)
+        return self.linear_add(self.backend.swiglu(gate_up), residual, out=out)
 
     def rows(self, rows: Any, *, dtype: str = "float32") -> Any:
         """Rows as floats: tied weights are one `Weight`, both the embedding table and the head.
@@ -271,9 +271,10 @@ class Weight:
     def _host(self, array: Any) -> Any:
         return array if self.backend is None or array is None else self.backend.to_host(array)
 
-    def _apply(self, op: str, arrays: dict[str, Any], x: Any, bias: Any, out: Any) -> Any:
-        groups = {} if self.format.group_size is None else {"group_size": self.format.group_size}
-        return getattr(self.backend, op)(x, **arrays, bias=bias, **groups, out=out)
+    def _apply(self, op: str, arrays: dict[str, Any], x: Any, bias: Any, out: Any, **options: Any) -> Any:
+        if self.format.group_size is not None:
+            options["group_size"] = self.format.group_size
+        return getattr(self.backend, op)(x, **arrays, bias=bias, **options, out=out)
 
 
 def _round(weight: np.ndarray, format: WeightFormat) -> dict[str, np.ndarray]:
@@ -308,13 +309,3 @@ def _as_float(weight: np.ndarray, name: str) -> np.ndarray:
     if name == "float16":
         weight = np.clip(weight, -65504, 65504)  # saturate, as `cast` does
     return weight.astype(dtype_named(name), copy=False)
-
-
-def _add(residual: Any, y: Any, out: Any) -> Any:
-    if out is None:
-        return residual + y
-    if out is residual:
-        out += y
-    else:
-        out[...] = residual + y
-    return out

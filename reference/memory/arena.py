@@ -40,11 +40,17 @@ IN_PLACE = {
     "add_rms_norm": {"out": "x", "residual_out": "residual"},
     "filter_logits": {"out": "logits"},
     "linear_add": {"out": "residual"},
+    "linear_fp8": {"out": "residual"},
+    "linear_fp8_fp8": {"out": "residual"},
+    "linear_int4": {"out": "residual"},
+    "linear_int8": {"out": "residual"},
+    "linear_int8_int8": {"out": "residual"},
     "lora": {"out": "base"},
     "penalize": {"out": "logits"},
     "rms_norm": {"out": "x"},
     "rotary_write_kv": {"out": "q"},
     "round_to": {"out": "x"},
+    "sparse_linear": {"out": "residual"},
     "swiglu_linear_add": {"out": "residual"},
 }
 """The arguments that ops say they may write their results over."""

@@ -47,7 +47,7 @@ def test_a_token_alone_is_a_token_in_any_batch(backend, call, data):
 @given(call=lora_calls())
 def test_writes_only_where_it_says(backend, call):
     writes_only_where_it_says(backend, call)
-    properties.honours_out(backend, call, alias="base")
+    properties.honours_out(backend, call)
 
 
 @given(call=lora_calls(), extra=st.integers(1, 5))

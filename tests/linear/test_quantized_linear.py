@@ -162,6 +162,14 @@ def layer(op, num_tokens, in_features, group_size=None, dtype="bfloat16", bias=F
     return Call(op, arrays, {} if group_size is None else {"group_size": group_size})
 
 
+def with_and_without_residual(call):
+    """The same call twice; what is added is as large as the result, and its rows lie apart."""
+    rng = np.random.default_rng(0)
+    shape = len(call.arrays["x"]), len(call.arrays["weight"])
+    residual = np.pad(rng.normal(size=shape), [(0, 0), (0, 3)]).astype(call.arrays["x"].dtype)[:, :-3]
+    return call, call.with_arrays(residual=residual)
+
+
 def recorded(monkeypatch, owner, names):
     """Which of the functions ``names`` of ``owner`` (a module, or a dict of them) were called, in order."""
     seen = []
@@ -193,10 +201,10 @@ def recorded(monkeypatch, owner, names):
 def test_each_kernel_for_4_bits(monkeypatch, kernel, num_tokens, in_features, group_size, dtype, bias, with_min):
     """Sizes choose a kernel, and each of them is right."""
     seen = recorded(monkeypatch, _int4.KERNELS, list(_int4.KERNELS))
-    properties.matches_the_oracle(
-        fast, layer("linear_int4", num_tokens, in_features, group_size, dtype, bias, with_min)
-    )
-    assert seen == [kernel], f"expected the kernel {kernel}, got {seen}"
+    plain = layer("linear_int4", num_tokens, in_features, group_size, dtype, bias, with_min)
+    for call in with_and_without_residual(plain):
+        properties.matches_the_oracle(fast, call)
+    assert seen == [kernel] * 2, f"expected the kernel {kernel}, got {seen}"
 
 
 @pytest.mark.parametrize(("num_tokens", "out_features"), [(1, 8192), (2, 8192), (16, 8192), (16, 4096), (32, 8192)])
@@ -229,8 +237,9 @@ def test_each_kernel_for_8_bits(monkeypatch, op, kernel, num_tokens, in_features
     """Sizes choose a kernel, and each of them is right."""
     seen = recorded(monkeypatch, _eight_bit, ["few_tokens", "many_tokens", "any_groups"])
     bytes_ = recorded(monkeypatch, _w8a8, ["many_tokens"])
-    properties.matches_the_oracle(fast, layer(op, num_tokens, in_features, group_size, dtype, bias=True))
-    assert seen + ["bytes"] * len(bytes_) == [kernel], f"expected the kernel {kernel}, got {seen} and {bytes_}"
+    for call in with_and_without_residual(layer(op, num_tokens, in_features, group_size, dtype, bias=True)):
+        properties.matches_the_oracle(fast, call)
+    assert seen + ["bytes"] * len(bytes_) == [kernel] * 2, f"expected the kernel {kernel}, got {seen} and {bytes_}"
 
 
 @pytest.mark.needs("interpreter")  # tiles so small are none to the tensor cores
@@ -239,8 +248,9 @@ def test_bands_of_tiles_cover_everything(monkeypatch):
     monkeypatch.setattr(_w8a8, "TILE", (16, 32, 64))
     monkeypatch.setattr(_w8a8, "BAND", 2)
     seen = recorded(monkeypatch, _w8a8, ["many_tokens"])
-    properties.matches_the_oracle(fast, layer("linear_int8_int8", 70, 96, bias=True, out_features=150))
-    assert seen, "the kernel with bands was not chosen"
+    for call in with_and_without_residual(layer("linear_int8_int8", 70, 96, bias=True, out_features=150)):
+        properties.matches_the_oracle(fast, call)
+    assert len(seen) == 2, "the kernel with bands was not chosen"
 
 
 def test_many_tokens_of_8_bit_floats(monkeypatch):
@@ -250,13 +260,15 @@ def test_many_tokens_of_8_bit_floats(monkeypatch):
     call = call.with_arrays(
         x=np.abs(call.arrays["x"]), weight=(call.arrays["weight"].view(np.uint8) & 0x7F).view(FP8_CODES)
     )
-    ref64, bound = properties.expected(fast, call)
-    seen = recorded(monkeypatch, _w8a8, ["scaled_mm"])
-    got = run(fast, call)["out"]
     native = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
     assert quantized_linear.choose_eight_bit(256, torch.float8_e4m3fn, True) == "scaled_mm", "not even considered"
-    assert seen == ["scaled_mm"] * native, f"`torch._scaled_mm` was called {len(seen)} times"
-    properties.assert_within(got, ref64, bound + native * 2.0**-10 * ref64, "linear_fp8_fp8", ("token", "feature"))
+    size = np.abs(properties.expected(fast, call)[0])
+    for wanted in with_and_without_residual(call):
+        ref64, bound = properties.expected(fast, wanted)
+        seen = recorded(monkeypatch, _w8a8, ["scaled_mm"])
+        got = run(fast, wanted)["out"]
+        assert seen == ["scaled_mm"] * native, f"`torch._scaled_mm` was called {len(seen)} times"
+        properties.assert_within(got, ref64, bound + native * 2.0**-10 * size, "linear_fp8_fp8", ("token", "feature"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -265,13 +277,13 @@ def test_many_tokens_of_8_bit_floats(monkeypatch):
 )
 def test_invariant_variants_do_not_see_the_batch(op, group_size, dtype):
     """A token's bits are the same alone, in a small batch and in a large one, wherever in it; and they are right."""
-    call = layer(op, 70, 96, group_size, dtype, bias=True)
+    call = with_and_without_residual(layer(op, 70, 96, group_size, dtype, bias=True))[1]
     run = getattr(quantized_linear, f"{op}_invariant")
     place = {name: fast.from_host(array) for name, array in call.arrays.items()}
     whole = fast.to_host(run(**place, **call.options))
     properties.assert_within(whole, *properties.expected(fast, call), f"{op}_invariant", ("token", "feature"))
     for tokens in ([0], [69], [3, 68, 5], list(range(20, 60))):
-        part = place | {"x": fast.from_host(call.arrays["x"][tokens])}
+        part = place | {name: fast.from_host(call.arrays[name][tokens]) for name in ("x", "residual")}
         got = fast.to_host(run(**part, **call.options))
         assert got.tobytes() == whole[tokens].tobytes(), f"{op}: tokens {tokens} differ from themselves in the batch"
 
@@ -293,6 +305,8 @@ BAD = [
     ("linear_int8", {"group_size": 0}, "group_size"),
     ("linear_int8", {"x": np.ones((2, 6), np.int8)}, "x"),
     ("linear_int8", {"bias": np.ones(4, np.int8)}, "bias"),
+    ("linear_int8", {"residual": np.ones((1, 4), np.float32)}, "residual"),
+    ("linear_int8", {"residual": np.ones((2, 4), np.int8)}, "residual"),
     ("linear_int8", {"out": np.ones((2, 4), np.float64)}, "out"),
     ("linear_int8_int8", {"weight": np.ones((4, 6), np.float32)}, "weight"),
     ("linear_fp8", {"weight": np.ones((4, 6), np.float32)}, "weight"),
@@ -306,6 +320,7 @@ BAD = [
     ("linear_int4", {"weight_min": np.ones((4, 1), np.float32)}, "weight_min"),
     ("linear_int4", {"group_size": 3}, "group_size"),
     ("linear_int4", {"bias": np.ones(6, np.float32)}, "bias"),
+    ("linear_int4", {"residual": np.ones((2, 6), np.float32)}, "residual"),
 ]
 
 

@@ -82,8 +82,11 @@ def test_each_kernel_is_chosen_and_right(monkeypatch, kernel, num_tokens, dtype)
     for name in ("one_token", "tiles"):
         run_it = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, run_it=run_it: (seen.append(name), run_it(*a))[1])
-    properties.matches_the_oracle(fast, layer(num_tokens, 4 * 519, dtype))
-    assert seen == [kernel], f"expected {kernel}, got {seen}"
+    call = layer(num_tokens, 4 * 519, dtype)
+    properties.matches_the_oracle(fast, call)
+    residual = np.random.default_rng(1).normal(size=(num_tokens, 70)).astype(call.arrays["x"].dtype)
+    properties.matches_the_oracle(fast, call.with_arrays(residual=residual))
+    assert seen == [kernel] * 2, f"expected {kernel}, got {seen}"
 
 
 def test_steps_suit_the_layer():
@@ -110,6 +113,7 @@ BAD = {
     "weight": {"x": np.ones((2, 4), np.float32)},
     "values": {"values": np.ones((3, 4), np.int8)},
     "indices": {"indices": np.full((3, 2), 0x44, np.uint8)},
+    "residual": {"residual": np.ones((2, 4), np.float32)},
     "out": {"out": np.ones((2, 4), np.float32)},
 }
 

@@ -48,10 +48,12 @@ def test_rounded_weights_are_their_values(backend, format):
 def test_rounded_activations_are_their_values(format, op, codes):
     """Formats that round activations per token give what a float layer makes of the rounded numbers."""
 
-    def by_values(x, weight, weight_scale, bias=None, *, out=None):
+    def by_values(x, weight, weight_scale, bias=None, *, residual=None, out=None):
         rounded, scale = reference.quantize_rows(x, format=codes)
         values, matrix = (a.astype(np.float32) * s[:, None] for a, s in ((rounded, scale), (weight, weight_scale)))
-        return reference.linear(values, matrix, bias, out=out)
+        if residual is None:
+            return reference.linear(values, matrix, bias, out=out)
+        return reference.linear_add(values, matrix, residual, bias, out=out)
 
     model = random_model("qwen2", seed=4, hidden_size=64, num_heads=8)
     backends = (reference, overlay(SimpleNamespace(**{op: by_values}), reference))

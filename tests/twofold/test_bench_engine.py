@@ -1,5 +1,6 @@
 """`twofold bench engine`: its decks, its limits, and each way of measuring on a small model. Figures need a GPU."""
 
+import json
 import math
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference.model.config import ModelConfig
-from twofold.bench import engine
+from twofold.bench import engine, report
 from twofold.bench.engine import DECKS, LLAMA, QWEN, Bench, Deck, Figure, Target, chosen
 from twofold.bench.limits import Limits
 from twofold.bench.profiling import summary
@@ -139,6 +140,33 @@ def test_decks_are_chosen_by_words():
     assert all(tokens <= 48 for deck in chosen([], quick=True) for _, _, tokens in deck.latency)
     with pytest.raises(TwofoldError, match="no such deck"):
         chosen(["nothing"])
+
+
+def test_some_decks_leave_the_figures_of_the_others(monkeypatch, tmp_path, capsys):
+    """Each then says which run it is from; a run of all decks, or on another device, keeps nothing."""
+    results, device = tmp_path / "engine.json", ["a GPU"]
+    monkeypatch.setattr(report, "gpu_name", lambda: device[0])
+
+    def measure(value: float, *only: str) -> dict:
+        names = ("step", "first token") if not only else ("step",)
+        measured = [Figure(QWEN, f"bfloat16: {name}", "ms", value) for name in names]
+        monkeypatch.setattr(engine, "run", lambda decks, **how: iter(measured))
+        assert twofold(["bench", "engine", *only, "--results", str(results)]) == 0
+        return json.loads(results.read_text())["results"]["figures"][QWEN]
+
+    assert [figure["value"] for figure in measure(1.0).values()] == [1, 1]
+    kept = measure(2.0, "--only", "qwen bfloat16")
+    assert {name: figure["value"] for name, figure in kept.items()} == {"bfloat16: step": 2, "bfloat16: first token": 1}
+    assert "run" not in kept["bfloat16: step"]
+    first = kept["bfloat16: first token"]["run"]
+    assert first["command"].startswith("twofold bench engine")
+    assert "--only" not in first["command"]
+    again = measure(3.0, "--only", "qwen bfloat16")
+    assert again["bfloat16: first token"]["run"] == first, "a figure is said to be of the run that kept it"
+    device[0] = "another"
+    assert list(measure(4.0, "--only", "qwen bfloat16")) == ["bfloat16: step"]
+    assert all("run" not in figure for figure in measure(5.0).values())
+    capsys.readouterr()
 
 
 def test_without_a_gpu_it_is_a_sentence(monkeypatch, capsys):

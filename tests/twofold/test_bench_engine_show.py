@@ -54,6 +54,16 @@ def test_a_waterfall_ends_at_the_measured_step(results):
     assert parts["idle"] == pytest.approx((2 * (600 - 561) + 3 * 10) / 3)
 
 
+def test_a_table_names_every_run_that_it_has_figures_of(results):
+    figure = next(iter(results["figures"][QWEN].values()))
+    figure["run"] = {"date": "2026-01-01", "command": "twofold bench engine"}
+    notes = show.qwen(results)[3]
+    assert notes == [
+        "a GPU, 2026-01-01: `twofold bench engine`",
+        "a GPU, 2026-01-02: `twofold bench engine --profile`",
+    ]
+
+
 def test_every_plot_is_drawn_and_is_the_same_file_again(results, tmp_path):
     once, again = ({p.name: p.read_bytes() for p in plots.draw(results, tmp_path / name)} for name in "ab")
     assert once == again

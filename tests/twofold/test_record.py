@@ -34,7 +34,7 @@ def test_examples_features_and_failures_are_kept(tmp_path):
     assert run.returncode == 1, run.stdout
     results = json.loads(record.read_text())["results"]
     assert results["outcomes"] == {"passed": 2, "failed": 1}
-    assert results["not passed"] == ["test_some.py::test_fails"]
+    assert results["not passed"] == {"test_some.py::test_fails": "failed"}
     (kept,) = results["properties"].values()
     assert kept["examples"] == results["examples"] == 20
     assert kept["features"]["even"] + kept["features"]["odd"] == 20
@@ -65,7 +65,7 @@ def test_parts_are_put_together(tmp_path):
     subprocess.run(merge, check=True, capture_output=True)
     results = json.loads(whole.read_text())["results"]
     assert results["outcomes"] == {"passed": 4}
-    assert results["not passed"] == []
+    assert results["not passed"] == {}
     assert results["examples"] == 40
     assert results["other tests that passed"] == {
         "test_more.py": ["test_more"],

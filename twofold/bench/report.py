@@ -61,6 +61,19 @@ def save(path: Path, command: str, results: Mapping[str, Any], *, device: str | 
     unfinished.replace(path)
 
 
+def figures_of_earlier_runs(path: Path, device: str) -> dict[str, dict[str, Any]]:
+    """What a results file has of this device, by model and name, each with the ``run`` that it is from."""
+    try:
+        kept = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    if kept["device"] != device:
+        return {}
+    run = {name: kept[name] for name in ("command", "date")}
+    models = kept["results"]["figures"].items()
+    return {model: {name: {"run": run} | figure for name, figure in figures.items()} for model, figures in models}
+
+
 class Unfinished:
     """What a sweep has done so far, kept beside where its results will go, so that one that is interrupted can go on.
 

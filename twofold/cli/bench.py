@@ -190,14 +190,14 @@ def engine(
 
     from twofold import __version__
     from twofold.bench.engine import SEED, VLLM_SOURCE, Figure, chosen, copying, run
-    from twofold.bench.report import gpu_name, save
+    from twofold.bench.report import figures_of_earlier_runs, gpu_name, save
 
     decks = chosen(only or (), quick=quick)
     device = gpu_name()
     results = results or _of_device("copying" if model else "engine", device)
     command = _asked("engine", only=only, quick=quick, profile=profile, model=model)
     measured = copying.run(model) if model else run(decks, rounds=1 if quick else 3, profiled=profile)
-    figures: dict[str, dict[str, Any]] = {}
+    figures = figures_of_earlier_runs(results, device) if only else {}  # of the decks that are not asked for
     profiles: dict[str, Any] = {}
     console = Console(width=None if sys.stdout.isatty() else 200)
     for found in measured:

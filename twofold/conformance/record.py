@@ -114,7 +114,7 @@ def summary(tests: dict[str, dict[str, Any]]) -> dict[str, Any]:
             others.setdefault(file, []).append(rest)
     return {
         "outcomes": dict(Counter(test["outcome"] for test in tests.values())),
-        "not passed": sorted(name for name, test in tests.items() if test["outcome"] != "passed"),
+        "not passed": {name: test["outcome"] for name, test in sorted(tests.items()) if test["outcome"] != "passed"},
         "examples": sum(test["examples"] for test in properties.values()),
         "properties": properties,
         "other tests that passed": others,
@@ -134,7 +134,7 @@ def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 raise TwofoldError(f"records of different machines: {key} {part[key]} and {first[key]}")
         found = part["results"]
         names = {f"{file}::{rest}" for file, all in found["other tests that passed"].items() for rest in all}
-        now = {name: {"outcome": "failed"} for name in found["not passed"]} | found["properties"]
+        now = {name: {"outcome": outcome} for name, outcome in found["not passed"].items()} | found["properties"]
         for name, test in (now | {name: {"outcome": "passed"} for name in names}).items():
             before = tests.get(name, {})
             if before.get("outcome") == test["outcome"] == "passed" and "examples" in before and "examples" in test:

@@ -29,8 +29,9 @@ def _table(results: dict[str, Any], model: str) -> Table:
     rows = [(name, *_cells(figure)) for name, figure in figures.items()]
     kept = [place for place in range(len(COLUMNS)) if place < 2 or any(row[place] for row in rows)]
     measured = results["measured"]
-    note = f"{measured['device']}, {measured['date']}: `{measured['command']}`"
-    return model, tuple(COLUMNS[i] for i in kept), [tuple(row[i] for i in kept) for row in rows], [note]
+    runs = [figure.get("run", measured) for figure in figures.values()]
+    notes = dict.fromkeys(f"{measured['device']}, {run['date']}: `{run['command']}`" for run in runs)
+    return model, tuple(COLUMNS[i] for i in kept), [tuple(row[i] for i in kept) for row in rows], [*notes]
 
 
 def _cells(figure: dict[str, Any]) -> tuple[str, ...]:

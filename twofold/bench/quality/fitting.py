@@ -43,7 +43,7 @@ def _find(weight: Weight, case: Case, x: np.ndarray | None) -> Weight:
     matrix, placed = host.dequantize(), {"backend": weight.backend, "device": weight.device}
     if case.method == "GPTQ":
         assert x is not None
-        return gptq(matrix, [x], host.bias, format=case.weights, **placed)
+        return gptq(matrix, [x], host.bias, format=case.weights, act_order=True, **placed)
     if case.kind == "pruning":
         score = magnitude_score(matrix) if x is None else wanda_score(matrix, feature_norm([x]))
         is_24 = case.weights == "sparse24"

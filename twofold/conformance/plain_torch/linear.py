@@ -44,9 +44,10 @@ def linear_int8(
     bias: Float[Array, " out_features"] | None = None,
     *,
     group_size: int | None = None,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    _check("linear_int8", x, weight.shape, bias, out)
+    _check("linear_int8", x, weight.shape, bias, out, residual)
     _require_dtype("linear_int8", weight, torch.int8)
     if group_size is None:
         _require_shape("linear_int8", "weight_scale", weight_scale, (len(weight),))
@@ -54,7 +55,7 @@ def linear_int8(
     else:
         scale = _spread("linear_int8", "weight_scale", weight_scale, weight.shape, group_size)
     wide = _wide(x)
-    return _linear(x, wide, weight.to(wide.dtype) * scale.to(wide.dtype), bias, out)
+    return _linear(x, wide, weight.to(wide.dtype) * scale.to(wide.dtype), bias, out, residual)
 
 
 def linear_int8_int8(
@@ -63,14 +64,15 @@ def linear_int8_int8(
     weight_scale: Float32[Array, " out_features"],
     bias: Float[Array, " out_features"] | None = None,
     *,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    _check("linear_int8_int8", x, weight.shape, bias, out)
+    _check("linear_int8_int8", x, weight.shape, bias, out, residual)
     _require_dtype("linear_int8_int8", weight, torch.int8)
     _require_shape("linear_int8_int8", "weight_scale", weight_scale, (len(weight),))
     codes, scale = quantize_rows(x, format="int8")
     sums = codes.double() @ weight.double().T  # exact: far below 2**53
-    return _scaled(x, sums, scale, weight_scale, bias, out)
+    return _scaled(x, sums, scale, weight_scale, bias, out, residual)
 
 
 def linear_fp8(
@@ -79,13 +81,14 @@ def linear_fp8(
     weight_scale: Float32[Array, " out_features"],
     bias: Float[Array, " out_features"] | None = None,
     *,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    _check("linear_fp8", x, weight.shape, bias, out)
+    _check("linear_fp8", x, weight.shape, bias, out, residual)
     _require_dtype("linear_fp8", weight, torch.float8_e4m3fn)
     _require_shape("linear_fp8", "weight_scale", weight_scale, (len(weight),))
     wide = _wide(x)
-    return _linear(x, wide, weight.to(wide.dtype) * weight_scale[:, None].to(wide.dtype), bias, out)
+    return _linear(x, wide, weight.to(wide.dtype) * weight_scale[:, None].to(wide.dtype), bias, out, residual)
 
 
 def linear_fp8_fp8(
@@ -94,14 +97,15 @@ def linear_fp8_fp8(
     weight_scale: Float32[Array, " out_features"],
     bias: Float[Array, " out_features"] | None = None,
     *,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
-    _check("linear_fp8_fp8", x, weight.shape, bias, out)
+    _check("linear_fp8_fp8", x, weight.shape, bias, out, residual)
     _require_dtype("linear_fp8_fp8", weight, torch.float8_e4m3fn)
     _require_shape("linear_fp8_fp8", "weight_scale", weight_scale, (len(weight),))
     codes, scale = quantize_rows(x, format="float8_e4m3fn")
     compute = _wide(x).dtype
-    return _scaled(x, F.linear(codes.to(compute), weight.to(compute)), scale, weight_scale, bias, out)
+    return _scaled(x, F.linear(codes.to(compute), weight.to(compute)), scale, weight_scale, bias, out, residual)
 
 
 def linear_int4(
@@ -112,11 +116,12 @@ def linear_int4(
     bias: Float[Array, " out_features"] | None = None,
     *,
     group_size: int,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     _require_shape("linear_int4", "weight", weight, (None, None))
     shape = torch.Size((len(weight), 2 * weight.shape[1]))
-    _check("linear_int4", x, shape, bias, out)
+    _check("linear_int4", x, shape, bias, out, residual)
     _require_dtype("linear_int4", weight, torch.uint8)
     even = group_size > 0 and group_size % 2 == 0
     require(even, "linear_int4", "group_size", "a positive even number", group_size)
@@ -126,9 +131,9 @@ def linear_int4(
     groups = [torch.cat([part & 15, part >> 4], dim=1) for part in weight.split(group_size // 2, dim=1)]
     codes = torch.cat(groups, dim=1).to(wide.dtype) if groups else weight.to(wide.dtype)
     if weight_min is None:
-        return _linear(x, wide, (codes - 8) * scale, bias, out)
+        return _linear(x, wide, (codes - 8) * scale, bias, out, residual)
     minimum = _spread("linear_int4", "weight_min", weight_min, shape, group_size).to(wide.dtype)
-    return _linear(x, wide, codes * scale + minimum, bias, out)
+    return _linear(x, wide, codes * scale + minimum, bias, out, residual)
 
 
 def pack_weight(weight: Shaped[Array, "out_features stored"], *, format: str) -> Shaped[Array, "..."]:
@@ -150,12 +155,13 @@ def sparse_linear(
     indices: UInt8[Array, "out_features index_bytes"],
     bias: Float[Array, " out_features"] | None = None,
     *,
+    residual: Float[Array, "num_tokens out_features"] | None = None,
     out: Float[Array, "num_tokens out_features"] | None = None,
 ) -> Float[Array, "num_tokens out_features"]:
     _require_shape("sparse_linear", "values", values, (None, None))
     require(values.is_floating_point(), "sparse_linear", "values", "a floating dtype", values.dtype)
     out_features, half_features = values.shape
-    _check("sparse_linear", x, torch.Size((out_features, 2 * half_features)), bias, out)
+    _check("sparse_linear", x, torch.Size((out_features, 2 * half_features)), bias, out, residual)
     require(half_features % 2 == 0, "sparse_linear", "values", "two for each group of four", half_features)
     _require_shape("sparse_linear", "indices", indices, (out_features, -(-half_features // 4)))
 
@@ -164,7 +170,7 @@ def sparse_linear(
     ascend = (places[..., 0] < places[..., 1]).all()
     require(ascend, "sparse_linear", "indices", "two ascending places in each nibble", "others")
     dense = values.new_zeros(out_features, half_features // 2, 4).scatter(-1, places, values.unflatten(1, (-1, 2)))
-    return _linear(x, _wide(x), dense.flatten(1), bias, out)
+    return _linear(x, _wide(x), dense.flatten(1), bias, out, residual)
 
 
 def lora(
@@ -200,14 +206,26 @@ def lora(
     return _deliver("lora", result, base.dtype, out)
 
 
-def _linear(x: Array, wide: Array, weight: Array, bias: Array | None, out: Array | None) -> Array:
+def _linear(
+    x: Array, wide: Array, weight: Array, bias: Array | None, out: Array | None, residual: Array | None = None
+) -> Array:
     bias = None if bias is None else bias.to(wide.dtype)
-    return _deliver("linear", F.linear(wide, weight.to(wide.dtype), bias), x.dtype, out)
+    result = F.linear(wide, weight.to(wide.dtype), bias)
+    return _deliver("linear", result if residual is None else result + residual.to(wide.dtype), x.dtype, out)
 
 
-def _scaled(x: Array, sums: Array, scale: Array, weight_scale: Array, bias: Array | None, out: Array | None) -> Array:
+def _scaled(
+    x: Array,
+    sums: Array,
+    scale: Array,
+    weight_scale: Array,
+    bias: Array | None,
+    out: Array | None,
+    residual: Array | None,
+) -> Array:
     result = sums.double() * scale[:, None].double() * weight_scale.double()
-    result = result if bias is None else result + bias.double()
+    for added in (bias, residual):
+        result = result if added is None else result + added.double()
     return _deliver("linear", result, x.dtype, out)
 
 
@@ -230,7 +248,14 @@ def _deliver(op: str, result: Array, dtype: torch.dtype, out: Array | None) -> A
     return out.copy_(result)
 
 
-def _check(op: str, x: Array, weight_shape: torch.Size, bias: Array | None, out: Array | None) -> None:
+def _check(
+    op: str,
+    x: Array,
+    weight_shape: torch.Size,
+    bias: Array | None,
+    out: Array | None,
+    residual: Array | None = None,
+) -> None:
     _require_shape(op, "x", x, (None, None))
     require(x.is_floating_point(), op, "x", "a floating dtype", x.dtype)
     fits = len(weight_shape) == 2 and weight_shape[1] == x.shape[1]
@@ -238,6 +263,9 @@ def _check(op: str, x: Array, weight_shape: torch.Size, bias: Array | None, out:
     if bias is not None:
         _require_shape(op, "bias", bias, (weight_shape[0],))
         require(bias.is_floating_point(), op, "bias", "a floating dtype", bias.dtype)
+    if residual is not None:
+        _require_shape(op, "residual", residual, (len(x), weight_shape[0]))
+        require(residual.is_floating_point(), op, "residual", "a floating dtype", residual.dtype)
     if out is not None:
         _require_shape(op, "out", out, (len(x), weight_shape[0]))
         _require_dtype(op, out, x.dtype, "out")

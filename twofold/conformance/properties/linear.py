@@ -71,12 +71,14 @@ def oracle(backend: Backend, call: Call) -> tuple[np.ndarray, np.ndarray, np.nda
     if call.op in ROUNDED:
         codes, scale = backend.quantize_rows(backend.from_host(call.arrays["x"]), format=ROUNDED[call.op])
         x = widen(backend.to_host(codes)) * widen(backend.to_host(scale))[:, None]
-    bias = widen(call.arrays["bias"]) if "bias" in call.arrays else np.zeros(len(weight))
+    bias, residual = (widen(call.arrays[name]) if name in call.arrays else 0.0 for name in ("bias", "residual"))
     ref64, summed = x @ weight.T, np.abs(x) @ size.T
     if call.op == "linear_int8_int8":
         summed = np.abs(ref64)  # the sums are exact integers: nothing is lost before they are scaled
     stored = summed if "group_size" in call.options else np.zeros_like(summed)
-    return ref64 + bias, summed + np.abs(bias), stored
+    if "residual" in call.arrays:
+        stored = stored + np.abs(ref64 + bias)  # which the contract rounds before it is added
+    return ref64 + bias + residual, summed + np.abs(bias) + np.abs(residual), stored
 
 
 def matches_the_oracle(backend: Backend, call: Call) -> None:
@@ -104,7 +106,7 @@ def tokens_do_not_depend_on_company(backend: Backend, call: Call, keep: Sequence
     """A token gives the same whether it is alone, among others, or among others that are NaN; exactly so where the
     arithmetic is exact."""
     assume_supported(backend, *(array.dtype for array in call.arrays.values()))
-    per_token = [name for name in ("base", "x", "adapter_ids") if name in call.arrays]
+    per_token = [name for name in ("base", "x", "residual", "adapter_ids") if name in call.arrays]
     chosen = np.array(keep, np.intp)
     poisoned = {name: np.array(call.arrays[name]) for name in per_token if name != "adapter_ids"}
     for array in poisoned.values():
@@ -122,8 +124,9 @@ def tokens_do_not_depend_on_company(backend: Backend, call: Call, keep: Sequence
             assert got.tobytes() == first.tobytes(), f"{call.op}: tokens {keep} {what} differ from themselves alone"
 
 
-def honours_out(backend: Backend, call: Call, alias: str | None = None) -> None:
+def honours_out(backend: Backend, call: Call) -> None:
     """The result goes where ``out`` says, which began as NaN (or is the argument that it may be), and is returned."""
+    alias = next((name for name in ("base", "residual") if name in call.arrays), None)
     assume_supported(backend, *(array.dtype for array in call.arrays.values()))
     want = run(backend, call)["out"]
     for out in (np.full(want.shape, np.nan, want.dtype), np.array(call.arrays[alias]) if alias else None):

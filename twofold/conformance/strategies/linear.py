@@ -48,6 +48,8 @@ def linear_calls(draw: st.DrawFn, op: str) -> Call:
         arrays |= _codes(draw, rng, op, shape) | _scales(draw, rng, op, shape, options.get("group_size"))
     if draw(st.booleans(), label="bias"):
         arrays["bias"] = matrix(draw, rng, shape[:1], dtype, "bias")
+    if op != "linear" and draw(st.booleans(), label="residual"):  # for `linear` that is `linear_add`
+        arrays["residual"] = matrix(draw, rng, (len(x), shape[0]), dtype, "residual")
     return Call(op, arrays, options)
 
 
