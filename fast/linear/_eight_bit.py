@@ -74,24 +74,14 @@ def dot_of(codes, x, acc):
 
 
 @triton.jit
-def finish(
-    y,
-    weight_scale_ptr,
-    x_scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    stride_residual_t,
-    stride_out_t,
-    stride_out_o,
-    o,
-    token,
-    mask,
-):
-    """Both scales, the bias, the residual, and one rounding.
+def finish(y, weight_scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, strides, o, token, mask):
+    """Both scales, the bias, the residual, and one rounding of a tile, features times tokens.
 
+    ``strides``: from token to token of the residual and of the result, and from feature to feature of the result.
     Product and sum are one `fma` in words: otherwise the compiler of each kernel decides whether they are.
     """
+    stride_residual_t, stride_out_t, stride_out_o = strides
+    o, token = o[:, None], token.to(tl.int64)[None, :]
     y = y.to(tl.float32)
     bias = tl.zeros_like(y)
     if bias_ptr is not None:
@@ -168,20 +158,8 @@ def _few_tokens_kernel(
     mask = in_batch[None, :] & (o < out_features)[:, None]
     scale_ptr = None if IN_GROUPS else weight_scale_ptr
     y = tl.sum(acc, axis=0)
-    finish(
-        y,
-        scale_ptr,
-        x_scale_ptr,
-        bias_ptr,
-        residual_ptr,
-        out_ptr,
-        stride_residual_t,
-        stride_out_t,
-        stride_out_o,
-        o[:, None],
-        token.to(tl.int64)[None, :],
-        mask,
-    )
+    strides = stride_residual_t, stride_out_t, stride_out_o
+    finish(y, scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, strides, o, token, mask)
 
 
 @triton.jit
@@ -221,20 +199,8 @@ def _many_tokens_kernel(
         x = tl.load(x_ptr + x_row[:, None] * stride_x_t + i, mask=in_row, other=0.0)
         acc = dot_of(codes, tl.trans(x), acc)
     mask = (token < num_tokens)[None, :] & (o < out_features)[:, None]
-    finish(
-        acc,
-        weight_scale_ptr,
-        x_scale_ptr,
-        bias_ptr,
-        residual_ptr,
-        out_ptr,
-        stride_residual_t,
-        stride_out_t,
-        stride_out_o,
-        o[:, None],
-        token.to(tl.int64)[None, :],
-        mask,
-    )
+    strides = stride_residual_t, stride_out_t, stride_out_o
+    finish(acc, weight_scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, strides, o, token, mask)
 
 
 @triton.jit
@@ -274,20 +240,8 @@ def _any_groups_kernel(
         x = tl.load(x_ptr + x_row + i, mask=in_batch[:, None] & in_row, other=0.0)
         acc = dot_in_order(to_dtype(codes * scale.to(tl.float32), x.dtype), tl.trans(x), acc)
     mask = in_batch[None, :] & (o < out_features)[:, None]
-    finish(
-        acc,
-        None,
-        None,
-        bias_ptr,
-        residual_ptr,
-        out_ptr,
-        stride_residual_t,
-        stride_out_t,
-        stride_out_o,
-        o[:, None],
-        token.to(tl.int64)[None, :],
-        mask,
-    )
+    strides = stride_residual_t, stride_out_t, stride_out_o
+    finish(acc, None, None, bias_ptr, residual_ptr, out_ptr, strides, o, token, mask)
 
 
 def stride_of_rows(array: Array | None) -> int:

@@ -61,20 +61,8 @@ def _any_groups_kernel(
         x_high = tl.load(x_ptr + x_row + high, mask=x_mask, other=0.0)
         acc = dot_in_order(to_dtype(w_low, x_low.dtype), tl.trans(x_low), acc)
         acc = dot_in_order(to_dtype(w_high, x_high.dtype), tl.trans(x_high), acc)
-    store_tile(
-        acc,
-        bias_ptr,
-        residual_ptr,
-        out_ptr,
-        stride_residual_t,
-        stride_out_t,
-        stride_out_o,
-        o,
-        tl.minimum(o, out_features - 1),
-        token,
-        num_tokens,
-        out_features,
-    )
+    strides = stride_residual_t, stride_out_t, stride_out_o
+    store_tile(acc, bias_ptr, residual_ptr, out_ptr, strides, o, token, num_tokens, out_features)
 
 
 def any_groups(

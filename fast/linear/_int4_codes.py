@@ -71,25 +71,16 @@ def add_minimum(acc, low, high, min_ptr, stride_min_o, row, g):
 
 
 @triton.jit
-def store_tile(
-    acc,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    stride_residual_t,
-    stride_out_t,
-    stride_out_o,
-    o,
-    row,
-    token,
-    num_tokens,
-    out_features,
-):
-    """Add the bias and the residual to a tile, features times tokens, and round it once; ``row`` is ``o``, kept inside
-    the weight."""
+def store_tile(acc, bias_ptr, residual_ptr, out_ptr, strides, o, token, num_tokens, out_features):
+    """Add the bias and the residual to a tile, features times tokens, and round it once.
+
+    ``strides``: from token to token of the residual and of the result, and from feature to feature of the result.
+    """
+    stride_residual_t, stride_out_t, stride_out_o = strides
+    in_row = o < out_features
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
-    mask = (token < num_tokens)[None, :] & (o < out_features)[:, None]
+        acc += tl.load(bias_ptr + o, mask=in_row).to(tl.float32)[:, None]
+    mask = (token < num_tokens)[None, :] & in_row[:, None]
     token = token.to(tl.int64)[None, :]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + token * stride_residual_t + o[:, None], mask=mask).to(tl.float32)

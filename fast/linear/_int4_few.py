@@ -85,20 +85,8 @@ def _few_tokens_kernel(
             acc += least[:, :, None] * total[:, None, :]
     let_successor_come(OVERLAP)
     acc = tl.sum(acc, axis=0)
-    store_tile(
-        acc,
-        bias_ptr,
-        residual_ptr,
-        out_ptr,
-        stride_residual_t,
-        stride_out_t,
-        stride_out_o,
-        o,
-        row,
-        token,
-        num_tokens,
-        out_features,
-    )
+    strides = stride_residual_t, stride_out_t, stride_out_o
+    store_tile(acc, bias_ptr, residual_ptr, out_ptr, strides, o, token, num_tokens, out_features)
 
 
 def few_tokens(

@@ -90,20 +90,8 @@ def _sums_kernel(
         scale = next_scale
         w_ptrs += HALF
         x_ptrs += 2 * HALF
-    store_tile(
-        acc,
-        bias_ptr,
-        residual_ptr,
-        out_ptr,
-        stride_residual_t,
-        stride_out_t,
-        stride_out_o,
-        o,
-        row,
-        token,
-        num_tokens,
-        out_features,
-    )
+    strides = stride_residual_t, stride_out_t, stride_out_o
+    store_tile(acc, bias_ptr, residual_ptr, out_ptr, strides, o, token, num_tokens, out_features)
 
 
 @triton.jit
@@ -143,20 +131,8 @@ def _many_tokens_kernel(
         acc = dot(scaled(nibbles(packed, False, min_ptr, low.dtype), scale), tl.trans(low), acc)
         acc = dot(scaled(nibbles(packed, True, min_ptr, low.dtype), scale), tl.trans(high), acc)
         acc = add_minimum(acc, low, high, min_ptr, stride_min_o, row, g)
-    store_tile(
-        acc,
-        bias_ptr,
-        residual_ptr,
-        out_ptr,
-        stride_residual_t,
-        stride_out_t,
-        stride_out_o,
-        o,
-        row,
-        token,
-        num_tokens,
-        out_features,
-    )
+    strides = stride_residual_t, stride_out_t, stride_out_o
+    store_tile(acc, bias_ptr, residual_ptr, out_ptr, strides, o, token, num_tokens, out_features)
 
 
 def sums(
