@@ -13,6 +13,7 @@ from twofold.bench.quality import Sweep, matrix_types, plots, show
 from twofold.bench.quality.cases import Case, all_cases, cache_case, quick_cases, weights_case
 from twofold.bench.quality.fitting import fitted_decoder
 from twofold.bench.quality.known_models import KNOWN_MODELS
+from twofold.bench.quality.one_side import IN_PARTS, round_side, with_one_side
 from twofold.bench.quality.peer import perplexity_of_transformers
 from twofold.bench.quality.reading import Reader, predictions, predictions_on_device
 from twofold.bench.quality.text import draw_windows
@@ -184,6 +185,7 @@ def test_every_case_of_the_issue_is_there():
     assert groups | {"bfloat16", "int8", "w8a8", "w8a8, SmoothQuant", "q4_1", "as stored"} <= set(cases)
     assert {f"kivi{bits}, window {window}" for bits in (2, 4) for window in (0, 32, 128)} <= set(cases)
     assert {"25%, Wanda", "50%, magnitude", "2:4, Wanda", "3 to 1 KV heads"} <= set(cases)
+    assert {"int4, keys", "int4, values", "kivi2, keys", "kivi2, values"} <= set(cases)
     assert {name for name, case in cases.items() if case.lossless} == {"q4_1", "as stored"}
     assert len({case.key for case in everything}) == len(everything)
     quick = quick_cases(everything)
@@ -202,6 +204,33 @@ def test_known_models_cost_what_is_said_of_them():
 
 
 # ---- the sweep ------------------------------------------------------------------------------------------------------
+
+
+def test_both_sides_make_the_format(decoder, windows):
+    """Keys rounded alone, and then values alone, in a cache of full precision: what a cache of the format gives."""
+    format, tokens = KV_FORMATS["int4"], windows.judged[:1, :-1]
+    keys = with_one_side(decoder, format, "keys")
+    values, both = (with_one_side(one, format, "values") for one in (decoder, keys))
+    cached = Reader(decoder, format).hidden(tokens)
+    np.testing.assert_allclose(Reader(both, IN_PARTS).hidden(tokens), cached, atol=1e-5)
+    for one in (keys, values):
+        assert not np.allclose(Reader(one, IN_PARTS).hidden(tokens), cached, atol=1e-3), "the other side is rounded too"
+
+
+@pytest.mark.parametrize(("name", "side"), [("kivi2", "keys"), ("kivi2", "values"), ("int4", "keys")])
+def test_groups_of_a_side_have_few_values(name, side):
+    """KIVI's keys by channel over 32 tokens, everything else by token over 32 channels: no more values in a group than
+    codes, none further off than half a step. Tokens that fill no group stay as they are."""
+    format, num_tokens, dim = KV_FORMATS[name], 70, 64
+    x = np.random.default_rng(0).normal(size=(num_tokens, 2, dim)).astype(np.float32)
+    got = round_side(x, format, side)
+    if name == "kivi2" and side == "keys":
+        assert np.array_equal(got[64:], x[64:])
+        x, got = (a[:64].reshape(2, 32, -1).transpose(0, 2, 1) for a in (x, got))
+    x, got = x.reshape(-1, 32), got.reshape(-1, 32)
+    assert max(len(set(row)) for row in got.tolist()) <= 2**format.bits
+    step = np.ptp(x, axis=1) / (2**format.bits - 1)
+    assert (np.abs(got - x) <= 0.51 * step[:, None]).all()
 
 
 SOME = [weights_case("int8"), cache_case("kivi2", 0), Case("25%, Wanda", "pruning", method="Wanda", sparsity=0.25)]

@@ -281,7 +281,7 @@ def quality(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="A row of the tables (`int4-64, GPTQ`), or weights, pruning, heads or cache; again for more.",
+            help="A row of the tables (`int4-64, GPTQ`), or weights, pruning, heads, cache or sides; again for more.",
             metavar="NAME",
         ),
     ] = None,

@@ -15,6 +15,7 @@ from reference.model.gqa_conversion import convert_to_gqa
 from twofold.bench.quality.cases import Case
 from twofold.bench.quality.fitting import fitted_decoder
 from twofold.bench.quality.known_models import KNOWN_MODELS
+from twofold.bench.quality.one_side import IN_PARTS, with_one_side
 from twofold.bench.quality.reading import BLOCK_SIZE, Predictions, Reader, compare
 from twofold.bench.quality.text import Windows
 from twofold.bench.report import Unfinished
@@ -118,7 +119,7 @@ class Sweep:
 
     def _measure(self, case: Case, on_window: Callable[[], None]) -> dict[str, Any]:
         decoder = self._with_case(case)
-        format = resolve_format(case.cache, "float32").with_window(case.kv_window)
+        format = IN_PARTS if case.side else resolve_format(case.cache, "float32").with_window(case.kv_window)
         reader = Reader(decoder, format)
         figures = self._predictions(reader, self._read(reader, on_window)).figures(self.baseline)
         sizes = {name: getattr(decoder.config, name) for name in ("num_layers", "num_kv_heads", "head_dim")}
@@ -136,6 +137,8 @@ class Sweep:
             return self._decoder(*convert_to_gqa(self.checkpoint.config, tensors, case.num_kv_heads))
         if case.weights == "as-is":
             return self._decoder(self.checkpoint.config, self.checkpoint.tensors(as_is=True), "as-is")
+        if case.side:
+            return with_one_side(self.decoder, resolve_format(case.cache, "float32"), case.side)
         if case.kind == "cache":
             return self.decoder
         return fitted_decoder(self.decoder, case, self.windows.calibration[:, :-1])

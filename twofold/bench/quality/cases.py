@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from reference.kv_cache.formats import KV_FORMATS, resolve_format
 from reference.linear.weight import weight_format
+from twofold.bench.quality.one_side import Side
 from twofold.errors import TwofoldError
 
-Kind = Literal["weights", "pruning", "heads", "cache"]
+Kind = Literal["weights", "pruning", "heads", "cache", "sides"]
 Method = Literal["rounding", "GPTQ", "SmoothQuant", "magnitude", "Wanda"]
+SIDES: tuple[Side, ...] = get_args(Side)
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Case:
         num_kv_heads: After the heads were averaged in groups; None: as many as there are.
         cache: Format of the KV cache.
         kv_window: Of a KIVI format; None: its own.
+        side: What alone is rounded as that format does, and then cached in full; None: the cache is of the format.
         lossless: Whether nothing can change, because the baseline's weights were rounded so before.
     """
 
@@ -36,6 +39,7 @@ class Case:
     num_kv_heads: int | None = None
     cache: str = "float32"
     kv_window: int | None = None
+    side: Side | None = None
     lossless: bool = False
 
     @property
@@ -72,7 +76,8 @@ def all_cases(stored_as: frozenset[str], num_kv_heads: int) -> list[Case]:
     ]
     cache = [cache_case(name) for name in ("bfloat16", "int8", "fp8", "int4")]
     cache += [cache_case(name, window) for name in ("kivi4", "kivi2") for window in (0, 32, 128)]
-    return weights + pruning + list(dict.fromkeys(heads)) + cache
+    sides = [Case(f"{name}, {side}", "sides", cache=name, side=side) for name in ("int4", "kivi2") for side in SIDES]
+    return weights + pruning + list(dict.fromkeys(heads)) + cache + sides
 
 
 def named_cases(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
@@ -84,7 +89,7 @@ def named_cases(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
     for name in names:
         if not any(name in (case.kind, case.name) for case in cases):
             known = ", ".join(f"'{case.name}'" for case in cases)
-            raise TwofoldError(f"--only {name}: expected weights, pruning, heads, cache, or one of {known}")
+            raise TwofoldError(f"--only {name}: expected weights, pruning, heads, cache, sides, or one of {known}")
     return [case for case in cases if case.kind in names or case.name in names]
 
 

@@ -12,9 +12,7 @@ WINDOW = "+ and what a window of full precision takes, once for each sequence."
 def tables(results: dict[str, Any]) -> list[Table]:
     """All of them that have a row."""
     return [
-        table
-        for table in (weights(results), pruning(results), cache(results), heads(results), known_models(results))
-        if table[2]
+        table for table in (show(results) for show in (weights, pruning, cache, sides, heads, known_models)) if table[2]
     ]
 
 
@@ -47,6 +45,12 @@ def cache(results: dict[str, Any]) -> Table:
     ]
     notes = [WINDOW] if any(case["window_bytes"] for case in cases) else []
     return _title(results, "KV cache"), ("format", *COLUMNS, "bytes a token"), rows, notes
+
+
+def sides(results: dict[str, Any]) -> Table:
+    """Keys or values alone."""
+    rows = [(case["name"], *_figures(case)) for case in _of_kind(results, "sides")]
+    return _title(results, "Keys alone, values alone, rounded"), ("rounded", *COLUMNS), rows, []
 
 
 def heads(results: dict[str, Any]) -> Table:
