@@ -27,6 +27,12 @@ def test_every_request_ends_and_leaves_nothing(tmp_path, capsys):
         assert turn["most_blocks"] <= turn["num_blocks"]
 
 
+def test_turns_shared_out_are_those_of_one_run():
+    """Whoever runs some of them has the requests that they have in a run of all."""
+    everything = [turn.kinds for turn in soak.soak("reference", 100, seed=3)]
+    assert [turn.kinds for turn in soak.soak("reference", 100, seed=3, only=[2, 5])] == [everything[2], everything[5]]
+
+
 def test_a_block_that_does_not_come_back_is_noticed(monkeypatch, capsys):
     free = BlockTable.free
     monkeypatch.setattr(BlockTable, "free", lambda table: free(table)[1:])

@@ -17,7 +17,7 @@ import gc
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -243,14 +243,19 @@ def unchanged(device_bytes: list[int], recorded: list[int]) -> int:
     return len(pairs)
 
 
-def soak(backend: str, num_requests: int, *, seed: int = 0) -> Iterator[Counts]:
+def soak(backend: str, num_requests: int, *, seed: int = 0, only: Sequence[int] = ()) -> Iterator[Counts]:
     """Each turn's counts as they are known; their requests are ``num_requests`` together.
+
+    Args:
+        only: The turns that are run, by number, with the share that they have of all; none: every one.
 
     Raises:
         AssertionError: If a request, a block or a byte of the device is lost.
     """
     found = resolve_backend(backend)
     for number, settings in enumerate(TURNS):
+        if only and number not in only:
+            continue
         share = num_requests * (number + 1) // len(TURNS) - num_requests * number // len(TURNS)
         yield Turn(found, execution(found, None), settings, share, seed + number).run()
 
@@ -274,19 +279,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", default="reference", help="reference, fast or plain_torch")
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0, help="of the requests, and of what befalls them")
+    turns_help = f"only this turn, 0 to {len(TURNS) - 1}; again for more: processes side by side can share them out"
+    parser.add_argument("--turn", type=int, action="append", choices=range(len(TURNS)), help=turns_help, metavar="N")
     parser.add_argument("--json", type=Path, help="where the counts go")
     options = parser.parse_args(arguments)
     if options.requests < len(TURNS):
         parser.error(f"--requests {options.requests}: expected at least {len(TURNS)}, one for each turn")
     command = f"python -m twofold.conformance.soak --backend {options.backend} --requests {options.requests}"
+    command += f" --seed {options.seed}" + "".join(f" --turn {number}" for number in options.turn or ())
     turns: list[Counts] = []
     try:
-        for turn in soak(options.backend, options.requests, seed=options.seed):
+        for turn in soak(options.backend, options.requests, seed=options.seed, only=options.turn or ()):
             turns.append(turn)
             device = gpu_name() if turn.device_bytes else None
             print(f"{turn.settings}: {dict(turn.ended)}, {turn.preemptions} preemptions, {turn.seconds} s", flush=True)
             if options.json:
-                save(options.json, f"{command} --seed {options.seed}", total(turns), device=device)
+                save(options.json, command, total(turns), device=device)
     except TwofoldError as error:
         print(f"soak: {error}", file=sys.stderr)
         return 2
