@@ -54,7 +54,7 @@ class Case:
 
 def all_cases(stored_as: frozenset[str], num_kv_heads: int) -> list[Case]:
     """Everything, for a checkpoint with matrices stored as ``stored_as`` ("F32", "Q4_1", ...)."""
-    weights = [weights_case(name) for name in ("bfloat16", "int8", "w8a8")]
+    weights = [weights_case(name) for name in ("bfloat16", "int8", "q8_0", "w8a8")]
     weights.append(Case("w8a8, SmoothQuant", "weights", "w8a8", "SmoothQuant"))
     for group_size in (32, 64, 128):
         weights.append(weights_case(f"int4-{group_size}"))
