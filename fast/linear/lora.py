@@ -183,11 +183,10 @@ def in_two(x, DTYPE: tl.constexpr):
     large, and what is 2^16 times smaller not too small.
     """
     exponent = tl.max(x.to(tl.uint32, bitcast=True) & 0x7F800000, axis=1).to(tl.int32)
-    exponent = tl.minimum(tl.maximum(exponent, 15 << 23), 254 << 23)  # the unit and its inverse are normal numbers
-    unit = (exponent - (14 << 23)).to(tl.float32, bitcast=True)
-    x = x * ((254 << 23) - (exponent - (14 << 23))).to(tl.float32, bitcast=True)[:, None]
+    unit = tl.maximum(exponent, 15 << 23) - (14 << 23)  # a normal number, and so is its inverse
+    x = x * ((254 << 23) - unit).to(tl.float32, bitcast=True)[:, None]
     whole = to_dtype(x, DTYPE)
-    return whole, to_dtype(x - to_float32(whole), DTYPE), unit
+    return whole, to_dtype(x - to_float32(whole), DTYPE), unit.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -238,7 +237,7 @@ def _expand_together_kernel(
         token = tl.sum((count < wanted).to(tl.int32), axis=1)[:, None]  # as many as come before the one wanted
         is_there = token < TILE_T
         mask = is_there & in_row[None, :]
-        base = tl.load(base_ptr + token.to(tl.int64) * stride_base_t + o[None, :], mask=mask, other=0.0)
+        base = tl.load(base_ptr + token.to(tl.int64) * stride_base_t + o[None, :], mask=mask)
         b_ptrs = b_ptr + o[:, None] * stride_b_o + r[None, :]
         b = tl.load(b_ptrs, mask=in_row[:, None] & in_rank[None, :], other=0.0)
         if OVERLAP:
@@ -262,8 +261,8 @@ def _expand_together_kernel(
 
 @triton.jit
 def next_adapter(adapter, previous, num_adapters):
-    """The smallest id of an adapter in the tile above ``previous``; ``num_adapters`` if there is none."""
-    return tl.min(tl.where((adapter > previous) & (adapter < num_adapters), adapter, num_adapters), axis=0)
+    """The smallest id in the tile above ``previous``; ``num_adapters`` or more if no adapter is there."""
+    return tl.min(tl.where(adapter > previous, adapter, num_adapters), axis=0)
 
 
 @triton.jit
