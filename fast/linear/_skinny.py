@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor as Array
 
-from fast._triton.overlap import let_successor_come, overlapped, wait_for_predecessor
+from fast._triton.overlap import let_successor_come, overlapped, prefetch, wait_for_predecessor
 from fast._triton.platform import INTERPRETING, cdiv, next_power_of_2, num_processors
 from fast._triton.rounding import dot, store
 
@@ -96,10 +96,7 @@ def begin(
     """
     if OVERLAP and NUM_LINES > 0:
         line = tl.minimum(tl.arange(0, NUM_LINES) * LINE, in_features - 1)
-        address = (weight_ptr + row[:, None] * stride_weight_n + line[None, :]).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-        )
+        prefetch(weight_ptr + row[:, None] * stride_weight_n + line[None, :])
     wait_for_predecessor(OVERLAP, EARLY)
 
 

@@ -3,9 +3,10 @@
 Two launches: x shrinks to A x, of the rank's length, and B (A x) is added to the base. A batch that decodes with a few
 adapters shrinks all of its tokens with every one of them, and each token keeps what its own adapter made: what is read
 then hangs on no id, so that all of it is under way at once, and the tensor cores' tiles are as high whether they are
-filled or not. With many adapters, or few tokens, each token looks up its own. Where tokens are many, a tile of them
-goes through the adapters that it finds in it, in the order of their ids. None of them sorts, and no grid depends on an
-id.
+filled or not. To expand, each adapter counts its own tokens while the others still shrink, so that its rows are read
+and multiplied once, and by no one else. With many adapters, or few tokens, each token looks up its own. Where tokens
+are many, a tile of them goes through the adapters that it finds in it, in the order of their ids. None of them sorts,
+and no grid depends on an id.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +22,9 @@ from torch import Tensor as Array
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fast._checks import require_float, require_integers, require_out, require_range, require_same_device, require_shape
-from fast._triton.overlap import overlapped
-from fast._triton.platform import cdiv, next_power_of_2
-from fast._triton.rounding import dot, store, to_dtype
+from fast._triton.overlap import overlapped, prefetch
+from fast._triton.platform import cdiv, next_power_of_2, num_processors
+from fast._triton.rounding import dot, store, to_dtype, to_float32
 from fast.linear._skinny import whole_rows
 from fast.linear._split import describable
 from reference.linear.lora import num_layers
@@ -38,6 +39,8 @@ TOGETHER_SPLITS = 8  # programs that share out the input features there: 16 adap
 TOGETHER_I = 128  # input features of a step
 MOST_COLUMNS = 1 << 30  # of a tile that nothing limits
 TILE_O = 256  # output features of a program that expands
+PICKED = 8  # tokens of an adapter that it takes at a time, where they were shrunk together
+LINE = tl.constexpr(64)  # numbers of 16 bits that a prefetch brings to the L2 cache
 
 
 # ---- kernels for few tokens -----------------------------------------------------------------------------------------
@@ -172,13 +175,94 @@ def _expand_kernel(
         tl.store(out_ptrs, base, mask=in_row)
 
 
+@triton.jit
+def in_two(x, DTYPE: tl.constexpr):
+    """Rows of float32 as ``unit * (whole + rest)``, of 16 bits each: a product of both loses none that a result keeps.
+
+    The unit is a power of two, such that a row's largest number is 2^14 to 2^15 of them: in float16 that is not too
+    large, and what is 2^16 times smaller not too small.
+    """
+    exponent = tl.max(x.to(tl.uint32, bitcast=True) & 0x7F800000, axis=1).to(tl.int32)
+    unit = tl.maximum(exponent, 15 << 23) - (14 << 23)  # a normal number, and so is its inverse
+    x = x * ((254 << 23) - unit).to(tl.float32, bitcast=True)[:, None]
+    whole = to_dtype(x, DTYPE)
+    return whole, to_dtype(x - to_float32(whole), DTYPE), unit.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _expand_together_kernel(
+    base_ptr,  # [num_tokens, out_features]
+    shrunk_ptr,  # [num_tokens, num_splits, all_ranks] float32
+    lora_b_ptr,  # [num_adapters, out_features, rank]
+    scaling_ptr,  # [num_adapters]
+    adapter_ids_ptr,  # [num_tokens]
+    out_ptr,  # [num_tokens, out_features], may be base
+    stride_base_t,
+    stride_b_n,
+    stride_b_o,
+    stride_out_t,
+    stride_out_o,
+    num_tokens,
+    num_adapters,
+    rank,
+    all_ranks,
+    out_features,
+    second,
+    third,
+    TILE_T: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_O: tl.constexpr,
+    PICKED: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One adapter, a tile of output features, its own tokens a few at a time. After the last one: those without.
+
+    All but what was shrunk is asked for early: it is older than the kernel that shrinks.
+    """
+    this, start = tl.program_id(0), tl.program_id(1) * TILE_O
+    o, r, t = start + tl.arange(0, TILE_O), tl.arange(0, TILE_R), tl.arange(0, TILE_T)
+    in_row, in_rank, is_adapter = o < out_features, r < rank, this < num_adapters
+    b_ptr = lora_b_ptr + tl.minimum(this, num_adapters - 1).to(tl.int64) * stride_b_n
+    if OVERLAP:  # before it is known whether any token wants them
+        asked = start + tl.arange(0, TILE_O * TILE_R // LINE) * (LINE // TILE_R)
+        prefetch(b_ptr + tl.minimum(asked, out_features - 1) * stride_b_o)
+    scaling = tl.load(scaling_ptr + this, mask=is_adapter, other=0.0).to(tl.float32)
+    adapter = tl.load(adapter_ids_ptr + t, mask=t < num_tokens, other=-1)
+    adapter = tl.where((adapter >= 0) & (adapter < num_adapters), adapter, num_adapters)
+    count = tl.cumsum(((adapter == this) & (t < num_tokens)).to(tl.int32), axis=0)[None, :]
+    own_rows = first_rank(start, rank, second, third)
+    for first in tl.range(0, tl.max(count), PICKED, num_stages=1):  # pipelined, it would read before it waits
+        wanted = first + 1 + tl.arange(0, PICKED)[:, None]
+        token = tl.sum((count < wanted).to(tl.int32), axis=1)[:, None]  # as many as come before the one wanted
+        is_there = token < TILE_T
+        mask = is_there & in_row[None, :]
+        base = tl.load(base_ptr + token.to(tl.int64) * stride_base_t + o[None, :], mask=mask)
+        b_ptrs = b_ptr + o[:, None] * stride_b_o + r[None, :]
+        b = tl.load(b_ptrs, mask=in_row[:, None] & in_rank[None, :], other=0.0)
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
+        shrunk = tl.zeros([PICKED, TILE_R], tl.float32)
+        for split in tl.static_range(NUM_SPLITS):
+            row_ptrs = shrunk_ptr + (token * NUM_SPLITS + split) * all_ranks + own_rows
+            shrunk += tl.load(row_ptrs + r[None, :], mask=is_there & in_rank[None, :], other=0.0)
+        whole, rest, unit = in_two(shrunk, b.dtype)
+        grown = dot(b, tl.trans(whole), dot(b, tl.trans(rest), tl.zeros([TILE_O, PICKED], tl.float32)))
+        y = base.to(tl.float32) + (scaling * unit)[:, None] * tl.trans(grown)
+        y = tl.where(is_adapter, to_dtype(y, out_ptr.dtype.element_ty), base)
+        out_ptrs = out_ptr + token.to(tl.int64) * stride_out_t + o.to(tl.int64)[None, :] * stride_out_o
+        tl.store(out_ptrs, y, mask=mask)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()  # whoever comes after this kernel is to find the other one ended, too
+
+
 # ---- kernels for many tokens ----------------------------------------------------------------------------------------
 
 
 @triton.jit
 def next_adapter(adapter, previous, num_adapters):
-    """The smallest id of an adapter in the tile above ``previous``; ``num_adapters`` if there is none."""
-    return tl.min(tl.where((adapter > previous) & (adapter < num_adapters), adapter, num_adapters), axis=0)
+    """The smallest id in the tile above ``previous``; ``num_adapters`` or more if no adapter is there."""
+    return tl.min(tl.where(adapter > previous, adapter, num_adapters), axis=0)
 
 
 @triton.jit
@@ -292,7 +376,8 @@ def lora(
 
     Grid: up to ``FEW_TOKENS`` tokens, to shrink, one program per adapter and share of the input features; with fewer
     than ``TOGETHER_TOKENS`` tokens for each adapter, one per token and ``SPLIT`` input features. To expand, one per
-    token and tile of output features. Beyond that, tiles of ``TILE_T`` tokens take the place of a token.
+    adapter (of 16 bits, after they shrank all together) or token, and tile of output features. Beyond that, tiles of
+    ``TILE_T`` tokens take the place of a token.
     Moves: all adapters once from memory, or those in use (again from the L2 cache for each program); base and x once.
     Limits: beyond ``FEW_TOKENS``, ``A x`` is rounded to the dtype of ``lora_b`` where that is the dtype of ``base``.
     More than three layers side by side, or such whose widths 16 does not divide, have launches of their own.
@@ -404,7 +489,8 @@ def together(
         adapter_ids, shrunk, num_tokens, rank, in_features, split,
         TILE_T=tile_t, TILE_R=tile_r, TILE_I=TOGETHER_I, STAGES=4, num_warps=4, **overlapped(x),
     )  # fmt: skip
-    return expand(base, shrunk, lora_b, scaling, adapter_ids, sides, out)
+    grow = expand_together if expands_together(base, lora_b) else expand
+    return grow(base, shrunk, lora_b, scaling, adapter_ids, sides, out)
 
 
 def few_tokens(
@@ -435,7 +521,7 @@ def expand(
     """``base`` plus ``scaling`` times B times the sum of the parts of ``A x``, token by token."""
     (num_tokens, num_splits, all_ranks), (num_adapters, out_features, rank) = shrunk.shape, lora_b.shape
     tile_r = next_power_of_2(max(1, rank))
-    tile_o = max(16, min(TILE_O, 4096 // tile_r, next_power_of_2(out_features), sides.widest_tile))
+    tile_o = feature_tile(tile_r, out_features, sides)
     _expand_kernel[(num_tokens, cdiv(out_features, tile_o))](
         base, shrunk, lora_b, scaling, adapter_ids, out,
         base.stride(0), lora_b.stride(0), lora_b.stride(1), out.stride(0), out.stride(1),
@@ -443,6 +529,34 @@ def expand(
         TILE_R=tile_r, TILE_O=tile_o, NUM_SPLITS=num_splits, num_warps=4, **overlapped(base),
     )  # fmt: skip
     return out
+
+
+def expands_together(base: Array, lora_b: Array) -> bool:
+    """Whether all is in 16 bits, and a program for each adapter and tile of its rows is one for every processor."""
+    programs = len(lora_b) * cdiv(lora_b.shape[1], TILE_O)
+    return torch.float32 not in (base.dtype, lora_b.dtype) and programs >= num_processors(base)
+
+
+def expand_together(
+    base: Array, shrunk: Array, lora_b: Array, scaling: Array, adapter_ids: Array, sides: Sides, out: Array
+) -> Array:
+    """`expand`, adapter by adapter: each one's rows are read once, for all of its tokens."""
+    (num_tokens, num_splits, all_ranks), (num_adapters, out_features, rank) = shrunk.shape, lora_b.shape
+    tile_r = max(16, next_power_of_2(rank))
+    tile_o = feature_tile(tile_r, out_features, sides)
+    _expand_together_kernel[(num_adapters + 1, cdiv(out_features, tile_o))](
+        base, shrunk, lora_b, scaling, adapter_ids, out,
+        base.stride(0), lora_b.stride(0), lora_b.stride(1), out.stride(0), out.stride(1),
+        num_tokens, num_adapters, rank, all_ranks, out_features, sides.second, sides.third,
+        TILE_T=next_power_of_2(num_tokens), TILE_R=tile_r, TILE_O=tile_o, PICKED=PICKED,
+        NUM_SPLITS=num_splits, num_warps=4, **overlapped(base),
+    )  # fmt: skip
+    return out
+
+
+def feature_tile(tile_r: int, out_features: int, sides: Sides) -> int:
+    """Output features of a program that expands: as many as its registers hold, across no border."""
+    return max(16, min(TILE_O, 4096 // tile_r, next_power_of_2(out_features), sides.widest_tile))
 
 
 def many_tokens(

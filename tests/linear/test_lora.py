@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fast
@@ -86,30 +86,143 @@ def batch(
     return Call("lora", arrays, {"widths": widths})
 
 
+MODULE = sys.modules["fast.linear.lora"]
+
+
+@pytest.fixture
+def one_processor(monkeypatch):
+    """A GPU so small that every adapter is enough to keep it busy."""
+    monkeypatch.setattr(MODULE, "num_processors", lambda array: 1)
+
+
+def launched(monkeypatch, call: Call) -> list[str]:
+    """What a call launches, by name; it must be right, too."""
+    seen = []
+    with monkeypatch.context() as patch:
+        for name in ("together", "few_tokens", "many_tokens", "expand", "expand_together"):
+            run_it = getattr(MODULE, name)
+            patch.setattr(MODULE, name, lambda *a, name=name, run_it=run_it: (seen.append(name), run_it(*a))[1])
+        properties.lora_matches_the_oracle(fast, call)
+    return seen
+
+
+TOGETHER, FEW, MANY = ["together", "expand_together"], ["few_tokens", "expand"], ["many_tokens"]
+
+
 @pytest.mark.parametrize(
     ("kernels", "num_tokens", "dtype"),
     [
-        ("together", 33, "bfloat16"),
-        ("together", 130, "float16"),  # more tokens than a tile has
-        ("few_tokens", 1, "bfloat16"),
-        ("few_tokens", 33, "float32"),
-        ("many_tokens", 257, "bfloat16"),
-        ("many_tokens", 257, "float16"),
-        ("many_tokens", 257, "float32"),
+        (TOGETHER, 33, "bfloat16"),
+        (TOGETHER, 130, "float16"),  # more tokens than a tile has
+        (FEW, 1, "bfloat16"),
+        (FEW, 33, "float32"),
+        (MANY, 257, "bfloat16"),
+        (MANY, 257, "float16"),
+        (MANY, 257, "float32"),
     ],
 )
-def test_each_kernel_is_chosen_and_right(monkeypatch, kernels, num_tokens, dtype):
-    """All tokens with every adapter, each token by itself, and in tiles. All over more than one part of x, for a layer,
-    for three side by side in one launch, and one by one where tiles would cross their borders."""
-    module, seen = sys.modules["fast.linear.lora"], []
-    for name in ("together", "few_tokens", "many_tokens"):
-        run_it = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *a, name=name, run_it=run_it: (seen.append(name), run_it(*a))[1])
-    for widths, launches in (((40,), 1), ((32, 16, 16), 1), ((24, 8), 2)):
-        seen.clear()
-        properties.lora_matches_the_oracle(fast, batch(num_tokens, dtype, widths=widths))
-        of_slices = "few_tokens" if kernels == "together" and launches > 1 else kernels
-        assert seen == [of_slices] * launches, f"{widths}: expected {launches} {of_slices}, got {seen}"
+def test_each_kernel_is_chosen_and_right(monkeypatch, one_processor, kernels, num_tokens, dtype):
+    """All tokens with every adapter, each token by itself, and in tiles. All over more than one part of x, for a layer
+    of more than a tile, for three side by side in one launch, and one by one where tiles would cross their borders."""
+    for widths, launches in (((300,), 1), ((32, 16, 16), 1), ((24, 8), 2)):
+        seen = launched(monkeypatch, batch(num_tokens, dtype, widths=widths))
+        of_slices = FEW if kernels == TOGETHER and launches > 1 else kernels
+        assert seen == of_slices * launches, f"{widths}: expected {launches} times {of_slices}, got {seen}"
+
+
+@pytest.mark.parametrize("wide", ["base", "lora_b"])
+def test_adapters_expand_one_by_one_only_in_16_bits(monkeypatch, one_processor, wide):
+    """Where one of them has more, numbers that are shrunk are not cut in two: each token expands by itself."""
+    call = batch(33, "bfloat16")
+    call = call.with_arrays(**{wide: call.arrays[wide].astype(np.float32)})
+    assert launched(monkeypatch, call) == ["together", "expand"]
+
+
+def test_adapters_expand_one_by_one_where_that_keeps_all_processors_busy(monkeypatch):
+    monkeypatch.setattr(MODULE, "num_processors", lambda array: 132)
+    base = torch.empty(64, 4096, dtype=torch.bfloat16)
+    chosen = [MODULE.expands_together(base, base.new_empty(n, 4096, 16)) for n in (8, 9, 16)]
+    assert chosen == [False, True, True], "16 tiles of 256 features each"
+
+
+crowds = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@crowds
+@given(call=lora_calls(crowded=True))
+def test_a_crowd_matches_the_oracle(one_processor, call):
+    """Each adapter has several tokens, anywhere in the batch, or more than it takes at a time."""
+    properties.lora_matches_the_oracle(fast, call)
+
+
+@crowds
+@pytest.mark.interpreted(5)
+@given(call=lora_calls(crowded=True))
+def test_a_crowd_is_written_where_it_says(one_processor, call):
+    writes_only_where_it_says(fast, call)
+    properties.honours_out(fast, call)
+
+
+@crowds
+@pytest.mark.interpreted(12)
+@given(call=lora_calls(crowded=True), data=st.data())
+def test_a_crowd_does_not_see_its_company(one_processor, call, data):
+    keep = data.draw(st.lists(st.sampled_from(range(len(call.arrays["x"]))), unique=True, max_size=20), label="keep")
+    properties.tokens_do_not_depend_on_company(fast, call, keep)
+
+
+@pytest.mark.parametrize("strange", [np.nan, np.inf])
+def test_another_adapter_s_numbers_reach_no_token(one_processor, strange):
+    """Not where other tokens of the batch use it, either; and its own tokens get them."""
+    call = batch(33, "bfloat16", widths=(32, 16))
+    changed = {name: call.arrays[name].copy() for name in ("lora_a", "lora_b", "scaling")}
+    for array in changed.values():
+        array[2] = strange
+    finite, got = (run(fast, each)["out"] for each in (call, call.with_arrays(**changed)))
+    own = call.arrays["adapter_ids"] == 2
+    assert got[~own].tobytes() == finite[~own].tobytes(), "another adapter's numbers reached a token"
+    assert own.any(), "nobody has this adapter: the test would show nothing"
+    assert np.isnan(got[own].astype(np.float32)).all(), "an adapter's numbers did not reach its own tokens"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_is_shrunk_keeps_its_bits(one_processor, dtype):
+    """B takes the difference of two numbers that 16 bits cannot tell apart: of one token larger than float16 has them,
+    of one so small that it has few bits for them, which another feature's weights make up for."""
+    cast = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    size = 2.0 ** np.array([12, 0, -12, 4])
+    x, lora_a = np.zeros((4, 8)), np.zeros((1, 2, 8))
+    x[:, :2] = np.outer(size, [1, 2.0**-12])
+    lora_a[0, :, :2] = [[32, 32], [32, 0]]
+    lora_b = np.outer(1 / size, [1, -1])[None]
+    floats = {"base": np.zeros((4, 4)), "x": x, "lora_a": lora_a, "lora_b": lora_b}
+    call = Call("lora", {name: array.astype(cast) for name, array in floats.items()})
+    call = call.with_arrays(scaling=np.ones(1, np.float32), adapter_ids=np.zeros(4, np.int32))
+    with np.errstate(over="ignore"):  # a small token's weights are too large for the others
+        got = run(fast, call)["out"].astype(np.float64)
+    np.testing.assert_array_equal(np.diag(got), 2.0**-7)
+
+
+def test_tokens_without_an_adapter_keep_their_bits(one_processor):
+    """NaN of every kind and -0, next to tokens that have one; more of them than are taken at a time."""
+    call = batch(40, "bfloat16", num_adapters=3, widths=(48,))
+    odd = np.resize(np.array([0x7FC1, 0xFF81, 0x8000, 0x7F80, 0x0001], np.uint16), call.arrays["base"].shape)
+    ids = np.resize(np.array([-1, 0, -1, 2], np.int32), 40)
+    base = np.where(ids[:, None] < 0, odd, call.arrays["base"].view(np.uint16)).view(ml_dtypes.bfloat16)
+    got = run(fast, call.with_arrays(base=base, adapter_ids=ids))["out"]
+    assert got[ids < 0].tobytes() == base[ids < 0].tobytes()
+
+
+def test_rows_of_the_result_may_lie_apart(one_processor):
+    """As a slice of a wider tensor, columns apart too; around it nothing is written."""
+    call = batch(33, "bfloat16", widths=(48,))
+    placed: dict[str, Any] = {name: fast.from_host(array) for name, array in call.arrays.items()}
+    room = torch.full((33, 3, 100), 7.0, dtype=torch.bfloat16, device=placed["x"].device)
+    out = room[:, 1, 2:98:2]
+    fast.lora(**placed, out=out)
+    assert fast.to_host(out).tobytes() == run(fast, call)["out"].tobytes()
+    out[:] = 7.0
+    assert (room == 7.0).all(), "something was written beside out"
 
 
 @pytest.mark.parametrize("num_tokens", [33, 257])

@@ -39,8 +39,8 @@ def widen(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float64)
 
 
-def drawn_dtype(draw: st.DrawFn) -> np.dtype:
-    name = draw(st.sampled_from(DTYPES), label="dtype")
+def drawn_dtype(draw: st.DrawFn, names: tuple[str, ...] = DTYPES) -> np.dtype:
+    name = draw(st.sampled_from(names), label="dtype")
     return np.dtype(getattr(ml_dtypes, name, name))
 
 

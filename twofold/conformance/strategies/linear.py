@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
-from twofold.conformance.strategies.fusion import Call, drawn_dtype, matrix, rng_of
+from twofold.conformance.strategies.fusion import DTYPES, Call, drawn_dtype, matrix, rng_of
 
 LINEAR_OPS = (
     "linear",
@@ -98,12 +98,12 @@ def _two_of_four(
 
 
 @st.composite
-def lora_calls(draw: st.DrawFn) -> Call:
+def lora_calls(draw: st.DrawFn, crowded: bool = False) -> Call:
     """Adapters of several ranks, filled up with zeros, of a layer or of several side by side; those that no token uses
-    hold NaN."""
-    rng, dtype = rng_of(draw), drawn_dtype(draw)
-    num_tokens = draw(st.sampled_from([0, 1, 3, 7]), label="num_tokens")
-    in_features = draw(st.sampled_from([1, 24, 66]), label="in_features")
+    hold NaN. ``crowded``: at least four tokens for each adapter, and all in 16 bits."""
+    rng, dtype = rng_of(draw), drawn_dtype(draw, ("bfloat16", "float16") if crowded else DTYPES)
+    num_tokens = draw(st.sampled_from([16, 23, 40] if crowded else [0, 1, 3, 7]), label="num_tokens")
+    in_features = draw(st.sampled_from([24, 264] if crowded else [1, 24, 66]), label="in_features")
     widths = draw(
         st.sampled_from([[1], [24], [66]])
         | st.lists(st.sampled_from([16, 32]), min_size=2, max_size=3)
@@ -113,7 +113,7 @@ def lora_calls(draw: st.DrawFn) -> Call:
     out_features, layers = sum(widths), len(widths)
     ranks = draw(st.lists(st.sampled_from([1, 3, 8, 16]), min_size=1, max_size=4), label="ranks")
     ids = draw(st.lists(st.integers(-1, len(ranks) - 1), min_size=num_tokens, max_size=num_tokens), label="adapter_ids")
-    factors = drawn_dtype(draw)
+    factors = dtype if crowded else drawn_dtype(draw)
     lora_a = rng.normal(size=(len(ranks), layers, max(ranks), in_features)).astype(factors)
     lora_b = rng.normal(size=(len(ranks), out_features, max(ranks))).astype(factors)
     scaling = rng.choice([0.0, 0.5, 2.0, -1.0], len(ranks)).astype(np.float32)
@@ -121,9 +121,10 @@ def lora_calls(draw: st.DrawFn) -> Call:
         lora_a[adapter, :, rank:], lora_b[adapter, :, rank:] = 0, 0
         if adapter not in ids:
             lora_a[adapter], lora_b[adapter], scaling[adapter] = np.nan, np.nan, np.nan
+    x_shape = num_tokens, in_features
     arrays = {
         "base": matrix(draw, rng, (num_tokens, out_features), dtype, "base"),
-        "x": matrix(draw, rng, (num_tokens, in_features), dtype, "x"),
+        "x": rng.normal(size=x_shape).astype(dtype) if crowded else matrix(draw, rng, x_shape, dtype, "x"),
         "lora_a": lora_a.reshape(len(ranks), -1, in_features),
         "lora_b": lora_b,
         "scaling": scaling,
