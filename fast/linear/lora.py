@@ -227,8 +227,8 @@ def _expand_together_kernel(
     if OVERLAP:  # before it is known whether any token wants them
         asked = start + tl.arange(0, TILE_O * TILE_R // LINE) * (LINE // TILE_R)
         prefetch(b_ptr + tl.minimum(asked, out_features - 1) * stride_b_o)
-    scaling = tl.load(scaling_ptr + this, mask=is_adapter, other=0.0).to(tl.float32)
-    adapter = tl.load(adapter_ids_ptr + t, mask=t < num_tokens, other=-1)
+    scaling = tl.load(scaling_ptr + this, mask=is_adapter).to(tl.float32)
+    adapter = tl.load(adapter_ids_ptr + t, mask=t < num_tokens)
     adapter = tl.where((adapter >= 0) & (adapter < num_adapters), adapter, num_adapters)
     count = tl.cumsum(((adapter == this) & (t < num_tokens)).to(tl.int32), axis=0)[None, :]
     own_rows = first_rank(start, rank, second, third)

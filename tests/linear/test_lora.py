@@ -203,6 +203,23 @@ def test_what_is_shrunk_keeps_its_bits(one_processor, dtype):
     np.testing.assert_array_equal(np.diag(got), 2.0**-7)
 
 
+def test_what_is_shrunk_keeps_its_bits_next_to_larger_and_when_rounded_up(one_processor):
+    """In float16: 2^-14 of the largest number of its row, a bit 2^-12 of it; and what rounds to a power of two."""
+    x, lora_a = np.zeros((4, 8)), np.zeros((1, 2, 8))
+    x[:2, :3] = [1, 2.0**-14, 2.0**-13]
+    x[2:, 3:5] = [2, -(2.0**-13)]
+    lora_a[0, 0, 0] = 1
+    lora_a[0, 1, 1:5] = [1, 2.0**-13, 1, 1]
+    lora_b = np.array([[[0, 2.0**14], [0, 1]]])
+    base = np.array([[-1, 0], [-1, 0], [0, -2], [0, -2]])
+    floats = {"base": base, "x": x, "lora_a": lora_a, "lora_b": lora_b}
+    call = Call("lora", {name: array.astype(np.float16) for name, array in floats.items()})
+    call = call.with_arrays(scaling=np.ones(1, np.float32), adapter_ids=np.zeros(4, np.int32))
+    got = run(fast, call)["out"]
+    np.testing.assert_array_equal(got[:2, 0], 2.0**-12)
+    np.testing.assert_array_equal(got[2:, 1], -(2.0**-13))
+
+
 def test_tokens_without_an_adapter_keep_their_bits(one_processor):
     """NaN of every kind and -0, next to tokens that have one; more of them than are taken at a time."""
     call = batch(40, "bfloat16", num_adapters=3, widths=(48,))
