@@ -46,12 +46,3 @@ def let_successor_come(OVERLAP: tl.constexpr):
     """The next kernel gets onto the GPU as soon as all programs of this one have come here, or have ended."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def prefetch(pointers):
-    """The 128 bytes around each are brought to the L2 cache; nothing is read, so anyone may still write them."""
-    address = pointers.to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-    )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor as Array
 
-from fast._triton.overlap import let_successor_come, overlapped, prefetch, wait_for_predecessor
+from fast._triton.overlap import let_successor_come, overlapped, wait_for_predecessor
 from fast._triton.platform import INTERPRETING, cdiv, next_power_of_2, num_processors
 from fast._triton.rounding import dot, store
 
@@ -77,6 +77,15 @@ def load_columns(pointers, in_columns, EVEN: tl.constexpr):
     else:
         w = tl.load(pointers, mask=in_columns, other=0.0)
     return w
+
+
+@triton.jit
+def prefetch(pointers):
+    """The 128 bytes around each are brought to the L2 cache; nothing is read, so anyone may still write them."""
+    address = pointers.to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit

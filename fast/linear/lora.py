@@ -22,10 +22,10 @@ from torch import Tensor as Array
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fast._checks import require_float, require_integers, require_out, require_range, require_same_device, require_shape
-from fast._triton.overlap import overlapped, prefetch
+from fast._triton.overlap import overlapped
 from fast._triton.platform import cdiv, next_power_of_2, num_processors
 from fast._triton.rounding import dot, store, to_dtype, to_float32
-from fast.linear._skinny import whole_rows
+from fast.linear._skinny import prefetch, whole_rows
 from fast.linear._split import describable
 from reference.linear.lora import num_layers
 

@@ -344,7 +344,7 @@ def test_the_command_writes_its_results_and_nothing_else(checkpoint, text, capsy
         (["--kv-cache-dtype", "int8", "--kv-window", "32"], "KV format int8 has no window"),
         (["--kv-window", "32"], "say which with --kv-cache-dtype"),
         (["--tokens", "0"], "at least 1"),
-        (["--only", "int5"], "--only int5: expected weights, pruning, heads, cache, or one of 'bfloat16'"),
+        (["--only", "int5"], "--only int5: expected weights, pruning, heads, cache, sides, or one of 'bfloat16'"),
         (["--text", "nowhere.txt"], "No such file"),
     ],
 )
