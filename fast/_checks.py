@@ -18,6 +18,7 @@ from reference._checks import require_shape as _require_shape
 __all__ = [
     "checking_values",
     "require",
+    "require_added",
     "require_dtype",
     "require_float",
     "require_integers",
@@ -41,6 +42,13 @@ def require_float(op: str, argument: str, array: torch.Tensor) -> None:
     """``array`` must hold float32, float16 or bfloat16, where a kernel can run."""
     require(array.dtype in FLOATS, op, argument, "float32, float16 or bfloat16", dtype_name(array.dtype))
     require_runnable(op, argument, array)
+
+
+def require_added(op: str, argument: str, array: torch.Tensor | None, shape: tuple[int | None, ...]) -> None:
+    """What is added to a result, if it is there: floating, and of this shape."""
+    if array is not None:
+        require_shape(op, argument, array, shape)
+        require_float(op, argument, array)
 
 
 def require_dtype(op: str, argument: str, array: torch.Tensor, *dtypes: torch.dtype) -> None:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor as Array
 
-from fast._checks import require, require_float, require_out, require_same_device, require_shape
+from fast._checks import require, require_added, require_float, require_out, require_same_device, require_shape
 from fast._triton.platform import num_processors
 from fast.linear._matmul import matmul
 from fast.linear._skinny import FEW_TOKENS, rows_of, skinny_linear, whole_rows
@@ -123,8 +123,6 @@ def check_linear(op: str, x: Array, weight: Array, bias: Array | None, out: Arra
     if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
         require(False, op, "weight", f"shape [*, {x.shape[1]}]", list(weight.shape))
     require_float(op, "weight", weight)
-    if bias is not None:
-        require_shape(op, "bias", bias, (weight.shape[0],))
-        require_float(op, "bias", bias)
+    require_added(op, "bias", bias, (weight.shape[0],))
     require_out(op, out, (len(x), weight.shape[0]), x.dtype)
     require_same_device(op, x=x, weight=weight, bias=bias, out=out)

@@ -8,7 +8,15 @@ import torch
 from jaxtyping import Float, Float32, Int8, Shaped, UInt8
 from torch import Tensor as Array
 
-from fast._checks import require, require_dtype, require_float, require_out, require_same_device, require_shape
+from fast._checks import (
+    require,
+    require_added,
+    require_dtype,
+    require_float,
+    require_out,
+    require_same_device,
+    require_shape,
+)
 from fast.linear import _eight_bit, _int4, _w8a8
 from fast.linear._skinny import rows_of, whole_rows
 from reference.linear.quantized_linear import LAYOUTS
@@ -358,13 +366,10 @@ def _door(
     require(fits, op, "weight", f"shape [*, {x.shape[1]}]", list(shape))
     require_dtype(op, "weight", weight, dtype)
     require_float(op, "weight_scale", weight_scale)
+    require_added(op, "bias", bias, (shape[0],))
     if bias is not None:
-        require_shape(op, "bias", bias, (shape[0],))
-        require_float(op, "bias", bias)
         require(bias.stride(0) == 1 or len(bias) <= 1, op, "bias", "contiguous numbers", bias.stride())
-    if residual is not None:
-        require_shape(op, "residual", residual, (len(x), shape[0]))
-        require_float(op, "residual", residual)
+    require_added(op, "residual", residual, (len(x), shape[0]))
     require_out(op, out, (len(x), shape[0]), x.dtype)
     require_same_device(op, x=x, weight=weight, weight_scale=weight_scale, bias=bias, residual=residual, out=out)
     return torch.empty(len(x), shape[0], dtype=x.dtype, device=x.device) if out is None else out

@@ -13,6 +13,7 @@ from torch import Tensor as Array
 from fast._checks import (
     checking_values,
     require,
+    require_added,
     require_float,
     require_out,
     require_same_device,
@@ -291,12 +292,8 @@ def _door(
     )
     require(half_features % 2 == 0, op, "values", "two values for each group of four", tuple(values.shape))
     require_shape(op, "indices", indices, (out_features, -(-half_features // 4)))
-    if bias is not None:
-        require_shape(op, "bias", bias, (out_features,))
-        require_float(op, "bias", bias)
-    if residual is not None:
-        require_shape(op, "residual", residual, (len(x), out_features))
-        require_float(op, "residual", residual)
+    require_added(op, "bias", bias, (out_features,))
+    require_added(op, "residual", residual, (len(x), out_features))
     require_out(op, out, (len(x), out_features), x.dtype)
     require_same_device(op, x=x, values=values, indices=indices, bias=bias, residual=residual, out=out)
     if checking_values():
